@@ -1,0 +1,1 @@
+"""Noise schedules and the denoising objective of both stages."""

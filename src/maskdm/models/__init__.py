@@ -1,0 +1,1 @@
+"""Denoisers: `model(patches, positions, t, labels) -> patches`."""

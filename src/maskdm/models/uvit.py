@@ -1,0 +1,216 @@
+"""U-ViT, the paper's backbone (Bao et al. 2022; Section 3.2, Tables 5 and 6).
+
+A vision transformer on noisy patches in which time (and class) are tokens and the first half's
+blocks feed the second half's by long skip connections. It sees only the patches that it is given:
+positions come with them, so hidden patches cost nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from maskdm.tokens import gather_patches, grid_shape, patchify, scatter_patches, unpatchify
+
+TIME_SCALE = 999.0  # t in [0, 1] is embedded as the step number 0..999
+
+
+class UViT(ModelMixin, ConfigMixin):
+    """Predicts noise, image or velocity for any subset of an image's patches.
+
+    Args:
+        image_size: side of the square image, in pixels.
+        patch_size: side of a patch, in pixels; it divides image_size.
+        channels: channels of the image.
+        embed_dim: width of the tokens, a multiple of 2 * num_heads.
+        depth: number of all blocks, odd: 13 = 6 in + 1 middle + 6 out.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over embed_dim.
+        num_classes: classes of a conditional model; 0 = unconditional, no class token.
+        final_conv: 3x3 convolution over the predicted image (hidden patches count as zeros).
+
+    The paper's MaskDM-S: UViT(image_size=64) with the defaults, 44.29 M parameters.
+    MaskDM-B: image_size=256, embed_dim=768, num_heads=12, 102.42 M parameters.
+
+    Raises ValueError where the sizes do not fit.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: int = 64,
+        patch_size: int = 4,
+        channels: int = 3,
+        embed_dim: int = 512,
+        depth: int = 13,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 0,
+        final_conv: bool = False,
+    ):
+        super().__init__()
+        if depth % 2 == 0:
+            raise ValueError(f"depth {depth} is even: use {depth - 1} or {depth + 1}")
+        if embed_dim % (2 * num_heads):
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of 2 x {num_heads} heads")
+        self.grid = grid_shape(image_size, image_size, patch_size)
+        self.patch_size = patch_size
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.num_extras = 2 if num_classes else 1  # tokens before the patches
+        self.gradient_checkpointing = False
+
+        patch_values = patch_size * patch_size * channels
+        self.patch_embed = nn.Linear(patch_values, embed_dim)
+        self.label_embed = nn.Embedding(num_classes, embed_dim) if num_classes else None
+        self.pos_embed = nn.Parameter(torch.zeros(self.num_extras + self.num_patches, embed_dim))
+        half = depth // 2
+        block = dict(dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio)
+        self.in_blocks = nn.ModuleList(Block(**block) for _ in range(half))
+        self.mid_block = Block(**block)
+        self.out_blocks = nn.ModuleList(SkipBlock(**block) for _ in range(half))
+        self.norm = nn.LayerNorm(embed_dim)
+        self.head = nn.Linear(embed_dim, patch_values)
+        self.output_conv = nn.Conv2d(channels, channels, 3, padding=1) if final_conv else None
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Normal(0, 0.02), cut at 2, for matrices and positions; zero biases (U-ViT's)."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02, a=-2, b=2)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=0.02, a=-2, b=2)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if self.output_conv is not None:  # begins as the identity: harmless until trained
+            nn.init.dirac_(self.output_conv.weight)
+            nn.init.zeros_(self.output_conv.bias)
+
+    def forward(
+        self, patches: Tensor, positions: Tensor, t: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
+        """Answers for each given patch.
+
+        Args:
+            patches: noisy patches, float (B, V, P), values in (row, column, channel) order.
+            positions: their indices in the row-major grid, int64 (B, V).
+            t: times, float (B,) in [0, 1].
+            labels: classes, int64 (B,); needed if and only if the model has classes.
+
+        Returns:
+            float (B, V, P).
+        """
+        if (labels is None) != (self.label_embed is None):
+            raise ValueError(
+                "this model has no classes, but labels were given"
+                if self.label_embed is None
+                else "this model is class-conditional: labels are needed"
+            )
+        time = timestep_embedding(t * TIME_SCALE, self.pos_embed.shape[1])  # (B, D)
+        extras = [time.to(patches.dtype)]
+        if self.label_embed is not None:
+            extras.insert(0, self.label_embed(labels))
+        x = torch.stack(extras, dim=1) + self.pos_embed[: self.num_extras]  # (B, 1 or 2, D)
+        tokens = self.patch_embed(patches) + F.embedding(
+            positions + self.num_extras, self.pos_embed
+        )
+        x = torch.cat([x.to(tokens.dtype), tokens], dim=1)  # (B, L, D), L = extras + V
+
+        skips = []
+        for block in self.in_blocks:
+            x = self._run(block, x)
+            skips.append(x)
+        x = self._run(self.mid_block, x)
+        for block in self.out_blocks:
+            x = self._run(block, x, skips.pop())
+
+        x = self.head(self.norm(x[:, self.num_extras :]))  # (B, V, P)
+        if self.output_conv is not None:
+            full = unpatchify(
+                scatter_patches(x, positions, self.num_patches), self.patch_size, self.grid
+            )
+            full = self.output_conv(full.movedim(3, 1)).movedim(1, 3)
+            x = gather_patches(patchify(full, self.patch_size), positions)
+        return x
+
+    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
+
+    def forward_flops(self, num_visible: int) -> int:
+        """Floating-point operations of a forward pass for one image with V visible patches.
+
+        Matrix products only, two operations a multiply-add; a training step is three times it.
+        """
+        config = self.config
+        width, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+        values = config.patch_size**2 * config.channels
+        tokens = self.num_extras + num_visible
+        per_token = config.depth * (4 * width * width + 2 * width * hidden)
+        per_token += config.depth // 2 * 2 * width * width  # skip connections
+        attention = config.depth * 2 * tokens * tokens * width
+        ends = num_visible * 2 * width * values
+        conv = 9 * config.channels**2 * config.image_size**2 if config.final_conv else 0
+        return 2 * (tokens * per_token + attention + ends + conv)
+
+
+def timestep_embedding(step: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding, cosines first (Vaswani et al. 2017): float (B,) -> float32 (B, dim)."""
+    half = dim // 2
+    frequencies = torch.exp(
+        torch.arange(half, device=step.device, dtype=torch.float32) * (-math.log(10_000) / half)
+    )
+    angles = step.float()[:, None] * frequencies  # (B, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, dim = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L, D / heads) each
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(batch, length, dim))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, int(dim * mlp_ratio)), nn.GELU(), nn.Linear(int(dim * mlp_ratio), dim)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class SkipBlock(Block):
+    """A block of the second half: first merges the long skip connection."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__(dim, num_heads, mlp_ratio)
+        self.skip_linear = nn.Linear(2 * dim, dim)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(self.skip_linear(torch.cat([x, skip], dim=-1)))

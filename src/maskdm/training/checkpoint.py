@@ -1,0 +1,203 @@
+"""Exact training state on disk: whole or absent, never half.
+
+    RUN/checkpoints/step-00012000/    model.safetensors  ema.safetensors  optimizer.safetensors
+                                      progress.json  (counters; sizes of the files; written last)
+    RUN/checkpoints/latest            one line: the name of the newest checkpoint
+
+Random numbers need no saving: order, masks, times and noise of a step depend only on the seed,
+the rank and the step. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: optimizer steps over all stages.
+        stage: index of the current stage.
+        stage_step: optimizer steps in it.
+        images: images seen, the position in the endless order.
+        flops: floating-point operations of all training steps, forward and backward.
+        elapsed_sec: seconds of training, over all resumes.
+        tick: (loss, gradient norm) of the steps since the last line of metrics.
+        scaler: state of the fp16 loss scaler, empty otherwise.
+    """
+
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    images: int = 0
+    flops: int = 0
+    elapsed_sec: float = 0.0
+    tick: list[tuple[float, float]] = field(default_factory=list)
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    folder: Path,
+    progress: Progress,
+    model: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    is_stage_end: bool,
+) -> Path:
+    """Writes a checkpoint beside its place, renames it into it, then moves `latest` on.
+
+    Args:
+        folder: RUN/checkpoints.
+        model: the raw model, as trained; `ema` its average, of equal structure.
+        optimizer: over the parameters of `model`, in their order.
+
+    Raises:
+        OSError: the disk refused (full, say). What was there before is untouched.
+    """
+    name = f"step-{progress.step:08d}"
+    writing = folder / f"writing-{name}"
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        writing.mkdir(parents=True)
+        tensors = (model.state_dict(), ema.state_dict(), _optimizer_tensors(optimizer, model))
+        for file, content in zip(FILES, tensors, strict=True):
+            _save_tensors(content, writing / file)
+        sizes = {file: (writing / file).stat().st_size for file in FILES}
+        content = {**asdict(progress), "is_stage_end": is_stage_end, "files": sizes}
+        _write_text(writing / "progress.json", json.dumps(content))
+        _replace_folder(writing, folder / name)
+        _write_text(folder / "latest.writing", name + "\n")
+        os.replace(folder / "latest.writing", folder / "latest")
+    except OSError:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
+    return folder / name
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, ema: nn.Module, optimizer_for: Callable[[int], Any]
+) -> tuple[Progress, torch.optim.Optimizer]:
+    """Puts a checkpoint's state into model and average; gives back counters and optimizer.
+
+    `optimizer_for(stage)` makes the stage's fresh optimizer over the model's parameters; its
+    state is then filled in.
+    """
+    content = json.loads((path / "progress.json").read_text("utf-8"))
+    progress = Progress(**{key: content[key] for key in Progress.__dataclass_fields__})
+    progress.tick = [(loss, norm) for loss, norm in progress.tick]
+    model.load_state_dict(load_file(path / "model.safetensors"))
+    ema.load_state_dict(load_file(path / "ema.safetensors"))
+    optimizer = optimizer_for(progress.stage)
+    _load_optimizer_tensors(optimizer, model, load_file(path / "optimizer.safetensors"))
+    return progress, optimizer
+
+
+def find_checkpoint(folder: Path, note: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint below RUN/checkpoints, or None; says what it passes over."""
+    if not folder.is_dir():
+        return None
+    for leftover in [*folder.glob("writing-*"), *folder.glob("removing-*")]:
+        note(f"ignored {leftover.name}: a checkpoint that was never finished")
+    latest = folder / "latest"
+    named = latest.read_text("utf-8").strip() if latest.is_file() else ""
+    newest_first = sorted((p.name for p in folder.glob("step-*")), reverse=True)
+    for name in dict.fromkeys([*([named] if named else []), *newest_first]):
+        if problem := damage(folder / name):
+            note(f"ignored checkpoint {name}: {problem}")
+        else:
+            return folder / name
+    return None
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a checkpoint folder; empty if it is whole."""
+    try:
+        sizes = json.loads((path / "progress.json").read_text("utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return "it is incomplete (no readable progress.json)"
+    for file, size in sizes.items():
+        actual = (path / file).stat().st_size if (path / file).is_file() else 0
+        if actual != size:
+            return f"{file} has {actual} of {size} bytes"
+    return ""
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Removes leftovers and all but the last `keep` checkpoints and each stage's end."""
+    for leftover in [*folder.glob("writing-*"), *folder.glob("removing-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    for path in sorted(folder.glob("step-*"))[:-keep]:
+        progress_file = path / "progress.json"
+        if progress_file.is_file() and json.loads(progress_file.read_text())["is_stage_end"]:
+            continue
+        # Renamed first: a kill in the middle must not leave what looks like a checkpoint.
+        removing = path.with_name(f"removing-{path.name}")
+        path.rename(removing)
+        shutil.rmtree(removing, ignore_errors=True)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """AdamW's state as `parameter.key` tensors (key: step, exp_avg, exp_avg_sq)."""
+    names = [name for name, _ in model.named_parameters()]
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{names[index]}.{key}": value
+        for index, values in state.items()
+        for key, value in values.items()
+    }
+
+
+def _load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
+) -> None:
+    index = {name: i for i, (name, _) in enumerate(model.named_parameters())}
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        parameter, key = name.rsplit(".", 1)
+        state.setdefault(index[parameter], {})[key] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # how the library reports a full disk
+        raise OSError(f"cannot write {path}: {error}") from error
+    _sync(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's or folder's content is on the disk: a rename must not overtake it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    if target.exists():  # damaged, or of a step that is now run again
+        shutil.rmtree(target)
+    source.rename(target)
+    _sync(target.parent)

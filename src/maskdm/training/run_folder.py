@@ -1,0 +1,49 @@
+"""Claiming a run's folder: what was asked for is written down, and checked when it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from maskdm.recipe import Recipe, differences, load_recipe
+
+
+def claim_run_folder(
+    run_dir: Path, recipe: Recipe, resume: str, environment: dict[str, Any]
+) -> None:
+    """Makes RUN with its recipe.yaml, or checks that the run in it has an equal recipe.
+
+    Args:
+        resume: `auto` accepts a folder with a run of an equal recipe; `never` accepts none.
+        environment: appended to environment.json, one entry for each start.
+
+    Raises:
+        ValueError: the folder holds another recipe's run (its differences are listed), or a run
+            where `never` was asked. Nothing is changed.
+    """
+    path = run_dir / "recipe.yaml"
+    if path.is_file():
+        if resume == "never":
+            raise ValueError(f"{run_dir} already holds a run: name a new folder with --out")
+        if changed := differences(load_recipe(path), recipe):
+            raise ValueError(
+                f"{run_dir} holds a run of another recipe ({'; '.join(changed)}): "
+                "give the same settings to continue it, or name a new folder with --out"
+            )
+    elif run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"{run_dir} is a file: name a folder with --out")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        _write(path, recipe.to_yaml())
+    starts_path = run_dir / "environment.json"
+    starts = json.loads(starts_path.read_text("utf-8")) if starts_path.is_file() else []
+    _write(starts_path, json.dumps([*starts, environment], indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    writing = path.with_name(path.name + ".writing")
+    writing.write_text(text, "utf-8")
+    os.replace(writing, path)

@@ -1,0 +1,88 @@
+"""Losses and times between two lines of metrics, read from the device once a line."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from maskdm.training.checkpoint import Progress
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training broke down: the loss or the gradient is no longer a number."""
+
+
+class Tick:
+    """Collects each step's loss and gradient norm without a host sync, and times the loop."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._pending: list[Tensor] = []  # (loss, gradient norm) of steps not yet read
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since = self._lap = time.perf_counter()
+        self._first_images = self._progress.images
+        self._waited_sec = self._paused_sec = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the block as time spent waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited_sec += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps the block (previews, saving) out of speed and training time."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self._paused_sec += seconds
+        self._lap += seconds
+
+    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Takes a step's loss and gradient norm, float32 () on the device."""
+        self._pending.append(torch.stack([loss, grad_norm.to(loss.dtype)]))
+
+    def read(self, accelerator: Accelerator) -> None:
+        """Brings the pending values to the host, averaged over ranks, into the progress.
+
+        Raises NonFiniteLoss, on every rank, with the step at which it began.
+        """
+        values = accelerator.reduce(torch.stack(self._pending), "mean").tolist()  # the one sync
+        self._pending.clear()
+        now = time.perf_counter()
+        self._progress.elapsed_sec += now - self._lap
+        self._lap = now
+        first_step = self._progress.step - len(values) + 1
+        for step, (loss, norm) in enumerate(values, first_step):
+            # fp16's loss scaler meets infinite gradients by design, and skips those steps
+            if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(norm)):
+                raise NonFiniteLoss(f"loss {loss:g}, gradient norm {norm:g} at step {step}")
+            self._progress.tick.append((loss, norm))
+
+    def line(self) -> dict[str, Any]:
+        """What happened since the last line; begins the next."""
+        now, progress = time.perf_counter(), self._progress
+        losses, norms = zip(*progress.tick, strict=True)
+        seconds = now - self._since - self._paused_sec
+        line = {
+            "images": progress.images,
+            "loss": math.fsum(losses) / len(losses),
+            "grad_norm": math.fsum(norms) / len(norms),
+            "images_per_sec": (progress.images - self._first_images) / seconds,
+            "data_wait": self._waited_sec / seconds,
+            "flops": progress.flops,
+            "elapsed_sec": progress.elapsed_sec,
+        }
+        progress.tick = []
+        self._restart()
+        return line

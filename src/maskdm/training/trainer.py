@@ -1,0 +1,302 @@
+"""The training loop: stages in, checkpoints out. One loop; a stage is data."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from torch import Tensor, nn
+
+from maskdm.diffusion.schedule import make_schedule
+from maskdm.images.order import ImageOrder
+from maskdm.images.store import Store, open_store
+from maskdm.masks import Grid, num_visible
+from maskdm.models.uvit import UViT
+from maskdm.recipe import Recipe, Stage
+from maskdm.seeds import derive_seed
+from maskdm.tokens import grid_shape
+from maskdm.training.checkpoint import (
+    Progress,
+    find_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from maskdm.training.ema import continue_ema, make_ema, restart_ema
+from maskdm.training.monitor import Monitor, clock, device_name, environment, flops_text
+from maskdm.training.optim import choose_precision, learning_rate, make_optimizer
+from maskdm.training.run_folder import claim_run_folder
+from maskdm.training.step import backward, draw_batch, step_generator
+from maskdm.training.stop import StopRequest
+from maskdm.training.tick import NonFiniteLoss, Tick
+
+Preview = Callable[[Accelerator, UViT, Path], None]
+"""Draws a preview grid with the averaged model into a file; called on every rank."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` leaves behind.
+
+    Attributes:
+        finished: False if a signal stopped the run after saving; calling again continues it.
+        ema: the averaged model, on the training device, in evaluation mode.
+        checkpoint: the newest checkpoint.
+    """
+
+    finished: bool
+    ema: UViT
+    checkpoint: Path
+
+
+def train(
+    recipe: Recipe,
+    run_dir: Path,
+    resume: str = "auto",
+    preview: Preview | None = None,
+    show: bool = True,
+) -> TrainResult:
+    """Runs a recipe's stages in a run's folder, from the start or from its newest checkpoint.
+
+    Args:
+        recipe: the settings of the whole run.
+        run_dir: RUN; made if it isn't there. A run of an equal recipe in it is continued.
+        resume: `auto` continues; `never` refuses a folder that holds a run.
+        preview: draws preview grids; None = none are drawn.
+        show: print to the console.
+
+    Raises:
+        ValueError: settings, source or folder don't fit; nothing was changed.
+        NonFiniteLoss: the loss diverged; the last good checkpoint stays.
+        OSError: the disk refused; the last good checkpoint stays.
+    """
+    # Refuse what cannot work before anything is written.
+    grid = grid_shape(recipe.data.size, recipe.data.size, recipe.model.patch_size)
+    visible_counts = [num_visible(stage.mask, grid) for stage in recipe.stages]
+    precision, reason = choose_precision(recipe.precision, PartialState().device)
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    _refuse_unfit_ranks(recipe, accelerator)
+    with accelerator.main_process_first():
+        store = open_store(recipe.data, progress=show and accelerator.is_main_process)
+    _refuse_unfit_labels(recipe, store)
+    if accelerator.is_main_process:
+        facts = environment(accelerator.device, accelerator.num_processes)
+        claim_run_folder(run_dir, recipe, resume, {**facts, "precision": precision})
+    accelerator.wait_for_everyone()
+
+    # Build the model and its average: the same weights on every rank and in every run.
+    model = build_model(recipe).to(accelerator.device)
+    ema = make_ema(model)
+    step_flops = [
+        3 * model.forward_flops(count) * stage.batch_size  # forward, and twice that backward
+        for count, stage in zip(visible_counts, recipe.stages, strict=True)
+    ]
+    total_flops = sum(f * s.steps for f, s in zip(step_flops, recipe.stages, strict=True))
+    monitor = Monitor(run_dir, total_flops, accelerator.is_main_process, show)
+    _introduce(monitor, recipe, store, model, accelerator, f"{precision} ({reason})", total_flops)
+
+    # Take up the newest whole checkpoint, if there is one.
+    folder = run_dir / "checkpoints"
+    progress, optimizer = Progress(), make_optimizer(model.parameters(), recipe.stages[0])
+    checkpoint = find_checkpoint(folder, note=lambda text: monitor.say(f"note: {text}"))
+    if checkpoint is not None:
+        progress, optimizer = load_checkpoint(
+            checkpoint,
+            model,
+            ema.module,
+            lambda stage: make_optimizer(model.parameters(), recipe.stages[stage]),
+        )
+        monitor.say(f"continuing after {checkpoint.name}")
+    wrapped = accelerator.prepare(model)
+    if accelerator.scaler is not None and progress.scaler:
+        accelerator.scaler.load_state_dict(progress.scaler)
+    order = ImageOrder(len(store), recipe.seed)
+    schedule = make_schedule(recipe.diffusion.schedule)
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
+
+    with StopRequest() as stop, contextlib.closing(monitor):
+        monitor.start(progress.step, progress.flops)
+        while True:
+            # Hand the weights over to the next stage, which begins with a fresh optimizer.
+            stage = recipe.stages[progress.stage]
+            if progress.stage_step == stage.steps:
+                assert checkpoint is not None  # each stage's end is one
+                if progress.stage + 1 == len(recipe.stages):
+                    return TrainResult(True, ema.module, checkpoint)
+                progress.stage, progress.stage_step = progress.stage + 1, 0
+                stage = recipe.stages[progress.stage]
+                if stage.start_from == "ema":
+                    model.load_state_dict(ema.module.state_dict())
+                optimizer = make_optimizer(model.parameters(), stage)
+            if progress.stage_step == 0:
+                restart_ema(ema, model, stage.ema_decay)
+            else:
+                continue_ema(ema, stage.ema_decay)
+            stepper = accelerator.prepare(optimizer)
+            _set_activation_checkpointing(model, stage.activation_checkpointing)
+            hidden = 1 - visible_counts[progress.stage] / (grid[0] * grid[1])
+            monitor.say(_stage_line(recipe, progress, grid, hidden, step_flops[progress.stage]))
+            tick = Tick(progress)
+
+            while progress.stage_step < stage.steps:
+                # Fetch this rank's share of the batch.
+                with tick.waiting():
+                    share = order.rank_indices(progress.images, stage.batch_size, rank, num_ranks)
+                    images = torch.from_numpy(store.images[share]).to(accelerator.device)
+                    labels = _labels(recipe, store, share, accelerator.device)
+
+                # Hide patches and add noise; all of it depends on (seed, rank, step) alone.
+                generator = step_generator(recipe.seed, rank, progress.step, accelerator.device)
+                batch = draw_batch(
+                    images, labels, stage.mask, grid, recipe.data.flip, schedule, generator
+                )
+
+                # Follow the gradient of the denoising loss on the visible patches.
+                for group in stepper.param_groups:
+                    group["lr"] = learning_rate(stage, progress.stage_step)
+                loss = backward(
+                    accelerator, wrapped, batch, schedule, recipe.diffusion, stage.micro_batch_size
+                )
+                grad_norm = _clip_gradients(accelerator, model, stage)
+                stepper.step()
+                stepper.zero_grad()
+                ema.update_parameters(model)
+
+                # Count what was done.
+                tick.add(loss, grad_norm)
+                progress.step += 1
+                progress.stage_step += 1
+                progress.images += stage.batch_size
+                progress.flops += step_flops[progress.stage]
+
+                # At set points read the losses, log, draw a preview, save; leave if asked to.
+                is_end = progress.stage_step == stage.steps
+                is_tick = is_end or progress.step % recipe.log_every == 0
+                stopping = stop.agreed(accelerator, may_ask=is_tick)
+                saving = is_end or stopping or progress.step % recipe.checkpoint_every == 0
+                if is_tick or saving:
+                    _read(tick, accelerator, checkpoint, stage)
+                if is_tick:
+                    where = {"step": progress.step, "stage": stage.name}
+                    how = {"lr": learning_rate(stage, progress.stage_step - 1), "hidden": hidden}
+                    monitor.log({**where, **tick.line(), **how})
+                if preview and (is_end or progress.step % recipe.preview_every == 0):
+                    with tick.paused():
+                        file = run_dir / "samples" / f"step-{progress.step:08d}.png"
+                        preview(accelerator, ema.module, file)
+                if saving:
+                    with tick.paused():
+                        progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
+                        checkpoint = folder / f"step-{progress.step:08d}"
+                        if accelerator.is_main_process:
+                            save_checkpoint(folder, progress, model, ema.module, optimizer, is_end)
+                            prune_checkpoints(folder, recipe.keep_checkpoints)
+                        accelerator.wait_for_everyone()
+                if stopping and not (is_end and progress.stage + 1 == len(recipe.stages)):
+                    monitor.say(f"stopped on request after saving {checkpoint}")
+                    return TrainResult(False, ema.module, checkpoint)
+            monitor.say(f"  done after {clock(progress.elapsed_sec)} of training")
+
+
+def build_model(recipe: Recipe) -> UViT:
+    """The recipe's model, with initial weights that depend on the recipe's seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(recipe.seed, "weights"))
+        settings = recipe.model.model_dump()
+        return UViT(image_size=recipe.data.size, channels=recipe.data.channels, **settings)
+
+
+def _refuse_unfit_ranks(recipe: Recipe, accelerator: Accelerator) -> None:
+    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in known:
+        raise ValueError(
+            f"{accelerator.distributed_type.value} training is not supported: "
+            "launch with plain data parallelism (DDP)"
+        )
+    ranks = accelerator.num_processes
+    for i, stage in enumerate(recipe.stages):
+        if stage.batch_size % ranks:
+            below, above = stage.batch_size // ranks * ranks, -(-stage.batch_size // ranks) * ranks
+            raise ValueError(
+                f"stages.{i}.batch_size {stage.batch_size} does not divide among {ranks} devices: "
+                f"use {f'{below} or ' if below else ''}{above}"
+            )
+
+
+def _refuse_unfit_labels(recipe: Recipe, store: Store) -> None:
+    wanted, names = recipe.model.num_classes, store.manifest["class_names"]
+    if wanted and wanted != len(names):
+        raise ValueError(
+            f"model.num_classes is {wanted}, but {recipe.data.source} has {len(names)} classes: "
+            f"use {len(names)}" + ("" if names else " (class folders root/class/x.png give labels)")
+        )
+
+
+def _labels(recipe: Recipe, store: Store, indices, device: torch.device) -> Tensor | None:  # type: ignore[no-untyped-def]
+    if not recipe.model.num_classes:
+        return None
+    assert store.labels is not None
+    return torch.from_numpy(store.labels[indices]).to(device)
+
+
+def _set_activation_checkpointing(model: UViT, wanted: bool) -> None:
+    if wanted:
+        model.enable_gradient_checkpointing()
+    else:
+        model.disable_gradient_checkpointing()
+
+
+def _clip_gradients(accelerator: Accelerator, model: nn.Module, stage: Stage) -> Tensor:
+    """Clips the gradient where the stage says so; gives its norm before, on the device."""
+    max_norm = math.inf if stage.clip is None else stage.clip
+    return accelerator.clip_grad_norm_(model.parameters(), max_norm).detach()
+
+
+def _read(tick: Tick, accelerator: Accelerator, checkpoint: Path | None, stage: Stage) -> None:
+    """Reads the tick; a loss that is no number gets the way out added to its message."""
+    try:
+        tick.read(accelerator)
+    except NonFiniteLoss as error:
+        saved = f"the last good checkpoint is {checkpoint}" if checkpoint else "nothing was saved"
+        tries = ["a lower lr", "more warmup_steps"]
+        tries += [] if stage.clip else ["clip 1.0"]
+        tries += ["schedule cosine (90 % masking diverges with linear)"]
+        raise NonFiniteLoss(f"{error}; {saved}; try {', '.join(tries)}") from None
+
+
+def _introduce(
+    monitor: Monitor,
+    recipe: Recipe,
+    store: Store,
+    model: UViT,
+    accelerator: Accelerator,
+    precision: str,
+    total_flops: int,
+) -> None:
+    num, height, width, channels = store.images.shape
+    skipped = len(store.manifest["skipped"])
+    left_out = f", {skipped} unreadable left out" if skipped else ""
+    params = sum(parameter.numel() for parameter in model.parameters())
+    monitor.say(f"data    {num:,} images {height}x{width}x{channels} from {recipe.data.source}{left_out}")
+    monitor.say(f"model   U-ViT, {params / 1e6:.2f} M parameters, {model.num_patches} patches")
+    devices = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
+    monitor.say(f"device  {devices}, {precision}")
+    monitor.say(f"plan    {len(recipe.stages)} stages, {flops_text(total_flops)} in all")
+
+
+def _stage_line(recipe: Recipe, progress: Progress, grid: Grid, hidden: float, flops: int) -> str:
+    stage, mask = recipe.stages[progress.stage], recipe.stages[progress.stage].mask
+    title = f"stage {progress.stage + 1}/{len(recipe.stages)} {stage.name}:"
+    if hidden:
+        kind = f"{mask.block}x{mask.block} blocks" if mask.kind == "block" else f"{mask.kind} mask"
+        asked = "" if abs(hidden - mask.rate) < 5e-4 else f" ({100 * mask.rate:.4g} % asked)"
+        what = f"{kind}, {100 * hidden:.4g} % hidden{asked}"
+    else:
+        what = "whole images"
+    work = f"{stage.steps:,} steps of {stage.batch_size} images, {flops_text(flops * stage.steps)}"
+    return f"{title} {what}, {work}"
