@@ -314,7 +314,9 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"recipe {name_or_path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"recipe {name_or_path} is not YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(values, dict):
         raise ValueError(f"recipe {name_or_path} is not a mapping of settings")
     try:

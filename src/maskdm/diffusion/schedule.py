@@ -93,10 +93,8 @@ def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor
     return alpha * x0 + sigma * noise
 
 
-def target_from(
-    prediction: str, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor
-) -> Tensor:
-    """What the network should answer: `eps` the noise, `x0` the image, `v` = alpha noise - sigma x0.
+def target_from(prediction: str, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The network's target: `eps` the noise, `x0` the image, `v` = alpha noise - sigma x0.
 
     v: Salimans & Ho 2022, Section 4. Raises ValueError for an unknown prediction.
     """

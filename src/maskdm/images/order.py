@@ -45,7 +45,9 @@ class ImageOrder:
 
     def _permutation_of(self, number: int) -> np.ndarray:
         if number != self._pass:
-            generator = np.random.Generator(np.random.PCG64(derive_seed(self.seed, "order", number)))
+            generator = np.random.Generator(
+                np.random.PCG64(derive_seed(self.seed, "order", number))
+            )
             self._permutation = generator.permutation(self.num_images)
             self._pass = number
         return self._permutation

@@ -13,9 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-IMAGE_SUFFIXES = frozenset(
-    ".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
-)
+IMAGE_SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 
 
 class Source(ABC):

@@ -156,5 +156,3 @@ def flops_text(flops: float) -> str:
             return f"{flops:.3g} {prefix}FLOP"
         flops /= 1000
     return f"{flops:,.0f} EFLOP"
-
-

@@ -191,7 +191,9 @@ def train(
                         preview(accelerator, ema.module, file)
                 if saving:
                     with tick.paused():
-                        progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
+                        progress.scaler = (
+                            accelerator.scaler.state_dict() if accelerator.scaler else {}
+                        )
                         checkpoint = folder / f"step-{progress.step:08d}"
                         if accelerator.is_main_process:
                             save_checkpoint(folder, progress, model, ema.module, optimizer, is_end)
@@ -282,7 +284,9 @@ def _introduce(
     skipped = len(store.manifest["skipped"])
     left_out = f", {skipped} unreadable left out" if skipped else ""
     params = sum(parameter.numel() for parameter in model.parameters())
-    monitor.say(f"data    {num:,} images {height}x{width}x{channels} from {recipe.data.source}{left_out}")
+    monitor.say(
+        f"data    {num:,} images {height}x{width}x{channels} from {recipe.data.source}{left_out}"
+    )
     monitor.say(f"model   U-ViT, {params / 1e6:.2f} M parameters, {model.num_patches} patches")
     devices = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
     monitor.say(f"device  {devices}, {precision}")
