@@ -18,6 +18,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
 
+class SettingsError(ValueError):
+    """What is wrong with settings, in one line: where, which rule, which value, the way out.
+
+    Attributes:
+        mistakes: (dotted name of the setting, message) pairs.
+    """
+
+    def __init__(self, mistakes: list[tuple[str, str]]):
+        self.mistakes = mistakes
+        super().__init__(
+            "; ".join(f"{where}: {what}" if where else what for where, what in mistakes)
+        )
+
+
 class Settings(BaseModel):
     """A frozen group of settings that refuses unknown names and out-of-range values."""
 
@@ -26,11 +40,35 @@ class Settings(BaseModel):
     if not TYPE_CHECKING:  # type checkers keep the field names of the constructor
 
         def __init__(self, **values: Any):
-            """Raises ValueError, one line that names the setting, the rule and the value."""
+            """Raises SettingsError, a ValueError."""
             try:
                 super().__init__(**values)
             except ValidationError as error:
-                raise ValueError(one_line(error, type(self))) from None
+                raise SettingsError(_mistakes(error, list(type(self).model_fields))) from None
+
+
+def _mistakes(error: ValidationError, known: list[str]) -> list[tuple[str, str]]:
+    """Plain words for pydantic's errors in a group of settings with the `known` names."""
+    mistakes = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"])
+        inner = item.get("ctx", {}).get("error")
+        if isinstance(inner, SettingsError):  # a group within this one
+            mistakes += [
+                (f"{where}.{name}" if name else where, what) for name, what in inner.mistakes
+            ]
+        elif item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            mistakes.append((where, f"unknown setting: {hint}"))
+        elif item["type"] == "missing":
+            mistakes.append((where, "a value is needed"))
+        elif item["type"] == "value_error":
+            mistakes.append((where, str(inner)))
+        else:
+            rule = item["msg"][0].lower() + item["msg"][1:]
+            mistakes.append((where, f"{rule}, not {item['input']!r}"))
+    return mistakes
 
 
 class Data(Settings):
@@ -240,41 +278,6 @@ class Recipe(Settings):
     def to_yaml(self) -> str:
         """The recipe as YAML text; `load_recipe` of it gives an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def one_line(error: ValidationError, settings: type[Settings]) -> str:
-    """Says what is wrong with settings: where, which rule, which value, and the way out.
-
-    Several mistakes are joined by `; `. An unknown name comes with the nearest known one.
-    """
-    lines = []
-    for item in error.errors(include_url=False):
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            known = _known_names(settings, item["loc"][:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            lines.append(f"unknown setting {where}: {hint}")
-        elif item["type"] == "missing":
-            lines.append(f"{where}: a value is needed")
-        elif item["type"] == "value_error":
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {message}" if where else message)
-        else:
-            message = item["msg"][0].lower() + item["msg"][1:]
-            lines.append(f"{where}: {message}, not {item['input']!r}")
-    return "; ".join(lines)
-
-
-def _known_names(settings: type[Settings], where: tuple[int | str, ...]) -> list[str]:
-    """Names of the settings in the group that the path `where` leads to."""
-    nested = {"stages": Stage, "mask": Mask}
-    for part in where:
-        if isinstance(part, str):
-            annotation = settings.model_fields[part].annotation
-            is_group = isinstance(annotation, type) and issubclass(annotation, Settings)
-            settings = annotation if is_group else nested[part]  # type: ignore[assignment]
-    return list(settings.model_fields)
 
 
 def recipe_names() -> list[str]:

@@ -71,10 +71,10 @@ class UViT(ModelMixin, ConfigMixin):
         self.label_embed = nn.Embedding(num_classes, embed_dim) if num_classes else None
         self.pos_embed = nn.Parameter(torch.zeros(self.num_extras + self.num_patches, embed_dim))
         half = depth // 2
-        block = dict(dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio)
-        self.in_blocks = nn.ModuleList(Block(**block) for _ in range(half))
-        self.mid_block = Block(**block)
-        self.out_blocks = nn.ModuleList(SkipBlock(**block) for _ in range(half))
+        sizes = (embed_dim, num_heads, mlp_ratio)
+        self.in_blocks = nn.ModuleList(Block(*sizes) for _ in range(half))
+        self.mid_block = Block(*sizes)
+        self.out_blocks = nn.ModuleList(SkipBlock(*sizes) for _ in range(half))
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, patch_values)
         self.output_conv = nn.Conv2d(channels, channels, 3, padding=1) if final_conv else None
@@ -86,11 +86,10 @@ class UViT(ModelMixin, ConfigMixin):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.trunc_normal_(module.weight, std=0.02, a=-2, b=2)
-            if isinstance(module, nn.Linear) and module.bias is not None:
+            if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         if self.output_conv is not None:  # begins as the identity: harmless until trained
             nn.init.dirac_(self.output_conv.weight)
-            nn.init.zeros_(self.output_conv.bias)
 
     def forward(
         self, patches: Tensor, positions: Tensor, t: Tensor, labels: Tensor | None = None

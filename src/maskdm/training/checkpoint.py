@@ -16,12 +16,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
@@ -90,8 +92,8 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, ema: nn.Module, optimizer_for: Callable[[int], Any]
-) -> tuple[Progress, torch.optim.Optimizer]:
+    path: Path, model: nn.Module, ema: nn.Module, optimizer_for: Callable[[int], OptimizerT]
+) -> tuple[Progress, OptimizerT]:
     """Puts a checkpoint's state into model and average; gives back counters and optimizer.
 
     `optimizer_for(stage)` makes the stage's fresh optimizer over the model's parameters; its

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
@@ -92,6 +93,7 @@ def train(
     # Build the model and its average: the same weights on every rank and in every run.
     model = build_model(recipe).to(accelerator.device)
     ema = make_ema(model)
+    averaged = cast(UViT, ema.module)
     step_flops = [
         3 * model.forward_flops(count) * stage.batch_size  # forward, and twice that backward
         for count, stage in zip(visible_counts, recipe.stages, strict=True)
@@ -102,13 +104,14 @@ def train(
 
     # Take up the newest whole checkpoint, if there is one.
     folder = run_dir / "checkpoints"
-    progress, optimizer = Progress(), make_optimizer(model.parameters(), recipe.stages[0])
+    progress = Progress()
+    optimizer = make_optimizer(model.parameters(), recipe.stages[0])
     checkpoint = find_checkpoint(folder, note=lambda text: monitor.say(f"note: {text}"))
     if checkpoint is not None:
         progress, optimizer = load_checkpoint(
             checkpoint,
             model,
-            ema.module,
+            averaged,
             lambda stage: make_optimizer(model.parameters(), recipe.stages[stage]),
         )
         monitor.say(f"continuing after {checkpoint.name}")
@@ -127,7 +130,7 @@ def train(
             if progress.stage_step == stage.steps:
                 assert checkpoint is not None  # each stage's end is one
                 if progress.stage + 1 == len(recipe.stages):
-                    return TrainResult(True, ema.module, checkpoint)
+                    return TrainResult(True, averaged, checkpoint)
                 progress.stage, progress.stage_step = progress.stage + 1, 0
                 stage = recipe.stages[progress.stage]
                 if stage.start_from == "ema":
@@ -188,7 +191,7 @@ def train(
                 if preview and (is_end or progress.step % recipe.preview_every == 0):
                     with tick.paused():
                         file = run_dir / "samples" / f"step-{progress.step:08d}.png"
-                        preview(accelerator, ema.module, file)
+                        preview(accelerator, averaged, file)
                 if saving:
                     with tick.paused():
                         progress.scaler = (
@@ -196,12 +199,13 @@ def train(
                         )
                         checkpoint = folder / f"step-{progress.step:08d}"
                         if accelerator.is_main_process:
-                            save_checkpoint(folder, progress, model, ema.module, optimizer, is_end)
+                            save_checkpoint(folder, progress, model, averaged, optimizer, is_end)
                             prune_checkpoints(folder, recipe.keep_checkpoints)
                         accelerator.wait_for_everyone()
-                if stopping and not (is_end and progress.stage + 1 == len(recipe.stages)):
-                    monitor.say(f"stopped on request after saving {checkpoint}")
-                    return TrainResult(False, ema.module, checkpoint)
+                    is_last = is_end and progress.stage + 1 == len(recipe.stages)
+                    if stopping and not is_last:
+                        monitor.say(f"stopped on request after saving {checkpoint}")
+                        return TrainResult(False, averaged, checkpoint)
             monitor.say(f"  done after {clock(progress.elapsed_sec)} of training")
 
 

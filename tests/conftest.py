@@ -1,0 +1,72 @@
+"""Shared fixtures: a cache of its own for each test run, a recipe that trains in a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskdm.recipe import Recipe
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASKDM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def tiny_settings() -> dict[str, Any]:
+    stage = {"batch_size": 8, "lr": 1e-3, "betas": (0.9, 0.99), "warmup_steps": 2, "clip": 1.0}
+    return {
+        "data": {"source": "digits", "size": 8, "channels": 1},
+        "model": {"patch_size": 2, "embed_dim": 16, "depth": 3, "num_heads": 2},
+        "diffusion": {"schedule": "cosine", "prediction": "x0", "weighting": "min-snr"},
+        "stages": [
+            {"name": "hide", "mask": {"kind": "block", "rate": 0.5}, "steps": 6, **stage},
+            {"name": "show", "steps": 5, **stage},
+        ],
+        "sampling": {"steps": 4, "batch_size": 8},
+        "evaluation": {"num": 16, "num_components": 4},
+        "log_every": 2,
+        "checkpoint_every": 4,
+        "preview_every": 100,
+        "num_previews": 4,
+        "precision": "fp32",
+    }
+
+
+@pytest.fixture
+def tiny() -> Recipe:
+    """Digits, a 10,000-parameter U-ViT, 6 steps with half the blocks hidden, 5 without."""
+    return Recipe(**tiny_settings())
+
+
+@pytest.fixture
+def changed(tiny: Recipe) -> Callable[..., Recipe]:
+    """The tiny recipe with other top-level settings, given as keywords."""
+    return lambda **changes: Recipe(**{**tiny.model_dump(), **changes})
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Six RGB PNGs in two class folders, of different sizes, with Mac litter beside them."""
+    root = tmp_path / "images"
+    generator = np.random.default_rng(0)
+    for number, (name, size) in enumerate(
+        [("cat/b.png", (9, 8)), ("cat/a.png", (8, 8)), ("cat/c.PNG", (20, 33)),
+         ("dog/a.jpg", (16, 16)), ("dog/b.png", (8, 12)), ("dog/c.png", (64, 64))]
+    ):  # fmt: skip
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        pixels[0, 0] = number
+        Image.fromarray(pixels).save(path)
+    (root / "cat" / ".DS_Store").write_bytes(b"litter")
+    (root / "cat" / "._a.png").write_bytes(b"litter")
+    (root / "notes.txt").write_text("not an image")
+    return root

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import typing
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from maskdm import recipe as recipes
+from maskdm.diffusion.schedule import SCHEDULES
+from maskdm.evaluation.features import FEATURES
+from maskdm.images.store import CROPS
+from maskdm.masks import MASKS
+from maskdm.recipe import Mask, Recipe, Stage, differences, load_recipe, recipe_names
+from maskdm.sampling.samplers import BETA_SCHEDULES, PREDICTION_TYPES, SAMPLERS
+
+STAGE = {"name": "a", "steps": 1, "batch_size": 1, "lr": 1e-3}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipes_load_and_come_back_equal_from_their_yaml(name, tmp_path):
+    recipe = load_recipe(name)
+    assert recipe.stages[-1].mask.rate == 0
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@given(
+    st.floats(1e-8, 10),
+    st.floats(0, 0.999),
+    st.text(min_size=1, max_size=20),
+    st.one_of(st.none(), st.floats(1e-3, 1e3)),
+    st.tuples(st.floats(0, 0.9999), st.floats(0, 0.9999)),
+)
+def test_any_values_survive_the_file(lr, rate, source, clip, betas):
+    stage = {**STAGE, "lr": lr, "mask": {"kind": "patch", "rate": rate}, "clip": clip}
+    recipe = Recipe(data={"source": source}, stages=[{**stage, "betas": betas}])
+    assert Recipe(**yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        load_recipe("digits").seed = 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sed": 1}, "sed: unknown setting: did you mean seed"),
+        ({"data": {"scource": "x"}}, "data.scource: unknown setting: did you mean source"),
+        ({"stages": [{**STAGE, "lrr": 1}]}, "stages.0.lrr: unknown setting: did you mean lr"),
+        (
+            {"stages": [{**STAGE, "mask": {"rat": 1}}]},
+            "stages.0.mask.rat: unknown setting: did you mean rate",
+        ),
+        ({"stages": [{**STAGE, "mask": {"kind": "patch", "rate": 1}}]}, "less than 1, not 1"),
+        ({"stages": [{**STAGE, "mask": {"rate": 0.5}}]}, "stages.0.mask: mask kind none hides"),
+        ({"stages": []}, "stages"),
+        ({"stages": [{"name": "a"}]}, "stages.0.steps: a value is needed"),
+        ({"stages": [STAGE, STAGE]}, "stage names must differ, but they are a, a"),
+        ({"data": {"size": 30}}, "size 30 is not a multiple of model.patch_size 4: use 28 or 32"),
+        ({"data": {"size": 3}}, "use 4$"),
+        ({"model": {"depth": 12}}, "depth 12 is even.*use 11 or 13"),
+        ({"model": {"embed_dim": 100}}, "embed_dim 100 is not a multiple of 2 x num_heads = 16"),
+        ({"sampling": {"steps": 30}}, "30 sampling steps do not divide.*use 25 or 40"),
+        ({"diffusion": {"schedule": "sqrt"}}, "diffusion.schedule: .*'linear' or 'cosine'"),
+        ({"stages": [{**STAGE, "warmup_steps": 2}]}, "warmup_steps 2 outlasts the stage's 1"),
+        ({"stages": [{**STAGE, "betas": (0.9, 1.0)}]}, r"betas .* must lie in \[0, 1\)"),
+    ],
+)
+def test_mistakes_get_one_line_with_the_rule_and_the_way_out(settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Recipe(**{"stages": [STAGE], "data": {"size": 8}, **settings})
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_recipe_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no recipe 'digts': did you mean digits.*celeba64"):
+        load_recipe("digts")
+    file = tmp_path / "broken.yaml"
+    file.write_text("stages: [")
+    with pytest.raises(ValueError, match="broken.yaml is not YAML"):
+        load_recipe(file)
+    file.write_text("- 1")
+    with pytest.raises(ValueError, match="not a mapping"):
+        load_recipe(file)
+
+
+def test_differences_name_each_setting_with_both_values(tiny, changed):
+    stages = [tiny.stages[0].model_dump(), {**tiny.stages[1].model_dump(), "lr": 1.0}]
+    assert differences(tiny, changed(seed=3, stages=stages)) == [
+        "stages.1.lr: 0.001 -> 1.0",
+        "seed: 0 -> 3",
+    ]
+    assert differences(tiny, changed(stages=stages[:1])) == ["stages: 2 -> 1 of them"]
+    assert differences(tiny, tiny) == []
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "known"),
+    [
+        (recipes.Data, "crop", set(CROPS)),
+        (recipes.Diffusion, "schedule", set(SCHEDULES)),
+        (recipes.Diffusion, "schedule", set(BETA_SCHEDULES)),
+        (recipes.Diffusion, "prediction", set(PREDICTION_TYPES)),
+        (recipes.Sampling, "sampler", set(SAMPLERS)),
+        (recipes.Evaluation, "features", set(FEATURES)),
+        (Mask, "kind", {*MASKS, "none"}),
+    ],
+)
+def test_choices_are_the_registries_names(group, field, known):
+    assert set(typing.get_args(group.model_fields[field].annotation)) == known
+
+
+def test_every_setting_has_a_help_text():
+    groups = [value for value in vars(recipes).values() if isinstance(value, type)]
+    for group in groups:
+        if issubclass(group, recipes.Settings) and group not in (recipes.Settings, Recipe, Stage):
+            for name, field in group.model_fields.items():
+                assert field.description, f"{group.__name__}.{name}"
