@@ -8,8 +8,8 @@ from pathlib import Path
 import maskdm
 
 ROOMS = (
-    "recipe seeds images tokens masks diffusion models training sampling evaluation hub report cli "
-    "__main__"
+    "recipe seeds engine images tokens masks diffusion models training sampling evaluation hub "
+    "report cli __main__"
 ).split()
 ROOT = Path(maskdm.__file__).parent
 

@@ -279,7 +279,10 @@ def _run(name: str, arguments: list[str]) -> int:
     command = COMMANDS[name]
     if name == "train":
         command = _with_recipe(arguments)
-    return tyro.cli(command, prog=f"maskdm {name}", args=arguments)
+    code = tyro.cli(command, prog=f"maskdm {name}", args=arguments)
+    if "maskdm.engine" in sys.modules:
+        sys.modules["maskdm.engine"].leave()
+    return code
 
 
 def _with_recipe(arguments: list[str]) -> Callable[..., int]:
@@ -300,14 +303,14 @@ def _with_recipe(arguments: list[str]) -> Callable[..., int]:
 
 def _load(run: str) -> tuple[Any, str]:
     """The pipeline that a user names, on this process's device."""
-    from accelerate import PartialState
     from diffusers.utils import logging
 
+    from maskdm.engine import process_state
     from maskdm.hub import load_pipeline
 
     logging.disable_progress_bar()
     pipeline, origin = load_pipeline(run)
-    pipeline.to(PartialState().device)
+    pipeline.to(process_state().device)
     return pipeline, origin
 
 
@@ -327,9 +330,9 @@ def _save_npz(images: np.ndarray, num_classes: int, out: Path) -> None:
 
 
 def _is_main_process() -> bool:
-    from accelerate import PartialState
+    from maskdm.engine import process_state
 
-    return PartialState().is_main_process
+    return process_state().is_main_process
 
 
 def _is_ours(error: Exception) -> bool:

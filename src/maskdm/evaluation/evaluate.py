@@ -9,14 +9,14 @@ from typing import Any
 from diffusers import DDIMScheduler
 
 import maskdm
+from maskdm.engine import choose_precision, device_name
 from maskdm.evaluation.distances import frechet_distance, half_split_distance
 from maskdm.evaluation.features import FEATURES
 from maskdm.images.store import Store
 from maskdm.models.uvit import UViT
 from maskdm.recipe import Evaluation, Sampling
 from maskdm.sampling.generate import generate_on_all_ranks
-from maskdm.training.monitor import device_name, source_commit
-from maskdm.training.optim import choose_precision
+from maskdm.training.monitor import source_commit
 
 
 def evaluate(

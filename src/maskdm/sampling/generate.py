@@ -7,18 +7,17 @@ import math
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather
 from diffusers import DDIMScheduler
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from maskdm.engine import choose_precision, process_state
 from maskdm.models.uvit import UViT
 from maskdm.recipe import Sampling
 from maskdm.sampling.samplers import SAMPLERS, model_denoise
 from maskdm.seeds import derive_seed
 from maskdm.tokens import patchify, unpatchify
-from maskdm.training.optim import choose_precision
 
 
 @torch.no_grad()
@@ -86,7 +85,7 @@ def generate_on_all_ranks(
 
     To be called on every rank of a distributed run; with one process it is `generate`.
     """
-    state = PartialState()
+    state = process_state()
     share = math.ceil(num / state.num_processes)
     start = state.process_index * share
     indices = list(range(start, start + share))  # the last rank may draw a few too many

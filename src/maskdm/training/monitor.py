@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import maskdm
+from maskdm.engine import device_name
 
 PLAIN_LINE_SEC = 10.0  # without a terminal, a line of progress at most this often
 
@@ -118,13 +119,6 @@ def environment(device: torch.device, num_ranks: int) -> dict[str, Any]:
         "num_ranks": num_ranks,
         "cpu_threads": torch.get_num_threads(),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """A device as a person knows it: the GPU's name, or cpu with its architecture."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()})"
 
 
 def source_commit() -> str | None:

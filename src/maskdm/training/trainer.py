@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from maskdm.diffusion.schedule import make_schedule
+from maskdm.engine import device_name, make_accelerator
 from maskdm.images.order import ImageOrder
 from maskdm.images.store import Store, open_store
 from maskdm.masks import Grid, num_visible
@@ -29,8 +30,8 @@ from maskdm.training.checkpoint import (
     save_checkpoint,
 )
 from maskdm.training.ema import continue_ema, make_ema, restart_ema
-from maskdm.training.monitor import Monitor, clock, device_name, environment, flops_text
-from maskdm.training.optim import choose_precision, learning_rate, make_optimizer
+from maskdm.training.monitor import Monitor, clock, environment, flops_text
+from maskdm.training.optim import learning_rate, make_optimizer
 from maskdm.training.run_folder import claim_run_folder
 from maskdm.training.step import backward, draw_batch, step_generator
 from maskdm.training.stop import StopRequest
@@ -79,9 +80,8 @@ def train(
     # Refuse what cannot work before anything is written.
     grid = grid_shape(recipe.data.size, recipe.data.size, recipe.model.patch_size)
     visible_counts = [num_visible(stage.mask, grid) for stage in recipe.stages]
-    precision, reason = choose_precision(recipe.precision, PartialState().device)
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
-    _refuse_unfit_ranks(recipe, accelerator)
+    accelerator, precision, reason = make_accelerator(recipe.precision)
+    _refuse_uneven_batches(recipe, accelerator.num_processes)
     with accelerator.main_process_first():
         store = open_store(recipe.data, progress=show and accelerator.is_main_process)
     _refuse_unfit_labels(recipe, store)
@@ -217,20 +217,13 @@ def build_model(recipe: Recipe) -> UViT:
         return UViT(image_size=recipe.data.size, channels=recipe.data.channels, **settings)
 
 
-def _refuse_unfit_ranks(recipe: Recipe, accelerator: Accelerator) -> None:
-    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in known:
-        raise ValueError(
-            f"{accelerator.distributed_type.value} training is not supported: "
-            "launch with plain data parallelism (DDP)"
-        )
-    ranks = accelerator.num_processes
+def _refuse_uneven_batches(recipe: Recipe, num_ranks: int) -> None:
     for i, stage in enumerate(recipe.stages):
-        if stage.batch_size % ranks:
-            below, above = stage.batch_size // ranks * ranks, -(-stage.batch_size // ranks) * ranks
+        if stage.batch_size % num_ranks:
+            below = stage.batch_size // num_ranks * num_ranks
             raise ValueError(
-                f"stages.{i}.batch_size {stage.batch_size} does not divide among {ranks} devices: "
-                f"use {f'{below} or ' if below else ''}{above}"
+                f"stages.{i}.batch_size {stage.batch_size} does not divide among {num_ranks} "
+                f"devices: use {f'{below} or ' if below else ''}{below + num_ranks}"
             )
 
 

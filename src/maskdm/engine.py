@@ -1,0 +1,84 @@
+"""This process's place among its peers, its device, and the one decision about precision.
+
+Hugging Face Accelerate does the work: plain `python`, `accelerate launch`, `torchrun` and SLURM
+all end here.
+"""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+
+SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_XPU,
+)
+
+
+def process_state() -> PartialState:
+    """Joins the processes of this run, once; gives rank, number of ranks and device.
+
+    Without an accelerator the CPU is asked for by name: left to itself, Accelerate takes each
+    process of a `torchrun` without GPUs for a run of its own, all writing the same files.
+
+    Raises ValueError for a kind of parallelism that isn't supported.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if state.distributed_type not in SUPPORTED:
+        raise ValueError(
+            f"{state.distributed_type.value} is not supported: launch with plain data "
+            "parallelism (DDP)"
+        )
+    return state
+
+
+def make_accelerator(requested_precision: str) -> tuple[Accelerator, str, str]:
+    """Accelerate's engine, with the precision that was decided and the reason for it.
+
+    Raises ValueError where the device can't compute in the requested precision.
+    """
+    state = process_state()
+    precision, reason = choose_precision(requested_precision, state.device)
+    accelerator = Accelerator(
+        cpu=state.device.type == "cpu",
+        mixed_precision="no" if precision == "fp32" else precision,
+    )
+    return accelerator, precision, reason
+
+
+def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
+    """Decides the compute precision: `fp32`, `bf16` or `fp16`, and says why.
+
+    Weights, optimizer and moving average stay in fp32 whatever the answer.
+    Raises ValueError where the device cannot do what was requested.
+    """
+    if requested == "fp16" and device.type != "cuda":
+        raise ValueError(f"precision fp16 needs a CUDA device, and this is {device.type}: use auto")
+    if requested != "auto":
+        return requested, "as the recipe says"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", "the GPU computes it natively"
+    if device.type == "cuda":
+        return "fp32", "this GPU has no bf16 units; precision fp16 is faster, if less stable"
+    return "fp32", f"bf16 is not faster on {device.type}"
+
+
+def device_name(device: torch.device) -> str:
+    """A device as a person knows it: the GPU's name, or cpu with its architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
+
+
+def leave() -> None:
+    """Waits until every rank is done, then dissolves the group.
+
+    A rank that just exits can abort peers which still write their last files.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
