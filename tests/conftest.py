@@ -33,7 +33,7 @@ def tiny_settings() -> dict[str, Any]:
         "sampling": {"steps": 4, "batch_size": 8},
         "evaluation": {"num": 16, "num_components": 4},
         "log_every": 2,
-        "checkpoint_every": 4,
+        "checkpoint_every": 3,  # not in step with log_every
         "preview_every": 100,
         "num_previews": 4,
         "precision": "fp32",

@@ -120,3 +120,19 @@ def test_every_setting_has_a_help_text():
         if issubclass(group, recipes.Settings) and group not in (recipes.Settings, Recipe, Stage):
             for name, field in group.model_fields.items():
                 assert field.description, f"{group.__name__}.{name}"
+
+
+def test_the_demos_dense_control_spends_the_same_compute():
+    from maskdm.masks import num_visible
+    from maskdm.training.trainer import build_model
+
+    totals = []
+    for name in ("digits", "digits-dense"):
+        recipe = load_recipe(name)
+        flops = build_model(recipe).forward_flops
+        totals.append(
+            sum(flops(num_visible(s.mask, (4, 4))) * s.batch_size * s.steps for s in recipe.stages)
+        )
+    assert totals[1] == pytest.approx(totals[0], rel=1e-3)
+    rest = [load_recipe(name).model_dump(exclude={"stages"}) for name in ("digits", "digits-dense")]
+    assert rest[0] == rest[1]

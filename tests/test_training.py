@@ -86,9 +86,9 @@ def test_both_stages_run_and_leave_what_they_should(tiny, tmp_path):
     assert load_recipe(tmp_path / "recipe.yaml") == tiny
     start = json.loads((tmp_path / "environment.json").read_text())[0]
     assert start["packages"]["torch"] == torch.__version__.split("+")[0]
-    # checkpoint_every 4, keep 2: steps 8 and 11 (the last two) and 6 (the first stage's end)
+    # checkpoint_every 3, keep 2: steps 9 and 11 (the last two) and 6 (the first stage's end)
     names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
-    assert names == ["step-00000006", "step-00000008", "step-00000011"]
+    assert names == ["step-00000006", "step-00000009", "step-00000011"]
 
 
 def test_the_loss_falls(changed, tmp_path):
@@ -113,9 +113,9 @@ def test_a_signal_saves_and_the_next_call_continues_to_the_same_bits(tiny, tmp_p
 
     assert threading.current_thread() is threading.main_thread()
     stages = [stage.model_dump() for stage in tiny.stages]
-    recipe = Recipe(**{**tiny.model_dump(), "stages": stages, "preview_every": 3})
+    recipe = Recipe(**{**tiny.model_dump(), "stages": stages, "preview_every": 4})
     result = quiet(recipe, tmp_path / "broken", preview=press_ctrl_c)
-    assert not result.finished and result.checkpoint.name == "step-00000004"
+    assert not result.finished and result.checkpoint.name == "step-00000005"
     assert quiet(recipe, tmp_path / "broken").finished
     quiet(recipe, tmp_path / "unbroken")
     assert_same_bits(tmp_path / "broken", tmp_path / "unbroken")
@@ -136,7 +136,7 @@ def test_a_run_equals_plain_torch_with_the_same_random_numbers(tiny, tmp_path):
     quiet(tiny, tmp_path)
     store = open_store(tiny.data, progress=False)
     order, schedule = ImageOrder(len(store), tiny.seed), make_schedule("cosine")
-    model, step, images_seen = build_model(tiny), 0, 0
+    model, step, images_seen, losses = build_model(tiny), 0, 0, []
     for stage in tiny.stages:
         optimizer = torch.optim.AdamW(
             model.parameters(), betas=stage.betas, weight_decay=stage.weight_decay
@@ -149,6 +149,7 @@ def test_a_run_equals_plain_torch_with_the_same_random_numbers(tiny, tmp_path):
             loss = masked_denoising_loss(
                 model, b.x0, b.visible, b.t, b.noise, schedule, tiny.diffusion
             )
+            losses.append(loss.mean().item())
             optimizer.zero_grad()
             loss.mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), stage.clip)
@@ -157,6 +158,9 @@ def test_a_run_equals_plain_torch_with_the_same_random_numbers(tiny, tmp_path):
             for name, value in model.state_dict().items():
                 ema[name] = stage.ema_decay * ema[name] + (1 - stage.ema_decay) * value
             step, images_seen = step + 1, images_seen + 8
+    ticks = [losses[i : i + 2] for i in range(0, len(losses), 2)]  # log_every 2
+    logged = [line["loss"] for line in metrics(tmp_path)]
+    np.testing.assert_allclose(logged, [np.mean(tick) for tick in ticks], rtol=1e-4)
     actual = state(tmp_path)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(actual[f"model.safetensors:{name}"], value, rtol=1e-4, atol=1e-6)
@@ -201,6 +205,16 @@ def test_hidden_pixels_change_nothing_at_the_visible_patches(tiny):
     _, other_output, other_x0 = outcome(torch.where(mask, images, 255 - images))
     assert torch.equal(output, other_output) and torch.equal(x0, other_x0)
     assert not torch.equal(outcome(255 - images)[2], x0)
+
+
+def test_a_batch_holds_the_visible_pixels_from_minus_one_to_one(tiny):
+    images = torch.arange(256, dtype=torch.uint8).view(4, 8, 8, 1)
+    schedule, generator = make_schedule("cosine"), step_generator(0, 0, 0, torch.device("cpu"))
+    b = draw_batch(images, None, tiny.stages[0].mask, (4, 4), False, schedule, generator)
+    first = b.visible[3, 0]
+    pixels = images[3, 2 * (first // 4) :, 2 * (first % 4) :][:2, :2].flatten()
+    torch.testing.assert_close(b.x0[3, 0], pixels * (2 / 255) - 1)
+    assert b.noise.shape == b.x0.shape == (4, 8, 4) and b.t.shape == (4,)
 
 
 def test_mirroring_turns_about_half_of_the_images(tiny):
@@ -294,13 +308,13 @@ def test_half_written_checkpoints_are_passed_over_with_a_note(tiny, tmp_path):
     (folder / "writing-step-00000099").mkdir()
     cut = folder / "step-00000011" / "ema.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1])
-    (folder / "step-00000008" / "progress.json").unlink()
+    (folder / "step-00000009" / "progress.json").unlink()
     notes: list[str] = []
     assert find_checkpoint(folder, notes.append) == folder / "step-00000006"
     assert [note.split(":")[0] for note in notes] == [
         "ignored writing-step-00000099",
         "ignored checkpoint step-00000011",
-        "ignored checkpoint step-00000008",
+        "ignored checkpoint step-00000009",
     ]
     assert quiet(tiny, tmp_path).finished
     quiet(tiny, tmp_path / "unbroken")
@@ -323,8 +337,8 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
     monkeypatch.setattr(checkpoints, "save_file", save_file)
     with pytest.raises(OSError, match="No space left"):
         quiet(tiny, tmp_path)
-    assert [p.name for p in (tmp_path / "checkpoints").glob("*step-*")] == ["step-00000004"]
-    assert latest.read_text() == "step-00000004\n"
+    assert [p.name for p in (tmp_path / "checkpoints").glob("*step-*")] == ["step-00000003"]
+    assert latest.read_text() == "step-00000003\n"
     monkeypatch.undo()
     quiet(tiny, tmp_path)
     quiet(tiny, tmp_path / "unbroken")

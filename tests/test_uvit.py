@@ -123,3 +123,12 @@ def test_it_is_saved_and_loaded_as_diffusers_models_are(tmp_path):
 def test_sizes_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)
+
+
+def test_each_token_learns_its_own_position():
+    """The time token has row 0; the patch at grid index i has row i + 1."""
+    model = small()
+    patches, _, t = inputs(model, num_visible=2, batch=1)
+    model(patches, torch.tensor([[0, 5]]), t).square().mean().backward()
+    used = model.pos_embed.grad.abs().sum(1).nonzero().flatten().tolist()
+    assert used == [0, 1, 6]

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import tiny_settings
+from PIL import Image
+from safetensors.torch import load_file
+
+from maskdm.cli import COMMANDS, main
+from maskdm.recipe import load_recipe, recipe_names
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(tiny_settings()))))
+    return str(path)
+
+
+@pytest.fixture
+def run(recipe_file: str, tmp_path: Path) -> Path:
+    assert main(["train", recipe_file, "--out", str(tmp_path / "run")]) == 0
+    return tmp_path / "run"
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs a command that must exit with 2, and gives its error text, boxes unwrapped."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return " ".join(captured.err.replace("│", " ").split())
+
+
+def test_a_run_leaves_previews_plot_model_and_the_next_command(run, capsys):
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [
+        "step-00000006.png",
+        "step-00000011.png",
+    ]
+    assert pixels_of(run / "samples" / "step-00000011.png").shape == (2 * 66 + 2, 2 * 66 + 2)
+    assert pixels_of(run / "loss.png").shape[:2] == (540, 960)
+    assert (run / "model" / "model_index.json").is_file()
+    assert main(["train", str(run / "recipe.yaml"), "--out", str(run)]) == 0
+    assert f"maskdm sample {run}" in capsys.readouterr().out
+
+
+def test_flags_win_over_the_file(recipe_file, tmp_path):
+    flags = "--stages.0.mask.kind patch --stages.0.mask.rate 0.7 --stages.1.steps 3 --data.flip"
+    assert main(["train", recipe_file, "--out", str(tmp_path / "run"), *flags.split()]) == 0
+    recipe = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert recipe.stages[0].mask.kind == "patch" and recipe.stages[0].mask.rate == 0.7
+    assert recipe.stages[1].steps == 3 and recipe.data.flip
+    assert recipe.stages[1].batch_size == 8
+
+
+def test_samples_come_as_grid_array_or_folder(run, tmp_path, capsys):
+    array, grid, folder = tmp_path / "s.npz", tmp_path / "g.png", tmp_path / "images"
+    for out in (array, grid, folder):
+        options = ["--num", "5", "--seed", "1", "--steps", "2", "--out", str(out)]
+        assert main(["sample", str(run), *options]) == 0
+    images = np.load(array)["arr_0"]
+    assert images.dtype == np.uint8 and images.shape == (5, 8, 8, 1)
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(5)]
+    assert np.array_equal(pixels_of(files[3]), images[3, ..., 0])
+    assert pixels_of(grid).shape == (2 * 66 + 2, 3 * 66 + 2)
+    assert "5 images from" in capsys.readouterr().out
+
+
+def test_conditional_samples_carry_their_labels(recipe_file, tmp_path):
+    run = str(tmp_path / "run")
+    assert main(["train", recipe_file, "--out", run, "--model.num-classes", "10"]) == 0
+    assert main(["sample", run, "--num", "12", "--out", str(tmp_path / "s.npz")]) == 0
+    assert np.load(tmp_path / "s.npz")["arr_1"].tolist() == [*range(10), 0, 1]
+
+
+def test_evaluation_is_written_and_printed(run, capsys):
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--features", "pca", "--num", "12", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((run / "evaluation.json").read_text())
+    assert printed["num"] == 12 and printed["model"] == str(run / "model")
+    assert main(["evaluate", str(run), "--num", "12"]) == 0
+    text = capsys.readouterr().out
+    assert f"Frechet distance {printed['distance']:.2f}" in text
+    assert f"differ by {printed['reference_halves']:.2f}" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_without_the_heavy_libraries(command):
+    code = (
+        "import sys; from maskdm.cli import main; "
+        f"assert main(['--help']) == 0 and main(['{command}', '--help']) == 0; "
+        "heavy = {'torch', 'diffusers', 'accelerate', 'sklearn', 'matplotlib'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: maskdm {command}" in done.stdout
+    assert all(name in done.stdout.split("usage")[1] for name in COMMANDS)
+
+
+def test_help_shows_a_recipes_own_stages(capsys):
+    assert main(["train", "celebahq256", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--stages.2.mask.rate" in text and "(default: 0.9)" in text
+
+
+def test_recipes_are_listed_and_printed(capsys):
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == recipe_names()
+    assert main(["recipes", "digits"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["source"] == "digits"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("trian digits", "unknown command 'trian': did you mean train"),
+        ("train", "train needs a recipe: celeba64"),
+        ("train digts --out x", "no recipe 'digts': did you mean digits"),
+        ("train digits", "required"),
+        ("train digits --out x --stages.0.mask.rat 1", "--stages.0.mask.rate"),
+        ("train digits --out x --stages.0.mask.rate 1.5", "less than 1, not 1.5"),
+        ("train digits --out x --stages.0.mask.rate 0.001", "the nearest possible are"),
+        ("train digits --out x --model.patch-size 3", "use 6 or 9"),
+        ("train digits --out x --data.source nowhere", "nowhere does not exist"),
+        ("sample nowhere --out x.png", "nowhere is no run folder, checkpoint or exported"),
+        ("sample nowhere --out x.jpg", "end it in .png"),
+        ("sample nowhere --out x.png --num 0", "at least one"),
+        ("evaluate nowhere", "nowhere is no run folder"),
+        ("recipes nothing", "no recipe 'nothing'"),
+    ],
+)
+def test_mistakes_exit_with_2_and_a_clear_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert message in failure(capsys, *arguments.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_images_and_folders_exit_with_2(image_folder, recipe_file, run, tmp_path, capsys):
+    def train_on(source: Path, *more: str) -> str:
+        return failure(
+            capsys, "train", recipe_file, "--out", str(tmp_path / "new"), "--data.source",
+            str(source), *more
+        )  # fmt: skip
+
+    (image_folder / "cat" / "b.png").write_bytes(b"no image")
+    assert "cat/b.png cannot be read as an image" in train_on(image_folder)
+    (tmp_path / "empty").mkdir()
+    assert "it is empty" in train_on(tmp_path / "empty")
+    assert "has 10 classes: use 10" in train_on(Path("digits"), "--model.num-classes", "2")
+    assert not (tmp_path / "new").exists()
+
+    other = failure(capsys, "train", recipe_file, "--out", str(run), "--seed", "1")
+    assert "another recipe (seed: 0 -> 1)" in other
+    full = failure(capsys, "sample", str(run), "--out", str(run))
+    assert "exists and is not an empty folder" in full
+
+
+def test_a_full_disk_exits_with_1_and_one_line(recipe_file, tmp_path, monkeypatch, capsys):
+    from maskdm.training import checkpoint
+
+    def no_space(tensors, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    assert main(["train", recipe_file, "--out", str(tmp_path / "run")]) == 1
+    assert "maskdm: the disk is full" in capsys.readouterr().err
+
+
+def test_a_defect_of_ours_keeps_its_traceback(recipe_file, tmp_path, monkeypatch):
+    from maskdm.training import trainer
+
+    monkeypatch.setattr(trainer, "open_store", lambda *a, **k: int("a defect"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["train", recipe_file, "--out", str(tmp_path / "run")])
+
+
+def spawn(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "maskdm", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_leaves_a_run_that_continues_to_the_same_bits(recipe_file, tmp_path):
+    flags = ["--stages.0.steps", "60", "--stages.1.steps", "60", "--checkpoint-every", "7"]
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    for num_lines in (3, 25):  # die early in stage one, then in stage two or while saving
+        process = spawn("train", recipe_file, "--out", str(broken), *flags)
+        metrics = broken / "metrics.jsonl"
+        while process.poll() is None:
+            if metrics.is_file() and len(metrics.read_text().splitlines()) >= num_lines:
+                process.kill()
+                break
+            time.sleep(0.005)
+        process.communicate()
+        assert process.returncode == -9
+    for out in (broken, unbroken):
+        process = spawn("train", recipe_file, "--out", str(out), *flags)
+        assert "maskdm sample" in process.communicate()[0]
+    name = (unbroken / "checkpoints" / "latest").read_text().strip()
+    for file in ("model", "ema", "optimizer"):
+        one, other = (
+            load_file(out / "checkpoints" / name / f"{file}.safetensors")
+            for out in (broken, unbroken)
+        )
+        assert (
+            all(np.array_equal(one[key], other[key]) for key in other)
+            and one.keys() == other.keys()
+        )
+    losses = [
+        [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (broken, unbroken)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 60
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_exits_with_3(recipe_file, tmp_path):
+    run = tmp_path / "run"
+    process = spawn("train", recipe_file, "--out", str(run), "--stages.0.steps", "5000")
+    while not (run / "metrics.jsonl").is_file() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(2)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 3, output
+    step = int(re.search(r"stopped on request after saving .*step-(\d+)", output)[1])
+    progress = run / "checkpoints" / f"step-{step:08d}" / "progress.json"
+    assert json.loads(progress.read_text())["step"] == step
+
+
+def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
+    """Every `maskdm` line of the README, the demo's training cut to a few steps."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```sh\n(.*?)```", README.read_text("utf-8"), flags=re.S)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    lines = [line.split("#")[0] for line in text.splitlines() if line.startswith("maskdm ")]
+    short = "--stages.0.steps 3 --stages.0.warmup-steps 1 --sampling.steps 2".split()
+    second = "--stages.1.steps 3 --stages.1.warmup-steps 1".split()
+    images = tmp_path / "photos"
+    images.mkdir()
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{i}.png")
+    small = "--data.size 16 --model.embed-dim 16 --model.num-heads 2 --model.depth 3".split()
+    small += "--stages.0.batch-size 2 --stages.1.batch-size 2 --num-previews 1".split()
+    assert any(line.startswith("maskdm train") for line in lines)
+    for line in lines:
+        arguments = shlex.split(line)[1:]
+        if arguments[0] == "train":
+            stages = len(load_recipe(arguments[1]).stages)
+            arguments += short + (second if stages > 1 else [])
+            arguments += small if "digits" not in arguments[1] else []
+        assert main(arguments) == 0, line
+        assert capsys.readouterr().out, line

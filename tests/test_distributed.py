@@ -1,0 +1,107 @@
+"""Two processes on one machine, over the real launcher, against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import tiny_settings
+from safetensors.torch import load_file
+
+from maskdm.diffusion.objective import masked_denoising_loss
+from maskdm.diffusion.schedule import make_schedule
+from maskdm.images.order import ImageOrder
+from maskdm.images.store import open_store
+from maskdm.recipe import Recipe
+from maskdm.training.step import draw_batch, step_generator
+from maskdm.training.trainer import build_model
+
+pytestmark = pytest.mark.slow
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "maskdm", *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(tiny_settings()))))
+    done = launch("train", str(folder / "tiny.yaml"), "--out", str(folder / "run"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("stage 1/2") == 1  # only one rank speaks
+    return folder / "run"
+
+
+def test_two_ranks_take_the_step_of_one_with_twice_the_batch(run):
+    """Plain torch on both ranks' draws, joined into one batch, ends at the same weights."""
+    recipe = Recipe(**tiny_settings())
+    store = open_store(recipe.data, progress=False)
+    order, schedule = ImageOrder(len(store), recipe.seed), make_schedule("cosine")
+    model, step, losses = build_model(recipe), 0, []
+    for stage in recipe.stages:
+        optimizer = torch.optim.AdamW(
+            model.parameters(), betas=stage.betas, weight_decay=stage.weight_decay
+        )
+        for i in range(stage.steps):
+            images = torch.from_numpy(store.images[order.indices(8 * step, 8)])
+            draws = [
+                draw_batch(
+                    images[4 * rank : 4 * rank + 4], None, stage.mask, (4, 4), False, schedule,
+                    step_generator(recipe.seed, rank, step, torch.device("cpu")),
+                )
+                for rank in range(2)
+            ]  # fmt: skip
+            assert not torch.equal(draws[0].noise, draws[1].noise)
+            x0, visible, t, noise = (
+                torch.cat([getattr(draw, name) for draw in draws])
+                for name in ("x0", "visible", "t", "noise")
+            )
+            loss = masked_denoising_loss(
+                model, x0, visible, t, noise, schedule, recipe.diffusion
+            ).mean()
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), stage.clip)
+            optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (i + 1) / 3)
+            optimizer.step()
+            step += 1
+    trained = load_file(run / "checkpoints" / "step-00000011" / "model.safetensors")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-3, atol=1e-5)
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(np.mean(losses[:2]), rel=1e-4)
+    assert first["images"] == 16
+
+
+def test_two_ranks_draw_the_images_that_one_draws(run, tmp_path):
+    arguments = ["sample", str(run), "--seed", "5"]
+    done = launch(*arguments, f"--out={tmp_path / 'two.npz'}", "--steps", "10")
+    assert done.returncode == 0, done.stdout + done.stderr
+    from maskdm.cli import main
+
+    assert main([*arguments, "--out", str(tmp_path / "one.npz"), "--steps", "10"]) == 0
+    one, two = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("one", "two"))
+    assert one.shape == two.shape == (64, 8, 8, 1)
+    assert abs(one.astype(int) - two).max() <= 1
+
+
+def test_a_batch_that_does_not_divide_is_refused(run, tmp_path):
+    arguments = ["train", str(run / "recipe.yaml"), "--out", str(tmp_path / "run")]
+    done = launch(*arguments, "--stages.1.batch-size", "7")
+    assert done.returncode != 0
+    assert "stages.1.batch_size 7 does not divide among 2 devices: use 6 or 8" in done.stderr
+    assert not (tmp_path / "run").exists()
