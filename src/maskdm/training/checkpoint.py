@@ -10,6 +10,7 @@ the rank and the step. Nothing is unpickled.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -179,8 +180,9 @@ def _load_optimizer_tensors(
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # how the library reports a full disk
-        raise OSError(f"cannot write {path}: {error}") from error
+    except SafetensorError as error:  # the library wraps the system's error in one of its own
+        code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
     _sync(path)
 
 

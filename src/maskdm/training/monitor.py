@@ -66,9 +66,10 @@ class Monitor:
             return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        speed = line["images_per_sec"]
         text = (
             f"{line['stage']} step {line['step']:,}  loss {line['loss']:.4f}  "
-            f"{line['images_per_sec']:,.0f} img/s"
+            f"{speed:,.{0 if speed >= 10 else 2}f} img/s"
         )
         if self._bar is not None:
             self._bar.set_description_str(text, refresh=False)
