@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import json
+import hashlib
 import shutil
 import zipfile
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_an_unreadable_image_stops_the_build_or_is_left_out_by_option(image_fold
     store = open_store(Data(source=str(image_folder), size=8, on_bad="skip"), progress=False)
     assert len(store) == 5 and store.labels.tolist() == [0, 0, 1, 1, 1]
     assert store.manifest["skipped"] == ["cat/b.png"]
-    assert json.loads(json.dumps(store.manifest)) == store.manifest
+    assert store.manifest["sha256"] == hashlib.sha256(store.images.tobytes()).hexdigest()
 
 
 def test_sources_without_images_are_refused(tmp_path):

@@ -99,7 +99,7 @@ def test_the_loss_falls(changed, tmp_path):
     assert losses[-1] < 0.6 * losses[0]
 
 
-@pytest.mark.parametrize("step", [3, 5, 7, 9])  # before any checkpoint, and in both stages
+@pytest.mark.parametrize("step", [2, 5, 6, 7, 10])  # before any checkpoint; in both stages
 def test_a_killed_and_resumed_run_repeats_an_unbroken_one_bit_for_bit(tiny, tmp_path, step):
     train_until(tiny, tmp_path / "broken", step)
     assert quiet(tiny, tmp_path / "broken").finished
@@ -284,6 +284,14 @@ def test_a_run_of_another_recipe_is_refused_and_left_alone(tiny, changed, tmp_pa
     with pytest.raises(ValueError, match="already holds a run: name a new folder"):
         quiet(tiny, tmp_path, resume="never")
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_run_is_not_continued_on_other_images(tiny, changed, tmp_path, image_folder):
+    recipe = changed(data={"source": str(image_folder), "size": 8, "channels": 1})
+    train_until(recipe, tmp_path / "run", 5)
+    (image_folder / "cat" / "b.png").unlink()
+    with pytest.raises(ValueError, match="have changed since the run"):
+        quiet(recipe, tmp_path / "run")
 
 
 def test_what_cannot_work_is_refused_before_anything_is_written(tiny, changed, tmp_path):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from maskdm.images.source import Source, open_source
 from maskdm.recipe import Data
 
-FORMAT = 1  # goes into the name: raise it when the same settings would give other bytes
+FORMAT = 2  # goes into the name: raise it when the same settings would give other bytes
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Store:
     Attributes:
         images: uint8 (N, H, W, C), memory-mapped, read only.
         labels: int64 (N,), or None.
-        manifest: source, fingerprint, sizes, class names, names of images left out.
+        manifest: source, fingerprint, shape, class names, names of images left out, and the
+            SHA-256 of images.bin.
     """
 
     images: np.ndarray
@@ -94,7 +95,7 @@ def _build(source: Source, data: Data, folder: Path, progress: bool) -> None:
 
 
 def _write_images(source: Source, data: Data, building: Path, progress: bool) -> dict[str, Any]:
-    kept, skipped = [], []
+    kept, skipped, digest = [], [], hashlib.sha256()
     title = f"packing {data.source}"
     with (building / "images.bin").open("wb") as file, ThreadPoolExecutor() as pool:
         results = _map_in_order(pool, source, data)
@@ -102,7 +103,9 @@ def _write_images(source: Source, data: Data, building: Path, progress: bool) ->
             tqdm(results, title, len(source.names), disable=not progress, unit="img")
         ):
             if isinstance(result, np.ndarray):
-                file.write(result.tobytes())
+                content = result.tobytes()
+                file.write(content)
+                digest.update(content)
                 kept.append(index)
             elif data.on_bad == "skip":
                 skipped.append(source.names[index])
@@ -122,6 +125,7 @@ def _write_images(source: Source, data: Data, building: Path, progress: bool) ->
         "shape": [len(kept), data.size, data.size, data.channels],
         "class_names": source.class_names,
         "skipped": skipped,
+        "sha256": digest.hexdigest(),
     }
 
 

@@ -17,14 +17,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
@@ -93,21 +91,16 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, ema: nn.Module, optimizer_for: Callable[[int], OptimizerT]
-) -> tuple[Progress, OptimizerT]:
-    """Puts a checkpoint's state into model and average; gives back counters and optimizer.
-
-    `optimizer_for(stage)` makes the stage's fresh optimizer over the model's parameters; its
-    state is then filled in.
-    """
+    path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Puts a whole checkpoint's state into model, average and optimizer; gives the counters."""
     content = json.loads((path / "progress.json").read_text("utf-8"))
     progress = Progress(**{key: content[key] for key in Progress.__dataclass_fields__})
     progress.tick = [(loss, norm) for loss, norm in progress.tick]
     model.load_state_dict(load_file(path / "model.safetensors"))
     ema.load_state_dict(load_file(path / "ema.safetensors"))
-    optimizer = optimizer_for(progress.stage)
     _load_optimizer_tensors(optimizer, model, load_file(path / "optimizer.safetensors"))
-    return progress, optimizer
+    return progress
 
 
 def find_checkpoint(folder: Path, note: Callable[[str], None]) -> Path | None:
@@ -145,8 +138,7 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
     for leftover in [*folder.glob("writing-*"), *folder.glob("removing-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     for path in sorted(folder.glob("step-*"))[:-keep]:
-        progress_file = path / "progress.json"
-        if progress_file.is_file() and json.loads(progress_file.read_text())["is_stage_end"]:
+        if not damage(path) and json.loads((path / "progress.json").read_text())["is_stage_end"]:
             continue
         # Renamed first: a kill in the middle must not leave what looks like a checkpoint.
         removing = path.with_name(f"removing-{path.name}")

@@ -18,6 +18,17 @@ def make_optimizer(parameters: Iterable[nn.Parameter], stage: Stage) -> torch.op
     )
 
 
+def restart_optimizer(optimizer: torch.optim.AdamW, stage: Stage) -> None:
+    """Makes an optimizer as fresh as `make_optimizer` would, with another stage's settings.
+
+    The engine keeps every optimizer that it was ever given, and its loss scaler would undo the
+    scale of the gradients once for each: so a run has one.
+    """
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group.update(lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay)
+
+
 def learning_rate(stage: Stage, stage_step: int) -> float:
     """Learning rate of a stage's step, counted from 0: a pure function, so resume is exact.
 

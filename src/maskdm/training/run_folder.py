@@ -17,13 +17,16 @@ def claim_run_folder(
 
     Args:
         resume: `auto` accepts a folder with a run of an equal recipe; `never` accepts none.
-        environment: appended to environment.json, one entry for each start.
+        environment: appended to environment.json, one entry for each start. Its
+            `images_sha256` must be that of the start before.
 
     Raises:
-        ValueError: the folder holds another recipe's run (its differences are listed), or a run
-            where `never` was asked. Nothing is changed.
+        ValueError: the folder holds another recipe's run (its differences are listed), a run on
+            other images, or a run where `never` was asked. Nothing is changed.
     """
     path = run_dir / "recipe.yaml"
+    starts_path = run_dir / "environment.json"
+    starts = json.loads(starts_path.read_text("utf-8")) if starts_path.is_file() else []
     if path.is_file():
         if resume == "never":
             raise ValueError(f"{run_dir} already holds a run: name a new folder with --out")
@@ -32,13 +35,16 @@ def claim_run_folder(
                 f"{run_dir} holds a run of another recipe ({'; '.join(changed)}): "
                 "give the same settings to continue it, or name a new folder with --out"
             )
+        if starts and starts[-1]["images_sha256"] != environment["images_sha256"]:
+            raise ValueError(
+                f"the images of {recipe.data.source} have changed since the run in {run_dir} "
+                "began: bring them back to continue it, or name a new folder with --out"
+            )
     elif run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir} is a file: name a folder with --out")
     run_dir.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         _write(path, recipe.to_yaml())
-    starts_path = run_dir / "environment.json"
-    starts = json.loads(starts_path.read_text("utf-8")) if starts_path.is_file() else []
     _write(starts_path, json.dumps([*starts, environment], indent=1) + "\n")
 
 

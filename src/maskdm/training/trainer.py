@@ -31,7 +31,7 @@ from maskdm.training.checkpoint import (
 )
 from maskdm.training.ema import continue_ema, make_ema, restart_ema
 from maskdm.training.monitor import Monitor, clock, environment, flops_text
-from maskdm.training.optim import learning_rate, make_optimizer
+from maskdm.training.optim import learning_rate, make_optimizer, restart_optimizer
 from maskdm.training.run_folder import claim_run_folder
 from maskdm.training.step import backward, draw_batch, step_generator
 from maskdm.training.stop import StopRequest
@@ -87,7 +87,8 @@ def train(
     _refuse_unfit_labels(recipe, store)
     if accelerator.is_main_process:
         facts = environment(accelerator.device, accelerator.num_processes)
-        claim_run_folder(run_dir, recipe, resume, {**facts, "precision": precision})
+        facts |= {"precision": precision, "images_sha256": store.manifest["sha256"]}
+        claim_run_folder(run_dir, recipe, resume, facts)
     accelerator.wait_for_everyone()
 
     # Build the model and its average: the same weights on every rank and in every run.
@@ -108,14 +109,9 @@ def train(
     optimizer = make_optimizer(model.parameters(), recipe.stages[0])
     checkpoint = find_checkpoint(folder, note=lambda text: monitor.say(f"note: {text}"))
     if checkpoint is not None:
-        progress, optimizer = load_checkpoint(
-            checkpoint,
-            model,
-            averaged,
-            lambda stage: make_optimizer(model.parameters(), recipe.stages[stage]),
-        )
+        progress = load_checkpoint(checkpoint, model, averaged, optimizer)
         monitor.say(f"continuing after {checkpoint.name}")
-    wrapped = accelerator.prepare(model)
+    wrapped, stepper = accelerator.prepare(model, optimizer)
     if accelerator.scaler is not None and progress.scaler:
         accelerator.scaler.load_state_dict(progress.scaler)
     order = ImageOrder(len(store), recipe.seed)
@@ -135,12 +131,11 @@ def train(
                 stage = recipe.stages[progress.stage]
                 if stage.start_from == "ema":
                     model.load_state_dict(ema.module.state_dict())
-                optimizer = make_optimizer(model.parameters(), stage)
             if progress.stage_step == 0:
+                restart_optimizer(optimizer, stage)
                 restart_ema(ema, model, stage.ema_decay)
             else:
                 continue_ema(ema, stage.ema_decay)
-            stepper = accelerator.prepare(optimizer)
             _set_activation_checkpointing(model, stage.activation_checkpointing)
             hidden = 1 - visible_counts[progress.stage] / (grid[0] * grid[1])
             monitor.say(_stage_line(recipe, progress, grid, hidden, step_flops[progress.stage]))
@@ -177,7 +172,7 @@ def train(
                 progress.images += stage.batch_size
                 progress.flops += step_flops[progress.stage]
 
-                # At set points read the losses, log, draw a preview, save; leave if asked to.
+                # At set points read the losses, log, save, draw a preview; leave if asked to.
                 is_end = progress.stage_step == stage.steps
                 is_tick = is_end or progress.step % recipe.log_every == 0
                 stopping = stop.agreed(accelerator, may_ask=is_tick)
@@ -188,10 +183,6 @@ def train(
                     where = {"step": progress.step, "stage": stage.name}
                     how = {"lr": learning_rate(stage, progress.stage_step - 1), "hidden": hidden}
                     monitor.log({**where, **tick.line(), **how})
-                if preview and (is_end or progress.step % recipe.preview_every == 0):
-                    with tick.paused():
-                        file = run_dir / "samples" / f"step-{progress.step:08d}.png"
-                        preview(accelerator, averaged, file)
                 if saving:
                     with tick.paused():
                         progress.scaler = (
@@ -206,13 +197,17 @@ def train(
                     if stopping and not is_last:
                         monitor.say(f"stopped on request after saving {checkpoint}")
                         return TrainResult(False, averaged, checkpoint)
+                if preview and (is_end or progress.step % recipe.preview_every == 0):
+                    with tick.paused():
+                        file = run_dir / "samples" / f"step-{progress.step:08d}.png"
+                        preview(accelerator, averaged, file)
             monitor.say(f"  done after {clock(progress.elapsed_sec)} of training")
 
 
 def build_model(recipe: Recipe) -> UViT:
     """The recipe's model, with initial weights that depend on the recipe's seed alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(recipe.seed, "weights"))
+        torch.default_generator.manual_seed(derive_seed(recipe.seed, "weights"))  # the CPU's alone
         settings = recipe.model.model_dump()
         return UViT(image_size=recipe.data.size, channels=recipe.data.channels, **settings)
 
