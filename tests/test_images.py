@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from maskdm.images.grid import image_grid
 from maskdm.images.order import ImageOrder
+from maskdm.images.output import image_grid
 from maskdm.images.source import open_source
 from maskdm.images.store import cache_dir, center_crop, open_store, prepare_image
 from maskdm.recipe import Data

@@ -10,15 +10,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 import maskdm
 from maskdm.recipe import Evaluation, Recipe, load_recipe, recipe_names, recipe_text
-
-if TYPE_CHECKING:
-    import numpy as np
 
 # torch and diffusers take seconds to import: each command imports what it needs, so that help
 # and mistakes answer at once.
@@ -87,7 +84,7 @@ def train(
     from accelerate import Accelerator
 
     from maskdm.hub import make_pipeline
-    from maskdm.images.grid import save_grid
+    from maskdm.images.output import save_grid
     from maskdm.models.uvit import UViT
     from maskdm.report import plot_loss
     from maskdm.sampling.generate import generate_on_all_ranks
@@ -141,14 +138,11 @@ def sample(
     """
     if num < 1:
         raise ValueError(f"--num {num}: at least one image")
-    if out.suffix not in (".png", ".npz", ""):
-        raise ValueError(f"--out {out}: end it in .png (a grid), .npz, or nothing (a folder)")
-    if out.suffix == "" and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists and is not an empty folder: name a new one")
 
-    from maskdm.images.grid import save_grid
-    from maskdm.sampling.generate import generate_on_all_ranks
+    from maskdm.images.output import refuse_output, save_images
+    from maskdm.sampling.generate import default_labels, generate_on_all_ranks
 
+    refuse_output(out)
     pipeline, origin = _load(run)
     settings = _changed(pipeline.settings, steps=steps, eta=eta, batch_size=batch_size)
     images = generate_on_all_ranks(
@@ -156,17 +150,7 @@ def sample(
     )
     if not _is_main_process():
         return DONE
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".png":
-        save_grid(images, out)
-    elif out.suffix == ".npz":
-        _save_npz(images, pipeline.denoiser.config.num_classes, out)
-    else:
-        from maskdm.hub import to_pil
-
-        out.mkdir(exist_ok=True)
-        for i, image in enumerate(to_pil(images)):
-            image.save(out / f"{i:06d}.png")
+    save_images(images, out, default_labels(pipeline.denoiser, range(num)))
     print(f"{num} images from {origin}, seed {seed}, {settings.steps} steps -> {out}")
     return DONE
 
@@ -318,15 +302,6 @@ def _changed(settings: Any, **changes: object) -> Any:
     """A group of settings with those flags that were given (are not None), checked again."""
     given = {name: value for name, value in changes.items() if value is not None}
     return type(settings)(**{**settings.model_dump(), **given})
-
-
-def _save_npz(images: np.ndarray, num_classes: int, out: Path) -> None:
-    import numpy as np
-
-    arrays = [images]
-    if num_classes:
-        arrays.append(np.arange(len(images)) % num_classes)
-    np.savez(out, *arrays)
 
 
 def _is_main_process() -> bool:

@@ -1,15 +1,14 @@
 """Trained models as diffusers pipeline folders, and finding the model that a user names."""
 
-from __future__ import annotations
+# No postponed annotations here: diffusers reads a pipeline's signature to know its components.
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
-from PIL import Image
 from safetensors.torch import load_file
 
+from maskdm.images.output import to_pil
 from maskdm.models.uvit import UViT
 from maskdm.recipe import Recipe, Sampling, load_recipe
 from maskdm.sampling.generate import generate
@@ -82,11 +81,6 @@ class MaskDMPipeline(DiffusionPipeline):
             self.denoiser, self.scheduler, settings, list(range(num_images)), seed, labels
         )
         return ImagePipelineOutput(images if output_type == "np" else to_pil(images))
-
-
-def to_pil(images: np.ndarray) -> list[Image.Image]:
-    """uint8 (N, H, W, C), C = 1 or 3, as Pillow images of mode L or RGB."""
-    return [Image.fromarray(i[..., 0] if i.shape[-1] == 1 else i) for i in images]
 
 
 def make_pipeline(model: UViT, recipe: Recipe) -> MaskDMPipeline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -47,8 +48,8 @@ def generate(
     Returns:
         uint8 (n, H, W, C).
     """
-    if model.config.num_classes and labels is None:
-        labels = torch.tensor(indices, dtype=torch.int64) % model.config.num_classes
+    if labels is None and (in_turn := default_labels(model, indices)) is not None:
+        labels = torch.from_numpy(in_turn)
     size, channels = model.config.image_size, model.config.channels
     device = model.device
     done = [np.empty((0, size, size, channels), np.uint8)]
@@ -95,6 +96,12 @@ def generate_on_all_ranks(
     if state.num_processes == 1:
         return images
     return gather(torch.from_numpy(images).to(state.device)).cpu().numpy()[:num]
+
+
+def default_labels(model: UViT, indices: Sequence[int]) -> np.ndarray | None:
+    """Classes of images where none were asked for, all in turn: int64 (n,), or None."""
+    num_classes = model.config.num_classes
+    return np.asarray(indices, dtype=np.int64) % num_classes if num_classes else None
 
 
 def to_uint8(images: Tensor) -> Tensor:
