@@ -25,7 +25,7 @@ from maskdm.engine import device_name, make_accelerator
 from maskdm.masks import num_visible
 from maskdm.models.uvit import UViT
 from maskdm.recipe import Diffusion, Mask, Stage
-from maskdm.training.ema import make_ema, restart_ema
+from maskdm.training.ema import make_average, update_average
 from maskdm.training.monitor import source_commit
 from maskdm.training.optim import make_optimizer
 from maskdm.training.step import backward, draw_batch, step_generator
@@ -93,8 +93,7 @@ def main() -> None:
             lr=1e-4,
             clip=1.0,
         )
-        ema, optimizer = make_ema(model), make_optimizer(model.parameters(), stage)
-        restart_ema(ema, model, 0.999)
+        average, optimizer = make_average(model), make_optimizer(model.parameters(), stage)
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         shape = (args.batch_size, args.size, args.size, 3)
         images = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
@@ -106,7 +105,7 @@ def main() -> None:
             accelerator.clip_grad_norm_(model.parameters(), 1.0)  # noqa: B023
             optimizer.step()  # noqa: B023
             optimizer.zero_grad()  # noqa: B023
-            ema.update_parameters(model)  # noqa: B023
+            update_average(average, model, 0.999)  # noqa: B023
 
         seconds = median_sec(step, args.num, device)
         dense_sec = dense_sec or seconds

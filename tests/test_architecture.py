@@ -8,8 +8,8 @@ from pathlib import Path
 import maskdm
 
 ROOMS = (
-    "recipe seeds engine images tokens masks diffusion models training sampling evaluation hub "
-    "report cli __main__"
+    "settings recipe seeds engine images tokens masks diffusion models training sampling "
+    "evaluation hub report cli __main__"
 ).split()
 ROOT = Path(maskdm.__file__).parent
 

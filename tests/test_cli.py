@@ -135,11 +135,16 @@ def test_recipes_are_listed_and_printed(capsys):
     ("arguments", "message"),
     [
         ("trian digits", "unknown command 'trian': did you mean train"),
-        ("train", "train needs a recipe: celeba64"),
+        ("train", "the recipe comes first: maskdm train RECIPE --out RUN"),
+        ("train --data.source digits celeba64 --out r", "the recipe comes first"),
+        ("train digits --out x --stages.0.mask.rate x", "stages.0.mask.rate"),
         ("train digts --out x", "no recipe 'digts': did you mean digits"),
         ("train digits", "required"),
         ("train digits --out x --stages.0.mask.rat 1", "--stages.0.mask.rate"),
-        ("train digits --out x --stages.0.mask.rate 1.5", "less than 1, not 1.5"),
+        (
+            "train digits --out x --stages.0.mask.rate 1.5 --seed -1",
+            "maskdm: stages.0.mask.rate: input should be less than 1, not 1.5; seed: input should",
+        ),
         ("train digits --out x --stages.0.mask.rate 0.001", "the nearest possible are"),
         ("train digits --out x --model.patch-size 3", "use 6 or 9"),
         ("train digits --out x --data.source nowhere", "nowhere does not exist"),
@@ -185,6 +190,56 @@ def test_a_full_disk_exits_with_1_and_one_line(recipe_file, tmp_path, monkeypatc
     monkeypatch.setattr(checkpoint, "save_file", no_space)
     assert main(["train", recipe_file, "--out", str(tmp_path / "run")]) == 1
     assert "maskdm: the disk is full" in capsys.readouterr().err
+
+
+def test_a_finished_model_replaces_an_older_one_whole_or_not_at_all(run, recipe_file, monkeypatch):
+    from safetensors import SafetensorError
+
+    from maskdm.hub import MaskDMPipeline
+
+    def half(self, folder):
+        Path(folder).mkdir()
+        (Path(folder) / "model_index.json").write_text("{}")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    before = {path: path.read_bytes() for path in (run / "model").rglob("*.*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskDMPipeline, "save_pretrained", half)
+        assert main(["train", recipe_file, "--out", str(run)]) == 1
+    assert before == {path: path.read_bytes() for path in (run / "model").rglob("*.*")}
+    (run / "model" / "model_index.json").write_text("damaged")
+    assert main(["train", recipe_file, "--out", str(run)]) == 0
+    assert main(["sample", str(run), "--num", "1", "--out", str(run / "one.png")]) == 0
+
+
+def test_a_missing_preview_of_a_stages_end_is_drawn_again(run, recipe_file):
+    last = run / "samples" / "step-00000011.png"
+    content = last.read_bytes()
+    last.unlink()
+    assert main(["train", recipe_file, "--out", str(run)]) == 0
+    assert last.read_bytes() == content
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(recipe_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/run"):
+        text = failure(capsys, "train", recipe_file, "--out", str(tmp_path / out))
+        assert f"cannot make the folder {tmp_path / out}" in text
+
+
+def test_a_run_in_use_is_refused(run, recipe_file, capsys):
+    import fcntl
+
+    with (run / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        text = failure(capsys, "train", recipe_file, "--out", str(run))
+        assert "another process is training in" in text
+
+
+def test_evaluation_takes_a_checkpoint_or_the_model_folder(run):
+    for name in ("checkpoints/step-00000006", "model"):
+        assert main(["evaluate", str(run / name), "--num", "12"]) == 0
+        assert json.loads((run / name / "evaluation.json").read_text())["num"] == 12
 
 
 def test_a_defect_of_ours_keeps_its_traceback(recipe_file, tmp_path, monkeypatch):

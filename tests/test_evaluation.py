@@ -85,6 +85,12 @@ def test_principal_components_keep_the_pixels_distances():
     assert np.linalg.norm(x[0] - x[1]) == pytest.approx(expected, rel=1e-4)
 
 
+def test_more_components_than_there_are_is_refused():
+    images = np.zeros((5, 2, 2, 1), np.uint8)
+    with pytest.raises(ValueError, match="num_components 5 is more than 5 images of 4 values"):
+        FEATURES["pca"](images, Evaluation(num_components=5))
+
+
 def test_the_record_says_what_was_compared(tiny):
     model, store = build_model(tiny).eval(), open_store(tiny.data, progress=False)
     scheduler = make_scheduler(tiny.diffusion)

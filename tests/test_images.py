@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import zipfile
 from pathlib import Path
@@ -83,6 +84,63 @@ def test_an_unreadable_image_stops_the_build_or_is_left_out_by_option(image_fold
     assert len(store) == 5 and store.labels.tolist() == [0, 0, 1, 1, 1]
     assert store.manifest["skipped"] == ["cat/b.png"]
     assert store.manifest["sha256"] == hashlib.sha256(store.images.tobytes()).hexdigest()
+
+
+def test_a_damaged_member_of_a_zip_is_an_unreadable_image(image_folder):
+    path = image_folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("a.png", "b.png"):
+            archive.writestr(name, (image_folder / "cat" / name).read_bytes() * 2)
+        offset = archive.getinfo("b.png").header_offset
+    content = bytearray(path.read_bytes())
+    content[offset + 40 : offset + 60] = b"\xff" * 20
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="b.png cannot be read"):
+        open_store(Data(source=str(path), size=8), progress=False)
+    store = open_store(Data(source=str(path), size=8, on_bad="skip"), progress=False)
+    assert store.manifest["skipped"] == ["b.png"]
+
+
+def test_links_are_followed_once_and_dangling_ones_are_unreadable_images(image_folder, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "cats").symlink_to(image_folder / "cat")
+    (linked / "loop").symlink_to(linked)
+    (linked / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    source = open_source(str(linked))
+    assert source.names == ["cats/a.png", "cats/b.png", "cats/c.PNG", "gone.png"]
+    store = open_store(Data(source=str(linked), size=8, on_bad="skip"), progress=False)
+    assert len(store) == 3 and store.manifest["skipped"] == ["gone.png"]
+
+
+def test_sixteen_bits_are_scaled_and_transparency_shows_white(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    clear = np.zeros((8, 8, 4), np.uint8)
+    clear[:, 4:] = (255, 0, 0, 255)
+    Image.fromarray(clear).save(tmp_path / "b.png")
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "c.tif")
+    store = open_store(Data(source=str(tmp_path), size=8, on_bad="skip"), progress=False)
+    assert np.array_equal(store.images[0, ..., 1], np.round(ramp / 257))
+    assert (store.images[1, :, :4] == 255).all()
+    assert (store.images[1, :, 4:] == (255, 0, 0)).all()
+    assert store.manifest["skipped"] == ["c.tif"]
+
+
+def test_a_damaged_store_is_refused():
+    data = Data(source="digits", size=4, channels=1)
+    open_store(data, progress=False)
+    shape = [1797, 4, 4, 1]
+    (manifest,) = (
+        path
+        for path in cache_dir().glob("store-*/manifest.json")
+        if json.loads(path.read_text())["shape"] == shape
+    )
+    images = manifest.with_name("images.bin")
+    images.write_bytes(images.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is damaged: remove it"):
+        open_store(data, progress=False)
+    shutil.rmtree(manifest.parent)
 
 
 def test_sources_without_images_are_refused(tmp_path):

@@ -15,6 +15,7 @@ from maskdm.images.store import CROPS
 from maskdm.masks import MASKS
 from maskdm.recipe import Mask, Recipe, Stage, differences, load_recipe, recipe_names
 from maskdm.sampling.samplers import BETA_SCHEDULES, PREDICTION_TYPES, SAMPLERS
+from maskdm.settings import Settings
 
 STAGE = {"name": "a", "steps": 1, "batch_size": 1, "lr": 1e-3}
 
@@ -81,7 +82,18 @@ def test_files_that_are_no_recipe_are_refused(tmp_path):
         load_recipe("digts")
     file = tmp_path / "broken.yaml"
     file.write_text("stages: [")
-    with pytest.raises(ValueError, match="broken.yaml is not YAML"):
+    with pytest.raises(ValueError, match="broken.yaml is not a YAML file"):
+        load_recipe(file)
+    for text, message in [
+        ("seed: 1\nseed: 2", "'seed' stands twice"),
+        ("1: 2", "1 is no name"),
+        ("stages: 2024-99-99", "month must be in"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_recipe(file)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not a YAML file of settings"):
         load_recipe(file)
     file.write_text("- 1")
     with pytest.raises(ValueError, match="not a mapping"):
@@ -117,7 +129,7 @@ def test_choices_are_the_registries_names(group, field, known):
 def test_every_setting_has_a_help_text():
     groups = [value for value in vars(recipes).values() if isinstance(value, type)]
     for group in groups:
-        if issubclass(group, recipes.Settings) and group not in (recipes.Settings, Recipe, Stage):
+        if issubclass(group, Settings) and group not in (Settings, Recipe, Stage):
             for name, field in group.model_fields.items():
                 assert field.description, f"{group.__name__}.{name}"
 

@@ -8,7 +8,12 @@ from maskdm.diffusion.schedule import make_schedule, target_from
 from maskdm.hub import MaskDMPipeline, load_pipeline, make_pipeline
 from maskdm.models.uvit import UViT
 from maskdm.recipe import Diffusion, Sampling
-from maskdm.sampling.generate import generate, generate_on_all_ranks, to_uint8
+from maskdm.sampling.generate import (
+    generate,
+    generate_on_all_ranks,
+    initial_noise,
+    to_uint8,
+)
 from maskdm.sampling.samplers import SAMPLERS, make_scheduler
 from maskdm.training.trainer import build_model, train
 
@@ -120,6 +125,15 @@ def test_an_image_depends_on_its_seed_and_number_alone(model, eta):
     assert abs(together[[5, 2]] - some).max() <= 1
     assert abs(together[0] - together[1]).max() > 20
     assert np.array_equal(draw(model, [4], steps=20, eta=eta), draw(model, [4], steps=20, eta=eta))
+
+
+def test_no_two_images_begin_from_the_same_noise():
+    """torch's CPU generator would use 32 bits of the seed, by which these two are the same."""
+    noise = initial_noise(2, [6079, 10654], (8, 8, 1))
+    assert noise.dtype == torch.float32 and noise.shape == (2, 8, 8, 1)
+    assert not torch.equal(noise[0], noise[1])
+    many = initial_noise(0, list(range(500)), (8, 8, 1))
+    assert many.mean().abs() < 0.03 and (many.std() - 1).abs() < 0.03
 
 
 def test_seeds_and_labels_give_other_images(tiny, model, changed):

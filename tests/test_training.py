@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -23,8 +24,8 @@ from maskdm.masks import num_visible
 from maskdm.models.uvit import UViT
 from maskdm.recipe import Recipe, Stage, load_recipe
 from maskdm.training import checkpoint as checkpoints
-from maskdm.training.checkpoint import FILES, find_checkpoint
-from maskdm.training.ema import make_ema, restart_ema
+from maskdm.training.checkpoint import FILES, find_checkpoint, prune_checkpoints
+from maskdm.training.ema import make_average, restart_average, update_average
 from maskdm.training.monitor import read_metrics
 from maskdm.training.optim import learning_rate
 from maskdm.training.step import draw_batch, step_generator
@@ -104,6 +105,16 @@ def test_a_killed_and_resumed_run_repeats_an_unbroken_one_bit_for_bit(tiny, tmp_
     train_until(tiny, tmp_path / "broken", step)
     assert quiet(tiny, tmp_path / "broken").finished
     quiet(tiny, tmp_path / "unbroken")
+    assert_same_bits(tmp_path / "broken", tmp_path / "unbroken")
+
+
+def test_resume_keeps_each_stages_own_optimizer_settings(tiny, changed, tmp_path):
+    stages = [stage.model_dump() for stage in tiny.stages]
+    stages[1] |= {"betas": (0.5, 0.8), "weight_decay": 0.5}
+    recipe = changed(stages=stages)
+    train_until(recipe, tmp_path / "broken", 10)
+    for name in ("broken", "unbroken"):
+        quiet(recipe, tmp_path / name)
     assert_same_bits(tmp_path / "broken", tmp_path / "unbroken")
 
 
@@ -228,14 +239,14 @@ def test_mirroring_turns_about_half_of_the_images(tiny):
 
 def test_the_average_follows_its_recursion_exactly():
     weight = torch.nn.Linear(1, 1, bias=False).double()
-    ema = make_ema(weight)
+    average = make_average(weight)
     with torch.no_grad():
         weight.weight.fill_(1.0)
-        restart_ema(ema, weight, decay=0.9)
+        restart_average(average, weight)
         for value in (2.0, 3.0):
             weight.weight.fill_(value)
-            ema.update_parameters(weight)
-    assert ema.module.weight.item() == pytest.approx(0.81 * 1 + 0.1 * (0.9 * 2 + 3), abs=1e-12)
+            update_average(average, weight, decay=0.9)
+    assert average.weight.item() == pytest.approx(0.81 * 1 + 0.1 * (0.9 * 2 + 3), abs=1e-12)
 
 
 def test_a_stage_starts_from_raw_or_averaged_weights(tiny, changed, tmp_path):
@@ -328,6 +339,16 @@ def test_half_written_checkpoints_are_passed_over_with_a_note(tiny, tmp_path):
     quiet(tiny, tmp_path / "unbroken")
     assert_same_bits(tmp_path, tmp_path / "unbroken")
     assert not list(folder.glob("writing-*"))
+
+
+def test_pruning_never_takes_the_checkpoint_that_was_just_saved(tiny, tmp_path):
+    quiet(tiny, tmp_path)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step-00000009", folder / "step-00000007")
+    (folder / "step-00000009" / "model.safetensors").write_bytes(b"")  # damaged
+    prune_checkpoints(folder, folder / "step-00000007", keep=1)  # and step 11 is beyond it
+    names = sorted(path.name for path in folder.glob("step-*"))
+    assert names == ["step-00000006", "step-00000007"]
 
 
 @pytest.mark.parametrize("file", FILES)

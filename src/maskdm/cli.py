@@ -16,6 +16,7 @@ import tyro
 
 import maskdm
 from maskdm.recipe import Evaluation, Recipe, load_recipe, recipe_names, recipe_text
+from maskdm.settings import unchecked
 
 # torch and diffusers take seconds to import: each command imports what it needs, so that help
 # and mistakes answer at once.
@@ -83,7 +84,7 @@ def train(
     """
     from accelerate import Accelerator
 
-    from maskdm.hub import make_pipeline
+    from maskdm.hub import make_pipeline, save_pipeline
     from maskdm.images.output import save_grid
     from maskdm.models.uvit import UViT
     from maskdm.report import plot_loss
@@ -91,25 +92,26 @@ def train(
     from maskdm.sampling.samplers import make_scheduler
     from maskdm.training import trainer
 
+    settings = settings.checked()
+    for_previews = _changed(settings.sampling, steps=settings.preview_steps)
+
     def preview(accelerator: Accelerator, model: UViT, file: Path) -> None:
         images = generate_on_all_ranks(
-            model, make_scheduler(settings.diffusion), settings.sampling, settings.num_previews
+            model, make_scheduler(settings.diffusion), for_previews, settings.num_previews
         )
         if accelerator.is_main_process:
             save_grid(images, file)
 
     result = trainer.train(settings, out, resume, preview if settings.num_previews else None)
-    if not _is_main_process():
-        return DONE if result.finished else STOPPED
-    plot = plot_loss(out)
     if not result.finished:
         return STOPPED
-    make_pipeline(result.ema, settings).save_pretrained(out / "model")
+    if not _is_main_process():
+        return DONE
+    save_pipeline(make_pipeline(result.ema, settings), out / "model")
     print(f"model   {out / 'model'}")
-    print(f"loss    {plot}")
-    if settings.num_previews:
-        last = sorted((out / "samples").glob("step-*.png"))[-1]
-        print(f"preview {last}")
+    print(f"loss    {plot_loss(out)}")
+    for file in sorted((out / "samples").glob("step-*.png"))[-1:]:
+        print(f"preview {file}")
     print(f"next    maskdm sample {out} --num 64 --out grid.png")
     return DONE
 
@@ -171,7 +173,7 @@ def evaluate(
     The real images are the run's own training set, prepared in the same way, never mirrored.
 
     Args:
-        run: a run's folder.
+        run: a run's folder, or its model or one of its checkpoints.
         features: in what the images are compared; default: the recipe's.
             pca = the leading principal components of the real images' pixels.
         num: images to generate; default: the recipe's.
@@ -181,10 +183,11 @@ def evaluate(
         eta: DDIM's noise, 0 to 1; default: the recipe's.
         json_output: print the whole record as JSON instead of a summary.
     """
-    recipe_path = Path(run) / "recipe.yaml"
-    if not recipe_path.is_file():
-        raise ValueError(f"{run} is no run folder: it has no recipe.yaml")
-    recipe = load_recipe(recipe_path)
+    near = [Path(run).resolve(), *Path(run).resolve().parents[:2]]  # RUN/checkpoints/step-...
+    known = [folder / "recipe.yaml" for folder in near if (folder / "recipe.yaml").is_file()]
+    if not known:
+        raise ValueError(f"{run} is no run folder, nor in one: there is no recipe.yaml")
+    recipe = load_recipe(known[0])
     settings: Evaluation = _changed(recipe.evaluation, features=features, num=num)
     sampling = _changed(recipe.sampling, steps=steps, eta=eta)
     data = _changed(recipe.data, source=reference)
@@ -260,29 +263,37 @@ def _run(name: str, arguments: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
         raise ValueError(f"unknown command {name!r}: {hint}")
-    command = COMMANDS[name]
+    command = _deferred(COMMANDS[name])
     if name == "train":
-        command = _with_recipe(arguments)
-    code = tyro.cli(command, prog=f"maskdm {name}", args=arguments)
+        command = functools.partial(command, settings=_named_recipe(arguments))
+    with unchecked():
+        call = tyro.cli(command, prog=f"maskdm {name}", args=arguments)
+    code = call()
     if "maskdm.engine" in sys.modules:
         sys.modules["maskdm.engine"].leave()
     return code
 
 
-def _with_recipe(arguments: list[str]) -> Callable[..., int]:
-    """`train` with the recipe that the arguments name as the default of its settings.
+def _deferred(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+    """A command that, given its arguments, is ready to run: parsing ends before work begins."""
 
-    The flags depend on the recipe (one set for each stage), so it is looked up first.
-    """
-    wants_help = "-h" in arguments or "--help" in arguments
-    named = [a for a in arguments if a in recipe_names() or a.endswith((".yaml", ".yml"))]
-    positional = arguments[:1] if arguments and not arguments[0].startswith("-") else []
-    candidates = positional or named
-    if not candidates and not wants_help:
-        raise ValueError(f"train needs a recipe: {', '.join(recipe_names())}, or a YAML file")
-    default = load_recipe(candidates[0] if candidates else "digits")
+    @functools.wraps(command)
+    def prepare(*args: Any, **kwargs: Any) -> Callable[[], int]:
+        return functools.partial(command, *args, **kwargs)
 
-    return functools.partial(train, settings=default)
+    return prepare
+
+
+def _named_recipe(arguments: list[str]) -> Recipe:
+    """The recipe that `train`'s arguments begin with: its stages decide which flags there are."""
+    if arguments and not arguments[0].startswith("-"):
+        return load_recipe(arguments[0])
+    if "-h" in arguments or "--help" in arguments:
+        return load_recipe("digits")
+    raise ValueError(
+        "the recipe comes first: maskdm train RECIPE --out RUN, where RECIPE is "
+        f"{', '.join(recipe_names())}, or a YAML file"
+    )
 
 
 def _load(run: str) -> tuple[Any, str]:
@@ -293,7 +304,8 @@ def _load(run: str) -> tuple[Any, str]:
     from maskdm.hub import load_pipeline
 
     logging.disable_progress_bar()
-    pipeline, origin = load_pipeline(run)
+    note = functools.partial(print, "note:", file=sys.stderr)
+    pipeline, origin = load_pipeline(run, note)
     pipeline.to(process_state().device)
     return pipeline, origin
 

@@ -7,9 +7,12 @@ all end here.
 from __future__ import annotations
 
 import platform
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
+
+PATIENCE = timedelta(hours=2)  # of ranks that wait while the first one packs or writes files
 
 SUPPORTED = (
     DistributedType.NO,
@@ -27,7 +30,7 @@ def process_state() -> PartialState:
 
     Raises ValueError for a kind of parallelism that isn't supported.
     """
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     if state.distributed_type not in SUPPORTED:
         raise ValueError(
             f"{state.distributed_type.value} is not supported: launch with plain data "
@@ -39,7 +42,8 @@ def process_state() -> PartialState:
 def make_accelerator(requested_precision: str) -> tuple[Accelerator, str, str]:
     """Accelerate's engine, with the precision that was decided and the reason for it.
 
-    Raises ValueError where the device can't compute in the requested precision.
+    Raises ValueError where the device can't compute in the requested precision, or the launcher
+    was told to accumulate gradients.
     """
     state = process_state()
     precision, reason = choose_precision(requested_precision, state.device)
@@ -47,6 +51,11 @@ def make_accelerator(requested_precision: str) -> tuple[Accelerator, str, str]:
         cpu=state.device.type == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
     )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            "the launcher asks for gradient accumulation, which would divide gradients once more: "
+            "leave it at 1 and set the stages' micro_batch_size"
+        )
     return accelerator, precision, reason
 
 

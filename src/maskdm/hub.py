@@ -2,10 +2,13 @@
 
 # No postponed annotations here: diffusers reads a pipeline's signature to know its components.
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from maskdm.images.output import to_pil
@@ -13,7 +16,7 @@ from maskdm.models.uvit import UViT
 from maskdm.recipe import Recipe, Sampling, load_recipe
 from maskdm.sampling.generate import generate
 from maskdm.sampling.samplers import make_scheduler
-from maskdm.training.checkpoint import damage, find_checkpoint
+from maskdm.training.checkpoint import damage, find_checkpoint, replace_folder, system_error
 from maskdm.training.trainer import build_model
 
 DEFAULTS = Sampling()
@@ -89,21 +92,37 @@ def make_pipeline(model: UViT, recipe: Recipe) -> MaskDMPipeline:
     return MaskDMPipeline(model, scheduler, **recipe.sampling.model_dump(mode="json"))
 
 
-def load_pipeline(name: str | Path) -> tuple[MaskDMPipeline, str]:
+def save_pipeline(pipeline: MaskDMPipeline, folder: Path) -> None:
+    """Writes a pipeline folder, whole or not at all; an older one in its place goes.
+
+    Raises OSError where the disk refuses.
+    """
+    writing = folder.with_name(f"writing-{folder.name}")
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(writing)
+    except SafetensorError as error:
+        raise system_error(error, writing) from error
+    replace_folder(writing, folder)
+
+
+def load_pipeline(
+    name: str | Path, note: Callable[[str], None] = print
+) -> tuple[MaskDMPipeline, str]:
     """Loads the model that a user names: a run's folder, a checkpoint, or an exported folder.
 
     Returns the pipeline and what it was loaded from, for the record: an unfinished run gives
-    its newest checkpoint's averaged weights.
+    its newest checkpoint's averaged weights. `note` is told which damaged ones were passed over.
 
     Raises ValueError where there is no model.
     """
     path = Path(name)
     for folder in (path, path / "model"):
         if (folder / "model_index.json").is_file():
-            return MaskDMPipeline.from_pretrained(str(folder)), str(folder)
+            return MaskDMPipeline.from_pretrained(str(folder), use_safetensors=True), str(folder)
     checkpoint = path if (path / "progress.json").is_file() else None
     if checkpoint is None and (path / "recipe.yaml").is_file():
-        checkpoint = find_checkpoint(path / "checkpoints", note=lambda text: None)
+        checkpoint = find_checkpoint(path / "checkpoints", note)
         if checkpoint is None:
             raise ValueError(f"{name} has no checkpoint yet: train it a little longer")
     if checkpoint is None:

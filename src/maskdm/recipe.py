@@ -10,65 +10,12 @@ from __future__ import annotations
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-SettingsT = TypeVar("SettingsT", bound="Settings")
-
-
-class SettingsError(ValueError):
-    """What is wrong with settings, in one line: where, which rule, which value, the way out.
-
-    Attributes:
-        mistakes: (dotted name of the setting, message) pairs.
-    """
-
-    def __init__(self, mistakes: list[tuple[str, str]]):
-        self.mistakes = mistakes
-        super().__init__(
-            "; ".join(f"{where}: {what}" if where else what for where, what in mistakes)
-        )
-
-
-class Settings(BaseModel):
-    """A frozen group of settings that refuses unknown names and out-of-range values."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    if not TYPE_CHECKING:  # type checkers keep the field names of the constructor
-
-        def __init__(self, **values: Any):
-            """Raises SettingsError, a ValueError."""
-            try:
-                super().__init__(**values)
-            except ValidationError as error:
-                raise SettingsError(_mistakes(error, list(type(self).model_fields))) from None
-
-
-def _mistakes(error: ValidationError, known: list[str]) -> list[tuple[str, str]]:
-    """Plain words for pydantic's errors in a group of settings with the `known` names."""
-    mistakes = []
-    for item in error.errors(include_url=False):
-        where = ".".join(str(part) for part in item["loc"])
-        inner = item.get("ctx", {}).get("error")
-        if isinstance(inner, SettingsError):  # a group within this one
-            mistakes += [
-                (f"{where}.{name}" if name else where, what) for name, what in inner.mistakes
-            ]
-        elif item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            mistakes.append((where, f"unknown setting: {hint}"))
-        elif item["type"] == "missing":
-            mistakes.append((where, "a value is needed"))
-        elif item["type"] == "value_error":
-            mistakes.append((where, str(inner)))
-        else:
-            rule = item["msg"][0].lower() + item["msg"][1:]
-            mistakes.append((where, f"{rule}, not {item['input']!r}"))
-    return mistakes
+from maskdm.settings import Settings
 
 
 class Data(Settings):
@@ -260,6 +207,8 @@ class Recipe(Settings):
     """Steps between two preview grids; each stage's end always draws one."""
     num_previews: int = Field(36, ge=0)
     """Images in a preview grid; 0 = no previews."""
+    preview_steps: int = 25
+    """Network evaluations for each of them; a divisor of the schedule's 1000."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -270,6 +219,7 @@ class Recipe(Settings):
             raise ValueError(
                 f"data.size {size} is not a multiple of model.patch_size {patch}: use {ways_out}"
             )
+        Sampling(steps=self.preview_steps)  # the same rules
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stage names must differ, but they are {', '.join(names)}")
@@ -299,7 +249,12 @@ def recipe_text(name_or_path: str | Path) -> str:
         return (resources.files("maskdm") / "recipes" / f"{name_or_path}.yaml").read_text("utf-8")
     path = Path(name_or_path)
     if path.is_file():
-        return path.read_text("utf-8")
+        try:
+            return path.read_text("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"recipe {path} is not a YAML file of settings: it is no text"
+            ) from None
     near = difflib.get_close_matches(str(name_or_path), recipe_names(), n=1)
     hint = f" did you mean {near[0]}?" if near else ""
     raise ValueError(
@@ -308,18 +263,30 @@ def recipe_text(name_or_path: str | Path) -> str:
     )
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML whose mappings have text for keys, each once: of two equal ones the last would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            problem = "is no name" if not isinstance(key, str) else "stands twice"
+            if not isinstance(key, str) or key in keys[:i]:
+                mark = node.value[i][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} {problem}", mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """Loads a packaged recipe by name, or any by the path of its YAML file.
 
     Raises ValueError, one line, for an unknown name, broken YAML or a wrong setting.
     """
-    text = recipe_text(name_or_path)
+    content = recipe_text(name_or_path)
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"recipe {name_or_path} is not YAML: {' '.join(str(error).split())}"
-        ) from None
+        values = yaml.load(content, _StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, say
+        text = " ".join(str(error).split())
+        raise ValueError(f"recipe {name_or_path} is not a YAML file of settings: {text}") from None
     if not isinstance(values, dict):
         raise ValueError(f"recipe {name_or_path} is not a mapping of settings")
     try:
@@ -328,9 +295,9 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         raise ValueError(f"recipe {name_or_path}: {error}") from None
 
 
-def differences(old: Settings, new: Settings, prefix: str = "") -> list[str]:
+def differences(old: Recipe, new: Recipe) -> list[str]:
     """Lists the settings in which two recipes differ, as `name: old -> new` lines."""
-    return _differences(old.model_dump(mode="json"), new.model_dump(mode="json"), prefix)
+    return _differences(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
 
 
 def _differences(old: Any, new: Any, name: str) -> list[str]:

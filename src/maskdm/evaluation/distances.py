@@ -32,7 +32,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def half_split_distance(features: np.ndarray, seed: int = 0) -> float:
-    """Fréchet distance between two random halves of a set: what sampling noise alone gives."""
+    """Fréchet distance of two random halves of a set: what chance gives sets of that size."""
     order = np.random.default_rng(seed).permutation(len(features))
     half = len(features) // 2
     return frechet_distance(features[order[:half]], features[order[half:]])

@@ -11,7 +11,8 @@ from maskdm.recipe import Evaluation
 Features = Callable[[np.ndarray], np.ndarray]
 """uint8 images (N, H, W, C) -> float64 features (N, D)."""
 
-MAX_FIT = 10_000  # images that fix the components: bounds memory at 64 px to about 1 GiB
+MAX_FIT = 10_000  # images that fix the components,
+MAX_FIT_BYTES = 2**29  # or as many as these bytes of float32 pixels hold
 CHUNK = 2_000  # images turned into floats at a time
 
 
@@ -19,21 +20,31 @@ def pca_features(reference: np.ndarray, settings: Evaluation) -> Features:
     """The leading principal components of the reference set's pixels.
 
     Needs no download and no GPU; sees layout and contrast, but no semantics. Components come
-    from the reference alone (a fixed random 10,000 of it where it is larger).
+    from the reference alone (a fixed random part of it where it is large).
 
     Args:
         reference: uint8 (N, H, W, C).
-        settings: number of components (at most N - 1 and H*W*C), scale of the pixels.
+        settings: number of components, scale of the pixels.
+
+    Raises:
+        ValueError: more components than N - 1 or H*W*C.
     """
     from sklearn.decomposition import PCA
 
-    if len(reference) > MAX_FIT:
-        chosen = np.random.default_rng(0).choice(len(reference), MAX_FIT, replace=False)
+    num_values = reference[0].size
+    most = min(len(reference) - 1, num_values)
+    if settings.num_components > most:
+        raise ValueError(
+            f"evaluation.num_components {settings.num_components} is more than {len(reference)} "
+            f"images of {num_values} values have: use {most} or fewer"
+        )
+    num_fit = max(settings.num_components + 1, min(MAX_FIT, MAX_FIT_BYTES // (4 * num_values)))
+    if len(reference) > num_fit:
+        chosen = np.random.default_rng(0).choice(len(reference), num_fit, replace=False)
         reference = reference[np.sort(chosen)]
     scale = settings.pixel_max / 255
     pixels = _flat(reference) * scale
-    components = min(settings.num_components, len(pixels) - 1, pixels.shape[1])
-    pca = PCA(components, random_state=0).fit(pixels)
+    pca = PCA(settings.num_components, random_state=0).fit(pixels)
 
     def features(images: np.ndarray) -> np.ndarray:
         parts = [

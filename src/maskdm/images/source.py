@@ -35,7 +35,7 @@ class Source(ABC):
     def read(self, index: int) -> Image.Image:
         """Decodes an image; safe to call from several threads.
 
-        Raises OSError (Pillow's UnidentifiedImageError is one) where it can't be decoded.
+        Raises an exception, of whatever kind its decoder raises, where it can't be decoded.
         """
 
 
@@ -61,17 +61,14 @@ class FolderSource(Source):
 
     def __init__(self, root: Path):
         self._root = root
-        names = [
-            Path(folder, file).relative_to(root).as_posix()
-            for folder, subfolders, files in os.walk(root)
-            for file in files
-        ]
-        self.names = _images_among(names, f"folder {root}")
+        self.names = _images_among(_files_below(root), f"folder {root}")
         self.labels, self.class_names = _labels_from_folders(self.names)
         digest = hashlib.sha256()
         for name in self.names:
-            stat = (root / name).stat()
-            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            path = root / name
+            state = path.stat() if path.exists() else None  # a dangling link: a bad image
+            facts = f"{state.st_size}\0{state.st_mtime_ns}" if state else "missing"
+            digest.update(os.fsencode(name) + f"\0{facts}\n".encode())
         self.fingerprint = digest.hexdigest()
 
     def read(self, index: int) -> Image.Image:
@@ -94,11 +91,7 @@ class ZipSource(Source):
         self.fingerprint = digest.hexdigest()
 
     def read(self, index: int) -> Image.Image:
-        try:
-            content = self._archive.read(self.names[index])
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-            raise OSError(f"damaged or encrypted in the archive: {error}") from error
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(self._archive.read(self.names[index]))) as image:
             image.load()
             return image
 
@@ -120,6 +113,24 @@ def open_source(name: str) -> Source:
     raise ValueError(
         f"data.source {name} does not exist: name a folder or a zip of images, or digits"
     )
+
+
+def _files_below(root: Path) -> list[str]:
+    """Paths of all files below a folder, relative to it; links are followed, loops are not.
+
+    Raises ValueError for a folder that may not be read: its images would be missed in silence.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"cannot read folder {error.filename}: {error.strerror}")
+
+    names, seen = [], {root.resolve()}
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        real = {name: Path(folder, name).resolve() for name in subfolders}
+        subfolders[:] = [name for name in sorted(subfolders) if real[name] not in seen]
+        seen.update(real[name] for name in subfolders)
+        names += [Path(folder, file).relative_to(root).as_posix() for file in files]
+    return names
 
 
 def _images_among(names: list[str], where: str) -> list[str]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from maskdm.images.source import Source, open_source
 from maskdm.recipe import Data
 
-FORMAT = 2  # goes into the name: raise it when the same settings would give other bytes
+FORMAT = 3  # goes into the name: raise it when the same settings would give other bytes
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def open_store(data: Data, progress: bool = True) -> Store:
     if not (folder / "manifest.json").is_file():
         _build(source, data, folder, progress)
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    if (folder / "images.bin").stat().st_size != math.prod(manifest["shape"]):
+        raise ValueError(f"the image store {folder} is damaged: remove it, to have it built again")
     images = np.memmap(folder / "images.bin", np.uint8, "r", shape=tuple(manifest["shape"]))
     labels = np.load(folder / "labels.npy") if manifest["class_names"] else None
     return Store(images, labels, manifest)
@@ -81,7 +84,8 @@ def _build(source: Source, data: Data, folder: Path, progress: bool) -> None:
     """Decodes and prepares every image into a store at `folder`, atomically."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
-    building = Path(tempfile.mkdtemp(prefix=f"building-{folder.name}-", dir=folder.parent))
+    building = folder.parent / f"building-{folder.name}-{uuid.uuid4().hex[:8]}"
+    building.mkdir()
     try:
         manifest = _write_images(source, data, building, progress)
         (building / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
@@ -99,9 +103,9 @@ def _write_images(source: Source, data: Data, building: Path, progress: bool) ->
     title = f"packing {data.source}"
     with (building / "images.bin").open("wb") as file, ThreadPoolExecutor() as pool:
         results = _map_in_order(pool, source, data)
-        for index, result in enumerate(
-            tqdm(results, title, len(source.names), disable=not progress, unit="img")
-        ):
+        hidden = None if progress else True  # None: hidden where no terminal shows it
+        bar = tqdm(results, title, len(source.names), disable=hidden, unit="img")
+        for index, result in enumerate(bar):
             if isinstance(result, np.ndarray):
                 content = result.tobytes()
                 file.write(content)
@@ -114,6 +118,8 @@ def _write_images(source: Source, data: Data, building: Path, progress: bool) ->
                     f"{data.source}: {source.names[index]} cannot be read as an image ({result}): "
                     "mend or remove it, or leave such files out with --data.on-bad skip"
                 )
+        file.flush()
+        os.fsync(file.fileno())  # the rename that follows must not overtake the content
     if not kept:
         raise ValueError(f"{data.source}: none of its {len(skipped)} images can be read")
     if source.labels is not None:
@@ -131,15 +137,14 @@ def _write_images(source: Source, data: Data, building: Path, progress: bool) ->
 
 def _map_in_order(
     pool: ThreadPoolExecutor, source: Source, data: Data
-) -> Iterator[np.ndarray | OSError]:
+) -> Iterator[np.ndarray | str]:
     """Prepares images on all cores, yields them in order, holds a bounded number at a time."""
 
-    def prepare(index: int) -> np.ndarray | OSError:
+    def prepare(index: int) -> np.ndarray | str:
         try:
             return prepare_image(source.read(index), data)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            # Pillow's decoders raise all of these on damaged files
-            return OSError(" ".join(str(error).split()))
+        except Exception as error:  # damaged files make decoders raise nearly anything
+            return " ".join(str(error).split()) or type(error).__name__
 
     chunk = 256
     for start in range(0, len(source.names), chunk):
@@ -149,9 +154,26 @@ def _map_in_order(
 
 def prepare_image(image: Image.Image, data: Data) -> np.ndarray:
     """Turns an image as its EXIF data say, converts, crops and resizes: uint8 (size, size, C)."""
-    image = ImageOps.exif_transpose(image)
+    image = to_eight_bits(ImageOps.exif_transpose(image))
     image = CROPS[data.crop](image.convert("L" if data.channels == 1 else "RGB"), data.size)
     return np.asarray(image, dtype=np.uint8).reshape(data.size, data.size, data.channels)
+
+
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scales 16-bit grey to 8 bits, and lays transparent images on white.
+
+    Pillow's own conversion cuts 16-bit values at 255, and shows what transparency hides.
+    Raises ValueError for 32-bit and float images, whose range nothing tells.
+    """
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"images of mode {image.mode} (32 bits) have no known range")
+        return Image.fromarray(np.round(values / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image.convert("RGBA"))
+    return image
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -181,6 +203,9 @@ CROPS = {"center": center_crop, "resize": squeeze}
 def _remove_abandoned(folder: Path) -> None:
     """Removes what killed builds of this store left behind (untouched for an hour)."""
     for path in itertools.islice(folder.parent.glob(f"building-{folder.name}-*"), 100):
-        files = [path, *path.iterdir()]
-        if time.time() - max(file.stat().st_mtime for file in files) > 3600:
+        try:
+            changed = max(file.stat().st_mtime for file in [path, *path.iterdir()])
+        except FileNotFoundError:  # its process has just finished it
+            continue
+        if time.time() - changed > 3600:
             shutil.rmtree(path, ignore_errors=True)

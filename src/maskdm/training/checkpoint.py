@@ -81,7 +81,7 @@ def save_checkpoint(
         sizes = {file: (writing / file).stat().st_size for file in FILES}
         content = {**asdict(progress), "is_stage_end": is_stage_end, "files": sizes}
         _write_text(writing / "progress.json", json.dumps(content))
-        _replace_folder(writing, folder / name)
+        replace_folder(writing, folder / name)
         _write_text(folder / "latest.writing", name + "\n")
         os.replace(folder / "latest.writing", folder / "latest")
     except OSError:
@@ -133,13 +133,18 @@ def damage(path: Path) -> str:
     return ""
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Removes leftovers and all but the last `keep` checkpoints and each stage's end."""
+def prune_checkpoints(folder: Path, current: Path, keep: int) -> None:
+    """Removes old checkpoints after `current` was saved.
+
+    Kept are the last `keep` whole ones, `current` among them, and each stage's end. Leftovers,
+    damaged ones, and any beyond `current` (of steps that were run again) go.
+    """
     for leftover in [*folder.glob("writing-*"), *folder.glob("removing-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
-    for path in sorted(folder.glob("step-*"))[:-keep]:
-        if not damage(path) and json.loads((path / "progress.json").read_text())["is_stage_end"]:
-            continue
+    checkpoints = sorted(folder.glob("step-*"))
+    whole = [path for path in checkpoints if path.name <= current.name and not damage(path)]
+    ends = [p for p in whole if json.loads((p / "progress.json").read_text())["is_stage_end"]]
+    for path in set(checkpoints) - {current, *whole[-keep:], *ends}:
         # Renamed first: a kill in the middle must not leave what looks like a checkpoint.
         removing = path.with_name(f"removing-{path.name}")
         path.rename(removing)
@@ -172,10 +177,15 @@ def _load_optimizer_tensors(
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # the library wraps the system's error in one of its own
-        code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
-        raise OSError(code, os.strerror(code), str(path)) from error
+    except SafetensorError as error:
+        raise system_error(error, path) from error
     _sync(path)
+
+
+def system_error(error: SafetensorError, path: Path) -> OSError:
+    """The system's error that safetensors wraps in one of its own."""
+    code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+    return OSError(code, os.strerror(code), str(path))
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -192,7 +202,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _replace_folder(source: Path, target: Path) -> None:
+def replace_folder(source: Path, target: Path) -> None:
+    """Renames a folder that is complete into its place; what stood there goes first."""
     if target.exists():  # damaged, or of a step that is now run again
         shutil.rmtree(target)
     source.rename(target)

@@ -1,34 +1,35 @@
-"""The exponential moving average of the weights, the model that is sampled from."""
+"""The exponential moving average of the weights: the model that is sampled from."""
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def make_ema(model: nn.Module) -> AveragedModel:
-    """A frozen copy of the model, to be started by `restart_ema` at each stage."""
-    ema = AveragedModel(model)
-    ema.requires_grad_(False)
-    return ema.eval()
+def make_average(model: ModelT) -> ModelT:
+    """A frozen copy of the model, in evaluation mode, to hold the average."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-def restart_ema(ema: AveragedModel, model: nn.Module, decay: float) -> None:
-    """Starts the average from the model's present weights, with a stage's decay.
+@torch.no_grad()
+def restart_average(average: nn.Module, model: nn.Module) -> None:
+    """Starts the average from the model's present weights, as each stage does."""
+    for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
+        mean.copy_(weight)
 
-    After n calls of `ema.update_parameters(model)` the average is exactly
-    decay^n w_0 + (1 - decay) sum_k decay^(n - k) w_k.
+
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Moves the average a step towards the model: mean <- decay mean + (1 - decay) weight.
+
+    n calls after a restart it is exactly decay^n w_0 + (1 - decay) sum_k decay^(n - k) w_k.
+    torch's own formula, in one pass over all tensors; its `AveragedModel`, which wraps it, asks
+    the device for a count at each call.
     """
-    with torch.no_grad():
-        for average, weight in zip(ema.module.parameters(), model.parameters(), strict=True):
-            average.copy_(weight)
-    continue_ema(ema, decay)
-
-
-def continue_ema(ema: AveragedModel, decay: float) -> None:
-    """Goes on from the average's present weights (after a resume)."""
-    ema.multi_avg_fn = get_ema_multi_avg_fn(decay)
-    # AveragedModel copies instead of averaging while its count is zero, and asks for the count
-    # at each step: kept on the host, the question costs no device sync.
-    ema.n_averaged = torch.ones((), dtype=torch.long)
+    update = get_ema_multi_avg_fn(decay)
+    update(list(average.parameters()), list(model.parameters()), 0)

@@ -18,13 +18,12 @@ def make_optimizer(parameters: Iterable[nn.Parameter], stage: Stage) -> torch.op
     )
 
 
-def restart_optimizer(optimizer: torch.optim.AdamW, stage: Stage) -> None:
-    """Makes an optimizer as fresh as `make_optimizer` would, with another stage's settings.
+def enter_stage(optimizer: torch.optim.AdamW, stage: Stage) -> None:
+    """Gives an optimizer the stage's settings; its moments are the caller's to clear or keep.
 
-    The engine keeps every optimizer that it was ever given, and its loss scaler would undo the
-    scale of the gradients once for each: so a run has one.
+    A run has one optimizer: the engine keeps every one that it was ever given, and its loss
+    scaler would undo the scale of the gradients once for each.
     """
-    optimizer.state.clear()
     for group in optimizer.param_groups:
         group.update(lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay)
 

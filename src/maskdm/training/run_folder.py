@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from maskdm.recipe import Recipe, differences, load_recipe
 
 
-def claim_run_folder(
+@contextlib.contextmanager
+def claimed_run_folder(
     run_dir: Path, recipe: Recipe, resume: str, environment: dict[str, Any]
-) -> None:
+) -> Iterator[None]:
     """Makes RUN with its recipe.yaml, or checks that the run in it has an equal recipe.
+
+    While it is open, no other process can claim the folder.
 
     Args:
         resume: `auto` accepts a folder with a run of an equal recipe; `never` accepts none.
@@ -21,8 +28,9 @@ def claim_run_folder(
             `images_sha256` must be that of the start before.
 
     Raises:
-        ValueError: the folder holds another recipe's run (its differences are listed), a run on
-            other images, or a run where `never` was asked. Nothing is changed.
+        ValueError: the folder can't be made, is in use, or holds another recipe's run (its
+            differences are listed), a run on other images, or a run where `never` was asked.
+            Nothing is changed.
     """
     path = run_dir / "recipe.yaml"
     starts_path = run_dir / "environment.json"
@@ -35,17 +43,35 @@ def claim_run_folder(
                 f"{run_dir} holds a run of another recipe ({'; '.join(changed)}): "
                 "give the same settings to continue it, or name a new folder with --out"
             )
-        if starts and starts[-1]["images_sha256"] != environment["images_sha256"]:
+        if starts and starts[-1].get("images_sha256") != environment["images_sha256"]:
             raise ValueError(
                 f"the images of {recipe.data.source} have changed since the run in {run_dir} "
                 "began: bring them back to continue it, or name a new folder with --out"
             )
-    elif run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"{run_dir} is a file: name a folder with --out")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        _write(path, recipe.to_yaml())
-    _write(starts_path, json.dumps([*starts, environment], indent=1) + "\n")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ValueError(f"cannot make the folder {run_dir}: {error.strerror}") from None
+    with _locked(run_dir):
+        if not path.is_file():
+            _write(path, recipe.to_yaml())
+        _write(starts_path, json.dumps([*starts, environment], indent=1) + "\n")
+        yield
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Holds RUN/.lock, which the system releases however the process ends."""
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is training in {run_dir}: wait for it, or name a new folder"
+            ) from None
+        except OSError:  # a file system without locks: go on as if alone
+            warnings.warn(f"{run_dir} cannot be locked: start only one run in it", stacklevel=3)
+        yield
 
 
 def _write(path: Path, text: str) -> None:

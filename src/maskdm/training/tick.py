@@ -72,12 +72,13 @@ class Tick:
     def line(self) -> dict[str, Any]:
         """What happened since the last line; begins the next."""
         now, progress = time.perf_counter(), self._progress
-        losses, norms = zip(*progress.tick, strict=True)
+        losses = [loss for loss, _ in progress.tick]
+        norms = [norm for _, norm in progress.tick if math.isfinite(norm)]  # see read
         seconds = now - self._since - self._paused_sec
         line = {
             "images": progress.images,
             "loss": math.fsum(losses) / len(losses),
-            "grad_norm": math.fsum(norms) / len(norms),
+            "grad_norm": math.fsum(norms) / len(norms) if norms else None,
             "images_per_sec": (progress.images - self._first_images) / seconds,
             "data_wait": self._waited_sec / seconds,
             "flops": progress.flops,

@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from maskdm.diffusion.schedule import make_schedule
@@ -29,10 +29,10 @@ from maskdm.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from maskdm.training.ema import continue_ema, make_ema, restart_ema
+from maskdm.training.ema import make_average, restart_average, update_average
 from maskdm.training.monitor import Monitor, clock, environment, flops_text
-from maskdm.training.optim import learning_rate, make_optimizer, restart_optimizer
-from maskdm.training.run_folder import claim_run_folder
+from maskdm.training.optim import enter_stage, learning_rate, make_optimizer
+from maskdm.training.run_folder import claimed_run_folder
 from maskdm.training.step import backward, draw_batch, step_generator
 from maskdm.training.stop import StopRequest
 from maskdm.training.tick import NonFiniteLoss, Tick
@@ -85,16 +85,16 @@ def train(
     with accelerator.main_process_first():
         store = open_store(recipe.data, progress=show and accelerator.is_main_process)
     _refuse_unfit_labels(recipe, store)
+    stack = contextlib.ExitStack()
     if accelerator.is_main_process:
         facts = environment(accelerator.device, accelerator.num_processes)
         facts |= {"precision": precision, "images_sha256": store.manifest["sha256"]}
-        claim_run_folder(run_dir, recipe, resume, facts)
+        stack.enter_context(claimed_run_folder(run_dir, recipe, resume, facts))
     accelerator.wait_for_everyone()
 
     # Build the model and its average: the same weights on every rank and in every run.
     model = build_model(recipe).to(accelerator.device)
-    ema = make_ema(model)
-    averaged = cast(UViT, ema.module)
+    average = make_average(model)
     step_flops = [
         3 * model.forward_flops(count) * stage.batch_size  # forward, and twice that backward
         for count, stage in zip(visible_counts, recipe.stages, strict=True)
@@ -104,12 +104,11 @@ def train(
     _introduce(monitor, recipe, store, model, accelerator, f"{precision} ({reason})", total_flops)
 
     # Take up the newest whole checkpoint, if there is one.
-    folder = run_dir / "checkpoints"
-    progress = Progress()
+    progress, folder = Progress(), run_dir / "checkpoints"
     optimizer = make_optimizer(model.parameters(), recipe.stages[0])
-    checkpoint = find_checkpoint(folder, note=lambda text: monitor.say(f"note: {text}"))
+    checkpoint = _agreed_checkpoint(accelerator, folder, monitor)
     if checkpoint is not None:
-        progress = load_checkpoint(checkpoint, model, averaged, optimizer)
+        progress = load_checkpoint(checkpoint, model, average, optimizer)
         monitor.say(f"continuing after {checkpoint.name}")
     wrapped, stepper = accelerator.prepare(model, optimizer)
     if accelerator.scaler is not None and progress.scaler:
@@ -118,24 +117,26 @@ def train(
     schedule = make_schedule(recipe.diffusion.schedule)
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
 
-    with StopRequest() as stop, contextlib.closing(monitor):
+    with stack, StopRequest() as stop, contextlib.closing(monitor):
         monitor.start(progress.step, progress.flops)
         while True:
             # Hand the weights over to the next stage, which begins with a fresh optimizer.
             stage = recipe.stages[progress.stage]
             if progress.stage_step == stage.steps:
                 assert checkpoint is not None  # each stage's end is one
+                if preview and not (file := _sample_file(run_dir, progress.step)).exists():
+                    monitor.say("  drawing a preview")
+                    preview(accelerator, average, file)
                 if progress.stage + 1 == len(recipe.stages):
-                    return TrainResult(True, averaged, checkpoint)
+                    return TrainResult(True, average, checkpoint)
                 progress.stage, progress.stage_step = progress.stage + 1, 0
                 stage = recipe.stages[progress.stage]
                 if stage.start_from == "ema":
-                    model.load_state_dict(ema.module.state_dict())
+                    model.load_state_dict(average.state_dict())
             if progress.stage_step == 0:
-                restart_optimizer(optimizer, stage)
-                restart_ema(ema, model, stage.ema_decay)
-            else:
-                continue_ema(ema, stage.ema_decay)
+                optimizer.state.clear()
+                restart_average(average, model)
+            enter_stage(optimizer, stage)
             _set_activation_checkpointing(model, stage.activation_checkpointing)
             hidden = 1 - visible_counts[progress.stage] / (grid[0] * grid[1])
             monitor.say(_stage_line(recipe, progress, grid, hidden, step_flops[progress.stage]))
@@ -163,7 +164,7 @@ def train(
                 grad_norm = _clip_gradients(accelerator, model, stage)
                 stepper.step()
                 stepper.zero_grad()
-                ema.update_parameters(model)
+                update_average(average, model, stage.ema_decay)
 
                 # Count what was done.
                 tick.add(loss, grad_norm)
@@ -172,13 +173,13 @@ def train(
                 progress.images += stage.batch_size
                 progress.flops += step_flops[progress.stage]
 
-                # At set points read the losses, log, save, draw a preview; leave if asked to.
+                # At set points read the losses, log, save, leave if asked to, draw a preview.
                 is_end = progress.stage_step == stage.steps
                 is_tick = is_end or progress.step % recipe.log_every == 0
-                stopping = stop.agreed(accelerator, may_ask=is_tick)
+                stopping = stop.agreed(accelerator, may_ask=is_tick or progress.step % 10 == 0)
                 saving = is_end or stopping or progress.step % recipe.checkpoint_every == 0
                 if is_tick or saving:
-                    _read(tick, accelerator, checkpoint, stage)
+                    _read(tick, accelerator, checkpoint, recipe, stage)
                 if is_tick:
                     where = {"step": progress.step, "stage": stage.name}
                     how = {"lr": learning_rate(stage, progress.stage_step - 1), "hidden": hidden}
@@ -190,17 +191,16 @@ def train(
                         )
                         checkpoint = folder / f"step-{progress.step:08d}"
                         if accelerator.is_main_process:
-                            save_checkpoint(folder, progress, model, averaged, optimizer, is_end)
-                            prune_checkpoints(folder, recipe.keep_checkpoints)
+                            save_checkpoint(folder, progress, model, average, optimizer, is_end)
+                            prune_checkpoints(folder, checkpoint, recipe.keep_checkpoints)
                         accelerator.wait_for_everyone()
                     is_last = is_end and progress.stage + 1 == len(recipe.stages)
                     if stopping and not is_last:
                         monitor.say(f"stopped on request after saving {checkpoint}")
-                        return TrainResult(False, averaged, checkpoint)
-                if preview and (is_end or progress.step % recipe.preview_every == 0):
+                        return TrainResult(False, average, checkpoint)
+                if preview and not is_end and progress.step % recipe.preview_every == 0:
                     with tick.paused():
-                        file = run_dir / "samples" / f"step-{progress.step:08d}.png"
-                        preview(accelerator, averaged, file)
+                        preview(accelerator, average, _sample_file(run_dir, progress.step))
             monitor.say(f"  done after {clock(progress.elapsed_sec)} of training")
 
 
@@ -210,6 +210,21 @@ def build_model(recipe: Recipe) -> UViT:
         torch.default_generator.manual_seed(derive_seed(recipe.seed, "weights"))  # the CPU's alone
         settings = recipe.model.model_dump()
         return UViT(image_size=recipe.data.size, channels=recipe.data.channels, **settings)
+
+
+def _sample_file(run_dir: Path, step: int) -> Path:
+    return run_dir / "samples" / f"step-{step:08d}.png"
+
+
+def _agreed_checkpoint(accelerator: Accelerator, folder: Path, monitor: Monitor) -> Path | None:
+    """The newest whole checkpoint, as the first rank sees it: all start from the same."""
+    found = None
+    if accelerator.is_main_process:
+        found = find_checkpoint(folder, note=lambda text: monitor.say(f"note: {text}"))
+    (checkpoint,) = broadcast_object_list([found])
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise ValueError(f"{checkpoint} is not there: all nodes need one shared disk for --out")
+    return checkpoint
 
 
 def _refuse_uneven_batches(recipe: Recipe, num_ranks: int) -> None:
@@ -251,7 +266,9 @@ def _clip_gradients(accelerator: Accelerator, model: nn.Module, stage: Stage) ->
     return accelerator.clip_grad_norm_(model.parameters(), max_norm).detach()
 
 
-def _read(tick: Tick, accelerator: Accelerator, checkpoint: Path | None, stage: Stage) -> None:
+def _read(
+    tick: Tick, accelerator: Accelerator, checkpoint: Path | None, recipe: Recipe, stage: Stage
+) -> None:
     """Reads the tick; a loss that is no number gets the way out added to its message."""
     try:
         tick.read(accelerator)
@@ -259,7 +276,8 @@ def _read(tick: Tick, accelerator: Accelerator, checkpoint: Path | None, stage: 
         saved = f"the last good checkpoint is {checkpoint}" if checkpoint else "nothing was saved"
         tries = ["a lower lr", "more warmup_steps"]
         tries += [] if stage.clip else ["clip 1.0"]
-        tries += ["schedule cosine (90 % masking diverges with linear)"]
+        if recipe.diffusion.schedule == "linear":
+            tries += ["schedule cosine (90 % masking diverges with linear)"]
         raise NonFiniteLoss(f"{error}; {saved}; try {', '.join(tries)}") from None
 
 

@@ -1,0 +1,88 @@
+"""Frozen groups of settings whose mistakes are told in one plain line."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import difflib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+SettingsT = TypeVar("SettingsT", bound="Settings")
+
+_unchecked = contextvars.ContextVar("unchecked", default=False)
+
+
+class SettingsError(ValueError):
+    """What is wrong with settings, in one line: where, which rule, which value, the way out.
+
+    Attributes:
+        mistakes: (dotted name of the setting, message) pairs.
+    """
+
+    def __init__(self, mistakes: list[tuple[str, str]]):
+        self.mistakes = mistakes
+        super().__init__(
+            "; ".join(f"{where}: {what}" if where else what for where, what in mistakes)
+        )
+
+
+class Settings(BaseModel):
+    """A frozen group of settings that refuses unknown names and out-of-range values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    if not TYPE_CHECKING:  # type checkers keep the field names of the constructor
+
+        def __init__(self, **values: Any):
+            """Raises SettingsError, a ValueError."""
+            if _unchecked.get():
+                self.__setstate__(type(self).model_construct(**values).__getstate__())
+                return
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise SettingsError(_mistakes(error, list(type(self).model_fields))) from None
+
+    def checked(self: SettingsT) -> SettingsT:
+        """Itself, built again with all checks. Raises SettingsError."""
+        return type(self)(**self.model_dump())
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Lets groups of settings be built unchecked, to be checked as a whole later.
+
+    The command line is parsed so: only the whole knows each setting's full name.
+    """
+    token = _unchecked.set(True)
+    try:
+        yield
+    finally:
+        _unchecked.reset(token)
+
+
+def _mistakes(error: ValidationError, known: list[str]) -> list[tuple[str, str]]:
+    """Plain words for pydantic's errors in a group of settings with the `known` names."""
+    mistakes = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"])
+        inner = item.get("ctx", {}).get("error")
+        if isinstance(inner, SettingsError):  # a group within this one
+            mistakes += [
+                (f"{where}.{name}" if name else where, what) for name, what in inner.mistakes
+            ]
+        elif item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            mistakes.append((where, f"unknown setting: {hint}"))
+        elif item["type"] == "missing":
+            mistakes.append((where, "a value is needed"))
+        elif item["type"] == "value_error":
+            mistakes.append((where, str(inner)))
+        else:
+            rule = item["msg"][0].lower() + item["msg"][1:]
+            mistakes.append((where, f"{rule}, not {item['input']!r}"))
+    return mistakes
