@@ -8,9 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from maskdm.recipe import Recipe
+
+
+settings.register_profile("maskdm", deadline=None)  # nothing is timed in a test
+settings.load_profile("maskdm")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -227,7 +227,7 @@ class Recipe(Settings):
 
     def to_yaml(self) -> str:
         """The recipe as YAML text; `load_recipe` of it gives an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)  # escapes: exact
 
 
 def recipe_names() -> list[str]:
