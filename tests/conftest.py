@@ -13,7 +13,6 @@ from PIL import Image
 
 from maskdm.recipe import Recipe
 
-
 settings.register_profile("maskdm", deadline=None)  # nothing is timed in a test
 settings.load_profile("maskdm")
 

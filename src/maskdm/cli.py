@@ -219,7 +219,8 @@ def evaluate(
     print(f"  against {len(store):,} real images from {data.source}")
     components = f"{settings.num_components} principal components"
     print(f"  features: {components}, pixels from 0 to {settings.pixel_max:g}")
-    print(f"two halves of the real images differ by {record['reference_halves']:.2f}")
+    print(f"two halves of the real images differ by {record['reference_halves']:.2f};")
+    print("  sets of their whole number, as real as they are, would by about half of it")
     print(f"written to {path}")
     return DONE
 

@@ -41,9 +41,9 @@ def evaluate(
 
     Returns:
         The content of evaluation.json. `distance` is the Fréchet distance; beside it stands
-        `reference_halves`, that of two random halves of the reference. The halves are smaller
-        sets, which by itself adds to their distance: a model as good as the real images would
-        measure less, about half of it if it draws as many images as the reference has.
+        `reference_halves`, that of two random halves of the reference (mean of ten splits). The
+        halves are smaller sets, which by itself adds to their distance: as many perfect
+        samples as the reference has would measure about half of it.
 
     Raises:
         ValueError: fewer than four reference images, or unlike shapes.

@@ -43,7 +43,7 @@ def claimed_run_folder(
                 f"{run_dir} holds a run of another recipe ({'; '.join(changed)}): "
                 "give the same settings to continue it, or name a new folder with --out"
             )
-        if starts and starts[-1].get("images_sha256") != environment["images_sha256"]:
+        if starts and starts[-1]["images_sha256"] != environment["images_sha256"]:
             raise ValueError(
                 f"the images of {recipe.data.source} have changed since the run in {run_dir} "
                 "began: bring them back to continue it, or name a new folder with --out"
