@@ -214,13 +214,7 @@ def evaluate(
     if json_output:
         print(json.dumps(record))
         return DONE
-    print(f"Frechet distance {record['distance']:.2f}")
-    print(f"  {settings.num:,} images from {origin}, seed {seed}, {sampling.steps} steps")
-    print(f"  against {len(store):,} real images from {data.source}")
-    components = f"{settings.num_components} principal components"
-    print(f"  features: {components}, pixels from 0 to {settings.pixel_max:g}")
-    print(f"two halves of the real images differ by {record['reference_halves']:.2f};")
-    print("  sets of their whole number, as real as they are, would by about half of it")
+    _print_evaluation(record)
     print(f"written to {path}")
     return DONE
 
@@ -309,6 +303,18 @@ def _load(run: str) -> tuple[Any, str]:
     pipeline, origin = load_pipeline(run, note)
     pipeline.to(process_state().device)
     return pipeline, origin
+
+
+def _print_evaluation(record: dict[str, Any]) -> None:
+    """The record of an evaluation in a few lines, with all that the number stands on."""
+    num_real, source = record["reference"]["shape"][0], record["reference"]["source"]
+    print(f"Frechet distance {record['distance']:.2f}")
+    print(f"  {record['num']:,} images from {record['model']},")
+    print(f"  seed {record['seed']}, {record['sampling']['steps']} steps")
+    print(f"  against {num_real:,} real images from {source}, in {record['num_components']}")
+    print(f"  principal components of pixels from 0 to {record['pixel_max']:g}")
+    print(f"two halves of the real images differ by {record['reference_halves']:.2f};")
+    print("  sets of their whole number, as real as they are, would by about half of it")
 
 
 def _changed(settings: Any, **changes: object) -> Any:
