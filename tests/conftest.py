@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 
 from maskdm.recipe import Recipe
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does, before torch
 settings.register_profile("maskdm", deadline=None)  # nothing is timed in a test
 settings.load_profile("maskdm")
 

@@ -6,6 +6,7 @@ import difflib
 import errno
 import functools
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -230,6 +231,9 @@ COMMANDS: dict[str, Callable[..., int]] = {
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line (default: this process's) and gives its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
+    # Threads that spin while they wait slow small models tenfold on a CPU that has other work too
+    # (docs/log.md). Read when torch is imported, so it is set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return DONE if arguments else WRONG_USAGE
