@@ -231,8 +231,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line (default: this process's) and gives its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    # Threads that spin while they wait slow small models tenfold on a CPU that has other work too
-    # (docs/log.md). Read when torch is imported, so it is set before.
+    # Spinning threads slow small models tenfold on a busy CPU (docs/log.md); set before torch is.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
@@ -303,8 +302,7 @@ def _load(run: str) -> tuple[Any, str]:
     from maskdm.hub import load_pipeline
 
     logging.disable_progress_bar()
-    note = functools.partial(print, "note:", file=sys.stderr)
-    pipeline, origin = load_pipeline(run, note)
+    pipeline, origin = load_pipeline(run, functools.partial(print, "note:", file=sys.stderr))
     pipeline.to(process_state().device)
     return pipeline, origin
 
