@@ -41,6 +41,12 @@ def test_any_values_survive_the_file(lr, rate, source, clip, betas):
     assert Recipe(**yaml.safe_load(recipe.to_yaml())) == recipe
 
 
+def test_a_mistake_in_every_stage_is_told_once_and_without_the_whole_of_them():
+    with pytest.raises(ValueError) as caught:
+        Recipe(stages=[{**STAGE, "steps": "ten"}], data={"size": 8})
+    assert str(caught.value).startswith("stages.0.steps: ") and "tuple" not in str(caught.value)
+
+
 def test_settings_are_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         load_recipe("digits").seed = 1

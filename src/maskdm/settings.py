@@ -84,5 +84,9 @@ def _mistakes(error: ValidationError, known: list[str]) -> list[tuple[str, str]]
             mistakes.append((where, str(inner)))
         else:
             rule = item["msg"][0].lower() + item["msg"][1:]
-            mistakes.append((where, f"{rule}, not {item['input']!r}"))
-    return mistakes
+            value = item["input"]
+            seen = "" if isinstance(value, (dict, list, tuple)) else f", not {value!r}"
+            mistakes.append((where, rule + seen))
+    # Where all items of a list are wrong, pydantic also calls the list too short.
+    names = [where for where, _ in mistakes]
+    return [m for m in mistakes if not any(name.startswith(f"{m[0]}.") for name in names)]

@@ -196,7 +196,9 @@ def train(
                         accelerator.wait_for_everyone()
                     is_last = is_end and progress.stage + 1 == len(recipe.stages)
                     if stopping and not is_last:
-                        monitor.say(f"stopped on request after saving {checkpoint}")
+                        monitor.say(
+                            f"stopped on request after saving {checkpoint}; call again to go on"
+                        )
                         return TrainResult(False, average, checkpoint)
                 if preview and not is_end and progress.step % recipe.preview_every == 0:
                     with tick.paused():
