@@ -69,6 +69,12 @@ def test_flags_win_over_the_file(recipe_file, tmp_path):
     assert recipe.stages[1].batch_size == 8
 
 
+def test_an_average_too_long_for_its_stage_is_pointed_out(recipe_file, tmp_path, capsys):
+    flags = ["--stages.1.ema-decay", "0.1"]
+    assert main(["train", recipe_file, "--out", str(tmp_path / "run"), *flags]) == 0
+    assert capsys.readouterr().out.count("keeps 99 % of the stage's first weights") == 1
+
+
 def test_samples_come_as_grid_array_or_folder(run, tmp_path, capsys):
     array, grid, folder = tmp_path / "s.npz", tmp_path / "g.png", tmp_path / "images"
     for out in (array, grid, folder):
@@ -170,6 +176,10 @@ def test_bad_images_and_folders_exit_with_2(image_folder, recipe_file, run, tmp_
 
     (image_folder / "cat" / "b.png").write_bytes(b"no image")
     assert "cat/b.png cannot be read as an image" in train_on(image_folder)
+    among = ("train", recipe_file, "--data.source", str(image_folder), "--out")
+    for out in (image_folder, image_folder / "runs" / "a"):
+        assert "lies in the image folder" in failure(capsys, *among, str(out))
+        assert not (out / "recipe.yaml").exists()
     (tmp_path / "empty").mkdir()
     assert "it is empty" in train_on(tmp_path / "empty")
     assert "has 10 classes: use 10" in train_on(Path("digits"), "--model.num-classes", "2")

@@ -80,6 +80,7 @@ def train(
     # Refuse what cannot work before anything is written.
     grid = grid_shape(recipe.data.size, recipe.data.size, recipe.model.patch_size)
     visible_counts = [num_visible(stage.mask, grid) for stage in recipe.stages]
+    _refuse_run_among_images(recipe.data.source, run_dir)
     accelerator, precision, reason = make_accelerator(recipe.precision)
     _refuse_uneven_batches(recipe, accelerator.num_processes)
     with accelerator.main_process_first():
@@ -140,6 +141,11 @@ def train(
             _set_activation_checkpointing(model, stage.activation_checkpointing)
             hidden = 1 - visible_counts[progress.stage] / (grid[0] * grid[1])
             monitor.say(_stage_line(recipe, progress, grid, hidden, step_flops[progress.stage]))
+            if (kept := stage.ema_decay**stage.steps) > 0.1:
+                monitor.say(
+                    f"  note: ema_decay {stage.ema_decay:g} keeps {100 * kept:.0f} % of the "
+                    f"stage's first weights over {stage.steps:,} steps: try a lower one"
+                )
             tick = Tick(progress)
 
             while progress.stage_step < stage.steps:
@@ -229,6 +235,15 @@ def _agreed_checkpoint(accelerator: Accelerator, folder: Path, monitor: Monitor)
     return checkpoint
 
 
+def _refuse_run_among_images(source: str, run_dir: Path) -> None:
+    folder = Path(source).expanduser()
+    if folder.is_dir() and run_dir.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{run_dir} lies in the image folder {source}, so its previews would become images: "
+            "name a folder elsewhere with --out"
+        )
+
+
 def _refuse_uneven_batches(recipe: Recipe, num_ranks: int) -> None:
     for i, stage in enumerate(recipe.stages):
         if stage.batch_size % num_ranks:
@@ -300,9 +315,12 @@ def _introduce(
         f"data    {num:,} images {height}x{width}x{channels} from {recipe.data.source}{left_out}"
     )
     monitor.say(f"model   U-ViT, {params / 1e6:.2f} M parameters, {model.num_patches} patches")
+    num_stages = len(recipe.stages)
     devices = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
     monitor.say(f"device  {devices}, {precision}")
-    monitor.say(f"plan    {len(recipe.stages)} stages, {flops_text(total_flops)} in all")
+    monitor.say(
+        f"plan    {num_stages} stage{'s' * (num_stages > 1)}, {flops_text(total_flops)} in all"
+    )
 
 
 def _stage_line(recipe: Recipe, progress: Progress, grid: Grid, hidden: float, flops: int) -> str:
