@@ -8,7 +8,7 @@ from pathlib import Path
 import maskdm
 
 ROOMS = (
-    "settings recipe seeds engine images tokens masks diffusion models training sampling "
+    "settings recipe recipe_files seeds engine images tokens masks diffusion models training sampling "
     "evaluation hub report cli __main__"
 ).split()
 ROOT = Path(maskdm.__file__).parent

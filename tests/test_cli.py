@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from maskdm.cli import COMMANDS, main
-from maskdm.recipe import load_recipe, recipe_names
+from maskdm.recipe_files import load_recipe, recipe_names
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -13,7 +13,8 @@ from maskdm.diffusion.schedule import SCHEDULES
 from maskdm.evaluation.features import FEATURES
 from maskdm.images.store import CROPS
 from maskdm.masks import MASKS
-from maskdm.recipe import Mask, Recipe, Stage, differences, load_recipe, recipe_names
+from maskdm.recipe import Mask, Recipe, Stage
+from maskdm.recipe_files import differences, load_recipe, recipe_names
 from maskdm.sampling.samplers import BETA_SCHEDULES, PREDICTION_TYPES, SAMPLERS
 from maskdm.settings import Settings
 

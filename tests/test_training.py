@@ -22,7 +22,8 @@ from maskdm.images.order import ImageOrder
 from maskdm.images.store import open_store
 from maskdm.masks import num_visible
 from maskdm.models.uvit import UViT
-from maskdm.recipe import Recipe, Stage, load_recipe
+from maskdm.recipe import Recipe, Stage
+from maskdm.recipe_files import load_recipe
 from maskdm.training import checkpoint as checkpoints
 from maskdm.training.checkpoint import FILES, find_checkpoint, prune_checkpoints
 from maskdm.training.ema import make_average, restart_average, update_average

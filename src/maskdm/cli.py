@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import maskdm
-from maskdm.recipe import Evaluation, Recipe, load_recipe, recipe_names, recipe_text
+from maskdm.recipe import Evaluation, Recipe
+from maskdm.recipe_files import load_recipe, recipe_names, recipe_text
 from maskdm.settings import unchecked
 
 # torch and diffusers take seconds to import: each command imports what it needs, so that help

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from maskdm.images.output import to_pil
 from maskdm.models.uvit import UViT
-from maskdm.recipe import Recipe, Sampling, load_recipe
+from maskdm.recipe import Recipe, Sampling
+from maskdm.recipe_files import load_recipe
 from maskdm.sampling.generate import generate
 from maskdm.sampling.samplers import make_scheduler
 from maskdm.training.checkpoint import damage, find_checkpoint, replace_folder, system_error

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from maskdm.recipe import Recipe, differences, load_recipe
+from maskdm.recipe import Recipe
+from maskdm.recipe_files import differences, load_recipe
 
 
 @contextlib.contextmanager
