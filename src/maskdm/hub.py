@@ -1,53 +1,92 @@
-"""Trained models as diffusers pipeline folders, and finding the model that a user names."""
+"""Trained models as diffusers pipeline folders."""
 
 # No postponed annotations here: diffusers reads a pipeline's signature to know its components.
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+)
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from maskdm.diffusion.schedule import NUM_STEPS, log_snr_shift, schedule_of
 from maskdm.images.output import to_pil
-from maskdm.models.uvit import UViT
-from maskdm.recipe import Recipe, Sampling
-from maskdm.recipe_files import load_recipe
+from maskdm.models.trained import TrainedModel
+from maskdm.recipe import Diffusion, Recipe, Sampling
 from maskdm.sampling.generate import generate
-from maskdm.sampling.samplers import make_scheduler
-from maskdm.training.checkpoint import damage, find_checkpoint, replace_folder, system_error
-from maskdm.training.trainer import build_model
+from maskdm.training.checkpoint import replace_folder, system_error
+from maskdm.training.load import diffusion_fields, load_model
 
-DEFAULTS = Sampling()
+DIFFUSION, SAMPLING = Diffusion(), Sampling()  # the defaults
 
 
 class MaskDMPipeline(DiffusionPipeline):
-    """A trained model with all that sampling needs: denoiser, scheduler, sampling settings.
+    """A trained model with all that sampling needs: denoiser, diffusion, sampling settings.
 
     Args:
-        denoiser: the U-ViT, with averaged weights.
-        scheduler: betas and prediction type.
-        sampler, steps, eta, clip_x0, batch_size: default settings, as in `recipe.Sampling`.
+        denoiser: the network, with averaged weights.
+        scheduler: the same noise in diffusers' terms, for other tools; not used here. None where
+            diffusers has no words for it.
+        schedule, base_size, prediction: what it was trained under, as in `recipe.Diffusion`.
+        sampler, ...: default settings, as in `recipe.Sampling`.
     """
+
+    _optional_components = ["scheduler"]  # noqa: RUF012 (diffusers' own form)
 
     def __init__(
         self,
-        denoiser: UViT,
-        scheduler: DDIMScheduler,
-        sampler: str = DEFAULTS.sampler,
-        steps: int = DEFAULTS.steps,
-        eta: float = DEFAULTS.eta,
-        clip_x0: bool = DEFAULTS.clip_x0,
-        batch_size: int = DEFAULTS.batch_size,
+        denoiser: ModelMixin,
+        scheduler: SchedulerMixin,
+        schedule: str = DIFFUSION.schedule,
+        base_size: int | None = DIFFUSION.base_size,
+        prediction: str = DIFFUSION.prediction,
+        sampler: str = SAMPLING.sampler,
+        steps: int = SAMPLING.steps,
+        spacing: str = SAMPLING.spacing,
+        eta: float = SAMPLING.eta,
+        clip_x0: bool = SAMPLING.clip_x0,
+        guidance: str = SAMPLING.guidance,
+        guidance_scale: float = SAMPLING.guidance_scale,
+        guidance_start: float = SAMPLING.guidance_start,
+        guidance_end: float = SAMPLING.guidance_end,
+        guidance_weak: str = SAMPLING.guidance_weak,
+        guidance_rate: float = SAMPLING.guidance_rate,
+        batch_size: int = SAMPLING.batch_size,
     ):
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler)
         # Scalars, one by one: a pipeline folder's model_index.json holds nothing else.
         self.register_to_config(
-            sampler=sampler, steps=steps, eta=eta, clip_x0=clip_x0, batch_size=batch_size
+            schedule=schedule,
+            base_size=base_size,
+            prediction=prediction,
+            sampler=sampler,
+            steps=steps,
+            spacing=spacing,
+            eta=eta,
+            clip_x0=clip_x0,
+            guidance=guidance,
+            guidance_scale=guidance_scale,
+            guidance_start=guidance_start,
+            guidance_end=guidance_end,
+            guidance_weak=guidance_weak,
+            guidance_rate=guidance_rate,
+            batch_size=batch_size,
         )
+
+    @property
+    def trained(self) -> TrainedModel:
+        """The network and what it was trained under."""
+        return TrainedModel(self.denoiser, diffusion_fields(self.config))
 
     @property
     def settings(self) -> Sampling:
@@ -59,8 +98,9 @@ class MaskDMPipeline(DiffusionPipeline):
         num_images: int = 1,
         seed: int = 0,
         num_inference_steps: int | None = None,
-        eta: float | None = None,
         labels: torch.Tensor | None = None,
+        settings: Sampling | None = None,
+        weak: "MaskDMPipeline | None" = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
         """Draws images 0..num_images-1 of a seed.
@@ -68,29 +108,71 @@ class MaskDMPipeline(DiffusionPipeline):
         Args:
             num_images: how many.
             seed: names the sequence of images.
-            num_inference_steps: network evaluations per image; None = the saved default.
-            eta: DDIM's noise; None = the saved default.
+            num_inference_steps: solver steps; None = as the settings say.
             labels: classes, int64 (num_images,); None = 0, 1, 2, ... in turn.
+            settings: sampler, guidance and the rest; None = the saved ones.
+            weak: the weak model of autoguidance.
             output_type: `pil`, or `np` for uint8 (num_images, H, W, C).
 
         Raises:
-            ValueError: an unknown output type, or settings out of range.
+            ValueError: an unknown output type, or settings that the model can't follow.
         """
         if output_type not in ("pil", "np"):
             raise ValueError(f"unknown output_type {output_type!r}: known are pil, np")
-        asked = {"steps": num_inference_steps, "eta": eta}
-        changes = {name: value for name, value in asked.items() if value is not None}
-        settings = Sampling(**{**self.settings.model_dump(), **changes})
+        settings = settings or self.settings
+        if num_inference_steps is not None:
+            settings = Sampling(**{**settings.model_dump(), "steps": num_inference_steps})
         images = generate(
-            self.denoiser, self.scheduler, settings, list(range(num_images)), seed, labels
+            self.trained,
+            settings,
+            list(range(num_images)),
+            seed,
+            labels,
+            weak=weak.trained if weak is not None else None,
         )
         return ImagePipelineOutput(images if output_type == "np" else to_pil(images))
 
 
-def make_pipeline(model: UViT, recipe: Recipe) -> MaskDMPipeline:
-    """The pipeline of a recipe's (averaged) model."""
-    scheduler = make_scheduler(recipe.diffusion)
-    return MaskDMPipeline(model, scheduler, **recipe.sampling.model_dump(mode="json"))
+def make_pipeline(trained: TrainedModel, sampling: Sampling) -> MaskDMPipeline:
+    """The pipeline of a trained (averaged) model with default sampling settings."""
+    diffusion = trained.diffusion
+    return MaskDMPipeline(
+        trained.model,
+        diffusers_scheduler(diffusion, trained.model.config.image_size),
+        schedule=diffusion.schedule,
+        base_size=diffusion.base_size,
+        prediction=diffusion.prediction,
+        **sampling.model_dump(mode="json"),
+    )
+
+
+def pipeline_of_run(model: ModelMixin, recipe: Recipe) -> MaskDMPipeline:
+    """The pipeline of a finished run: its averaged model, with its recipe's settings."""
+    return make_pipeline(TrainedModel(model, recipe.diffusion), recipe.sampling)
+
+
+def diffusers_scheduler(diffusion: Diffusion, image_size: int) -> SchedulerMixin | None:
+    """A diffusion in diffusers' terms, or None where diffusers has no words for it.
+
+    Its timestep i is our time t = i / 999 (of flows i / 1000).
+    """
+    shift = log_snr_shift(diffusion.base_size, image_size)
+    if diffusion.schedule == "flow":
+        if diffusion.prediction != "flow":
+            return None
+        return FlowMatchEulerDiscreteScheduler(NUM_STEPS, shift=math.exp(-shift / 2))
+    types = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+    if diffusion.prediction not in types:
+        return None
+    t = torch.arange(NUM_STEPS, dtype=torch.float64) / (NUM_STEPS - 1)
+    power = schedule_of(diffusion, image_size).log_snr(t).sigmoid()  # alpha^2
+    before = torch.cat([torch.ones(1, dtype=torch.float64), power[:-1]])
+    return DDIMScheduler(
+        num_train_timesteps=NUM_STEPS,
+        trained_betas=(1 - power / before).tolist(),
+        prediction_type=types[diffusion.prediction],
+        timestep_spacing="trailing",
+    )
 
 
 def save_pipeline(pipeline: MaskDMPipeline, folder: Path) -> None:
@@ -107,36 +189,12 @@ def save_pipeline(pipeline: MaskDMPipeline, folder: Path) -> None:
     replace_folder(writing, folder)
 
 
-def load_pipeline(
-    name: str | Path, note: Callable[[str], None] = print
-) -> tuple[MaskDMPipeline, str]:
-    """Loads the model that a user names: a run's folder, a checkpoint, or an exported folder.
+def load_pipeline(name: str | Path, note: Callable[[str], None] = print) -> MaskDMPipeline:
+    """The pipeline of the model that a user names: a run's folder, `RUN@STAGE`, a checkpoint, an
+    exported folder, or a Hub id.
 
-    Returns the pipeline and what it was loaded from, for the record: an unfinished run gives
-    its newest checkpoint's averaged weights. `note` is told which damaged ones were passed over.
-
-    Raises ValueError where there is no model.
+    `note` is told which damaged checkpoints were passed over. Raises ValueError where there is
+    no model.
     """
-    path = Path(name)
-    for folder in (path, path / "model"):
-        if (folder / "model_index.json").is_file():
-            return MaskDMPipeline.from_pretrained(str(folder), use_safetensors=True), str(folder)
-    checkpoint = path if (path / "progress.json").is_file() else None
-    if checkpoint is None and (path / "recipe.yaml").is_file():
-        checkpoint = find_checkpoint(path / "checkpoints", note)
-        if checkpoint is None:
-            raise ValueError(f"{name} has no checkpoint yet: train it a little longer")
-    if checkpoint is None:
-        raise ValueError(
-            f"{name} is no run folder, checkpoint or exported model"
-            + ("" if path.exists() else " (it does not exist)")
-        )
-    if problem := damage(checkpoint):
-        raise ValueError(f"checkpoint {checkpoint}: {problem}")
-    recipe_path = checkpoint.resolve().parent.parent / "recipe.yaml"
-    if not recipe_path.is_file():
-        raise ValueError(f"checkpoint {checkpoint} has no run around it: {recipe_path} is missing")
-    recipe = load_recipe(recipe_path)
-    model = build_model(recipe).eval()
-    model.load_state_dict(load_file(checkpoint / "ema.safetensors"))
-    return make_pipeline(model, recipe), str(checkpoint)
+    loaded = load_model(name, note)
+    return make_pipeline(loaded.trained, loaded.sampling)

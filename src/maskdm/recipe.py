@@ -7,7 +7,7 @@ an image or a tensor, so this file imports fast.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -30,34 +30,51 @@ class Data(Settings):
     """Mirror each image left-right with probability 1/2."""
     on_bad: Literal["error", "skip"] = "error"
     """What an unreadable image does: stop the run, or be left out and listed."""
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Part of the images that is trained on, drawn by subset_seed (evaluation uses all)."""
+    limit: int | None = Field(None, gt=0)
+    """At most so many of them; None = no limit."""
+    subset_seed: int = Field(0, ge=0)
+    """Names the draw of fraction and limit: the same images on every machine, for any seed."""
 
 
 class Model(Settings):
-    """The U-ViT (the paper's MaskDM-S is width 512, 8 heads; MaskDM-B 768, 12 heads)."""
+    """The backbone (the paper's MaskDM-S is a U-ViT of width 512, 8 heads; MaskDM-B 768, 12)."""
 
+    kind: Literal["uvit", "dit", "unet2d"] = "uvit"
+    """uvit: the paper's; dit, unet2d: diffusers' DiTTransformer2DModel and UNet2DModel, which
+    need the whole grid: hidden patches are blanked, and masks save no compute."""
     patch_size: int = Field(4, gt=0)
-    """Side of a patch, in pixels."""
+    """Side of a patch, in pixels; with unet2d, of what masks hide."""
     embed_dim: int = Field(512, gt=0)
-    """Width of the tokens."""
+    """Width of the tokens (uvit, dit)."""
     depth: int = Field(13, ge=1)
-    """Number of transformer blocks, an odd number: 13 = 6 in + 1 middle + 6 out."""
+    """Transformer blocks (uvit, dit); of uvit an odd number: 13 = 6 in + 1 middle + 6 out."""
     num_heads: int = Field(8, gt=0)
-    """Attention heads; they divide the width."""
+    """Attention heads (uvit, dit); they divide the width."""
     mlp_ratio: float = Field(4.0, gt=0)
-    """Hidden width of the MLP over the width."""
+    """Hidden width of the MLP over the width (uvit; dit has 4)."""
     num_classes: int = Field(0, ge=0)
     """Classes of a conditional model; 0 = unconditional."""
+    label_dropout: float = Field(0.1, ge=0, lt=1)
+    """Chance that training hides an image's class: classifier-free guidance needs it above 0."""
     final_conv: bool = False
-    """A 3x3 convolution on the output image (U-ViT has it; the paper drops it)."""
+    """A 3x3 convolution on the output image (U-ViT has it; the paper drops it; uvit only)."""
+    options: dict[str, Any] = {}
+    """Arguments of diffusers' class by their names there (dit, unet2d)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Model:
-        if self.depth % 2 == 0:
+        if self.kind == "uvit" and self.options:
+            raise ValueError(f"options are for kind dit or unet2d, not {self.kind}")
+        if self.kind != "uvit" and self.final_conv:
+            raise ValueError(f"final_conv is for kind uvit, not {self.kind}")
+        if self.kind == "uvit" and self.depth % 2 == 0:
             raise ValueError(
                 f"depth {self.depth} is even, but blocks come as n in + 1 middle + n out: "
                 f"use {self.depth - 1} or {self.depth + 1}"
             )
-        if self.embed_dim % (2 * self.num_heads):
+        if self.kind != "unet2d" and self.embed_dim % (2 * self.num_heads):
             raise ValueError(
                 f"embed_dim {self.embed_dim} is not a multiple of 2 x num_heads "
                 f"= {2 * self.num_heads}"
@@ -68,14 +85,43 @@ class Model(Settings):
 class Diffusion(Settings):
     """The noise, and what the network is asked for."""
 
-    schedule: Literal["linear", "cosine"] = "linear"
-    """DDPM noise schedule; the cosine is the stable one under 90 % masking (Appendix C)."""
-    prediction: Literal["eps", "x0", "v"] = "eps"
-    """What the network predicts: the noise, the clean image, or the velocity."""
-    weighting: Literal["uniform", "min-snr"] = "uniform"
-    """Loss weight over time: 1 (Eqs. 1 and 2), or the signal-to-noise ratio clipped."""
+    schedule: Literal["linear", "cosine", "vp-sde", "vp-cosine", "flow"] = "linear"
+    """Noise over time: DDPM's linear or cosine in 1000 steps (cosine is the stable one under 90 %
+    masking, Appendix C), the continuous VP-SDE or VP-cosine, or the straight line of flows."""
+    base_size: int | None = Field(None, gt=0)
+    """Image size at which the schedule is as written; at others its log-SNR is shifted by
+    2 ln(base_size / size). None = never shifted; 64 is usual."""
+    prediction: Literal["eps", "x0", "v", "flow"] = "eps"
+    """What the network predicts: the noise, the clean image, the velocity, or noise - image."""
+    loss_space: Literal["same", "eps", "x0", "v", "flow"] = "same"
+    """In which of them the error is measured; same = as predicted."""
+    loss_space_clip: float = Field(0.05, gt=0)
+    """Least signal and noise scale used in rewriting the error for another loss_space."""
+    weighting: Literal["uniform", "min-snr", "p2", "sigmoid"] = "uniform"
+    """Loss weight over time: 1 (Eqs. 1 and 2), the signal-to-noise ratio clipped, or less of the
+    nearly clean images in one of two ways (p2, sigmoid)."""
     snr_clip: float = Field(5.0, gt=0)
     """Where min-snr clips the signal-to-noise ratio."""
+    p2_gamma: float = Field(1.0, ge=0)
+    """Exponent of p2's weight (1 + SNR)^-gamma."""
+    sigmoid_bias: float = 0.0
+    """Log-SNR at which sigmoid's weight is a half."""
+    time_sampling: Literal["uniform", "stratified", "logit-normal", "soft-truncation"] = "uniform"
+    """How training draws times: evenly, evenly spread over each batch, mostly in the middle, or
+    from a random least time up."""
+    logit_mean: float = 0.0
+    """Mean of logit(t) for logit-normal; above zero = more noise."""
+    logit_std: float = Field(1.0, gt=0)
+    """Its standard deviation."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Diffusion:
+        if self.weighting in ("min-snr", "p2", "sigmoid") and self.loss_space != "same":
+            raise ValueError(
+                f"weighting {self.weighting} fixes the weight of the error whatever space it is "
+                "written in: use loss_space same, or weighting uniform"
+            )
+        return self
 
 
 class Mask(Settings):
@@ -104,6 +150,8 @@ class Stage(Settings):
     name: str = Field(min_length=1)
     """Name in logs and plots."""
     mask: Mask = Mask()
+    schedule: Literal["linear", "cosine", "vp-sde", "vp-cosine", "flow"] | None = None
+    """Noise schedule of this stage; None = the recipe's (Table 2 pre-trains under another)."""
     steps: int = Field(gt=0)
     """Optimizer steps."""
     batch_size: int = Field(gt=0)
@@ -143,26 +191,40 @@ class Stage(Settings):
 class Sampling(Settings):
     """How images are drawn from the model (previews, and defaults of `maskdm sample`)."""
 
-    sampler: Literal["ddim"] = "ddim"
-    """The solver."""
+    sampler: Literal["ddpm", "ddim", "dpm-solver", "unipc", "heun", "euler-maruyama"] = "ddim"
+    """The solver: dpm-solver (++ 2M) and unipc are good in 10 to 25 steps, ddpm and
+    euler-maruyama want hundreds."""
     steps: int = Field(50, gt=0)
-    """Network evaluations per image; a divisor of the schedule's 1000."""
+    """Solver steps per image, each a network evaluation (of heun two)."""
+    spacing: Literal["uniform", "log-snr", "karras"] = "uniform"
+    """Where the steps lie: evenly in time, evenly in log-SNR, or by Karras et al.'s rho = 7."""
     eta: float = Field(0.0, ge=0, le=1)
     """DDIM's noise: 0 deterministic, 1 ancestral (the paper's lineage)."""
     clip_x0: bool = True
     """Clip the estimate of the clean image to [-1, 1] and re-derive the noise from it."""
+    guidance: Literal["none", "classifier-free", "autoguidance", "sparse"] = "none"
+    """Away from: images of no class; a weaker model; the same model seeing fewer patches."""
+    guidance_scale: float = Field(1.5, ge=0)
+    """How far: 1 = as without guidance, 2 = twice as far from the weak answer."""
+    guidance_start: float = Field(0.0, ge=0, le=1)
+    """Guidance acts at times t from here (0 = clean images)"""
+    guidance_end: float = Field(1.0, ge=0, le=1)
+    """to here (1 = pure noise)."""
+    guidance_weak: str = "primer"
+    """Weak model of autoguidance: primer = the run's own before its last stage, or any RUN."""
+    guidance_rate: float = Field(0.5, gt=0, lt=1)
+    """Fraction of the patches that sparse guidance hides from the weak answer."""
     batch_size: int = Field(64, gt=0)
     """Images at a time per device."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Sampling:
-        if 1000 % self.steps:
-            divisors = [n for n in range(1, 1001) if 1000 % n == 0]
-            below = max(n for n in divisors if n < self.steps) if self.steps > 1 else 1
-            above = min((n for n in divisors if n > self.steps), default=1000)
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta is ddim's noise; sampler {self.sampler} has none: use eta 0")
+        if self.guidance_start >= self.guidance_end:
             raise ValueError(
-                f"{self.steps} sampling steps do not divide the schedule's 1000 evenly: "
-                f"use {below} or {above}"
+                f"guidance_start {self.guidance_start:g} is not below guidance_end "
+                f"{self.guidance_end:g}"
             )
         return self
 
@@ -190,6 +252,9 @@ class Recipe(Settings):
     """Rows of the training, run in order; weights carry over."""
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
+    init: str | None = None
+    """Start from another model's averaged weights: a run's folder, a checkpoint, an exported
+    model or a Hub id. None = from random ones."""
     seed: int = Field(0, ge=0)
     """Fixes initial weights, image order, masks, times and noise."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -204,8 +269,8 @@ class Recipe(Settings):
     """Steps between two preview grids; each stage's end always draws one."""
     num_previews: int = Field(36, ge=0)
     """Images in a preview grid; 0 = no previews."""
-    preview_steps: int = 25
-    """Network evaluations for each of them; a divisor of the schedule's 1000."""
+    preview_steps: int = Field(25, gt=0)
+    """Solver steps for each of them."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -216,11 +281,29 @@ class Recipe(Settings):
             raise ValueError(
                 f"data.size {size} is not a multiple of model.patch_size {patch}: use {ways_out}"
             )
-        Sampling(steps=self.preview_steps)  # the same rules
+        for steps in (self.sampling.steps, self.preview_steps):
+            if steps > 1000 and self.diffusion.schedule in ("linear", "cosine"):
+                raise ValueError(
+                    f"schedule {self.diffusion.schedule} has 1000 times, but sampling asks for "
+                    f"{steps} steps"
+                )
+        if self.sampling.guidance == "classifier-free" and not (
+            self.model.num_classes and self.model.label_dropout
+        ):
+            raise ValueError(
+                "classifier-free guidance needs model.num_classes and model.label_dropout above "
+                "0; autoguidance and sparse need no classes"
+            )
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stage names must differ, but they are {', '.join(names)}")
         return self
+
+    def diffusion_of(self, stage: Stage) -> Diffusion:
+        """The diffusion that a stage trains under: the recipe's, on the stage's schedule."""
+        if stage.schedule is None:
+            return self.diffusion
+        return Diffusion(**{**self.diffusion.model_dump(), "schedule": stage.schedule})
 
     def to_yaml(self) -> str:
         """The recipe as YAML text; `load_recipe` of it gives an equal recipe."""

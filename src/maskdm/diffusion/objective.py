@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from maskdm.diffusion.schedule import DiscreteSchedule, add_noise, target_from
+from maskdm.diffusion.prediction import add_noise, error_scale, target_from
+from maskdm.diffusion.schedule import Schedule
 from maskdm.recipe import Diffusion
 
 Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -19,7 +20,7 @@ def masked_denoising_loss(
     visible: Tensor,
     t: Tensor,
     noise: Tensor,
-    schedule: DiscreteSchedule,
+    schedule: Schedule,
     settings: Diffusion,
     labels: Tensor | None = None,
 ) -> Tensor:
@@ -35,7 +36,7 @@ def masked_denoising_loss(
         t: times, float (B,) in [0, 1].
         noise: standard normal, float (B, V, P).
         schedule: signal and noise scales over time.
-        settings: what the network predicts, and the weight over time.
+        settings: what the network predicts, the space of the error and its weight over time.
         labels: classes, int64 (B,), or None.
 
     Returns:
@@ -47,20 +48,49 @@ def masked_denoising_loss(
     target = target_from(settings.prediction, x0, noise, alpha, sigma)
     output = model(x_t, visible, t, labels)  # (B, V, P)
     error = (output.float() - target).square().mean(dim=(1, 2))  # (B,)
-    return loss_weight(settings, schedule.log_snr(t)) * error
+    if settings.loss_space not in ("same", settings.prediction):
+        error = error * space_factor(settings, schedule, t)
+    return loss_weight(settings, schedule, t) * error
 
 
-def loss_weight(settings: Diffusion, log_snr: Tensor) -> Tensor:
-    """Weight of the squared error of what the network predicts, at times of given log-SNR.
+def space_factor(settings: Diffusion, schedule: Schedule, t: Tensor) -> Tensor:
+    """Squared error in `loss_space` over that in what the network predicts: float (B,).
 
-    `uniform` is 1. `min-snr` is min(SNR, c) for the error in x0, and the same loss written for
-    eps (divided by SNR) and v (divided by SNR + 1): Hang et al. 2023, Section 3.4.
+    Both scales are held above `loss_space_clip`, as JiT does where it divides by 1 - t (Li & He
+    2025, Section 4): else times near either end would outweigh all others.
+    """
+    alpha = schedule.alpha(t).clamp(min=settings.loss_space_clip)
+    sigma = schedule.sigma(t).clamp(min=settings.loss_space_clip)
+    wanted = error_scale(settings.loss_space, alpha, sigma)
+    return (wanted / error_scale(settings.prediction, alpha, sigma)).square()
+
+
+def loss_weight(settings: Diffusion, schedule: Schedule, t: Tensor) -> Tensor:
+    """Weight of the squared error of what the network predicts, at times t: float (B,).
+
+    All but `uniform` are the same loss whatever the network predicts; written for other
+    predictions it is divided by the square of `error_scale`.
+
+        uniform   1, of the error in the loss space (Ho et al. 2020, Eq. 14)
+        min-snr   min(SNR, snr_clip) of the error in x0 (Hang et al. 2023, Section 3.4)
+        p2        (1 + SNR)^-p2_gamma of the error in eps (Choi et al. 2022, Eq. 8 with k = 1)
+        sigmoid   -d log_snr/dt sigmoid(sigmoid_bias - log_snr) of the error in eps
+                  (Kingma & Gao 2023, Eq. 12; Hoogeboom et al. 2024, Section 3.1)
+
     Raises ValueError for an unknown weighting.
     """
     if settings.weighting == "uniform":
-        return torch.ones_like(log_snr)
+        return torch.ones_like(t)
+    log_snr = schedule.log_snr(t)
+    snr = log_snr.exp()
     if settings.weighting == "min-snr":
-        snr = log_snr.exp()
-        divisor = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[settings.prediction]
-        return snr.clamp(max=settings.snr_clip) / divisor
-    raise ValueError(f"unknown weighting {settings.weighting!r}: known are uniform, min-snr")
+        of_x0 = snr.clamp(max=settings.snr_clip)
+    elif settings.weighting == "p2":
+        of_x0 = snr * (1 + snr) ** -settings.p2_gamma
+    elif settings.weighting == "sigmoid":
+        of_x0 = -schedule.log_snr_slope(t) * (settings.sigmoid_bias - log_snr).sigmoid() * snr
+    else:
+        known = "uniform, min-snr, p2, sigmoid"
+        raise ValueError(f"unknown weighting {settings.weighting!r}: known are {known}")
+    scale = error_scale(settings.prediction, schedule.alpha(t), schedule.sigma(t))
+    return of_x0 / scale.square()

@@ -6,37 +6,35 @@ import hashlib
 import time
 from typing import Any
 
-from diffusers import DDIMScheduler
-
 import maskdm
 from maskdm.engine import choose_precision, device_name
 from maskdm.evaluation.distances import frechet_distance, half_split_distance
 from maskdm.evaluation.features import FEATURES
 from maskdm.images.store import Store
-from maskdm.models.uvit import UViT
+from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Evaluation, Sampling
 from maskdm.sampling.generate import generate_on_all_ranks
 from maskdm.training.monitor import source_commit
 
 
 def evaluate(
-    model: UViT,
-    scheduler: DDIMScheduler,
+    trained: TrainedModel,
     store: Store,
     settings: Evaluation,
     sampling: Sampling,
     seed: int = 0,
+    weak: TrainedModel | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
     """Generates images 0..num-1 and measures their distance to the reference set.
 
     Args:
-        model: the denoiser, on the device to use.
-        scheduler: the one that was saved with it.
+        trained: the model, on the device to use.
         store: the reference, prepared as the training images were, never flipped.
         settings: features and number of images.
         sampling: how the images are drawn.
         seed: names the sequence of images.
+        weak: the weak model of autoguidance.
         show: show a progress bar.
 
     Returns:
@@ -50,13 +48,14 @@ def evaluate(
     """
     if len(store) < 4:
         raise ValueError(f"the reference has {len(store)} images: a distance needs at least 4")
+    model = trained.model
     shape = (model.config.image_size, model.config.image_size, model.config.channels)
     if store.images.shape[1:] != shape:
         raise ValueError(
             f"the model makes images of {shape}, but the reference has {store.images.shape[1:]}"
         )
     start = time.perf_counter()
-    images = generate_on_all_ranks(model, scheduler, sampling, settings.num, seed, progress=show)
+    images = generate_on_all_ranks(trained, sampling, settings.num, seed, weak=weak, progress=show)
     generate_sec = time.perf_counter() - start
     features = FEATURES[settings.features](store.images, settings)
     reference = features(store.images)

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
+from maskdm.recipe import Data
 from maskdm.seeds import derive_seed
+
+
+def training_subset(num_images: int, data: Data) -> np.ndarray:
+    """The images that `fraction` and `limit` leave for training: sorted int64 indices.
+
+    Drawn by `subset_seed`, the same on every machine; a smaller part lies within a larger one.
+    At least one image is left.
+    """
+    count = max(1, int(data.fraction * num_images + 0.5))
+    if data.limit is not None:
+        count = min(count, data.limit)
+    if count == num_images:
+        return np.arange(num_images)
+    generator = np.random.Generator(np.random.PCG64(derive_seed(data.subset_seed, "subset")))
+    return np.sort(generator.permutation(num_images)[:count])
 
 
 class ImageOrder:

@@ -32,6 +32,8 @@ class UViT(ModelMixin, ConfigMixin):
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over embed_dim.
         num_classes: classes of a conditional model; 0 = unconditional, no class token.
+        label_dropout: chance that training hides a class. Above 0 the model also knows "no
+            class", label num_classes; hiding it is the training's work, not done here.
         final_conv: 3x3 convolution over the predicted image (hidden patches count as zeros).
 
     The paper's MaskDM-S: UViT(image_size=64) with the defaults, 44.29 M parameters.
@@ -53,6 +55,7 @@ class UViT(ModelMixin, ConfigMixin):
         num_heads: int = 8,
         mlp_ratio: float = 4.0,
         num_classes: int = 0,
+        label_dropout: float = 0.1,
         final_conv: bool = False,
     ):
         super().__init__()
@@ -68,7 +71,8 @@ class UViT(ModelMixin, ConfigMixin):
 
         patch_values = patch_size * patch_size * channels
         self.patch_embed = nn.Linear(patch_values, embed_dim)
-        self.label_embed = nn.Embedding(num_classes, embed_dim) if num_classes else None
+        num_labels = num_classes + (label_dropout > 0)
+        self.label_embed = nn.Embedding(num_labels, embed_dim) if num_classes else None
         self.pos_embed = nn.Parameter(torch.zeros(self.num_extras + self.num_patches, embed_dim))
         half = depth // 2
         sizes = (embed_dim, num_heads, mlp_ratio)

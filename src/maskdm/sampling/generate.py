@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from accelerate.utils import gather
-from diffusers import DDIMScheduler
 from torch import Generator, Tensor
 from tqdm import tqdm
 
 from maskdm.engine import choose_precision, process_state
-from maskdm.models.uvit import UViT
+from maskdm.models.build import Backbone
+from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Sampling
-from maskdm.sampling.samplers import SAMPLERS, model_denoise
+from maskdm.sampling.denoise import clipped
+from maskdm.sampling.guidance import guided
+from maskdm.sampling.samplers import SAMPLERS, Denoise, sampling_levels
 from maskdm.seeds import derive_seed
-from maskdm.tokens import patchify, unpatchify
+from maskdm.tokens import gather_patches, patchify, scatter_patches, unpatchify
+
+Solve = Callable[[Denoise, Tensor, Tensor, list[Generator]], Tensor]
+"""Noise (B, V, P) to patches (B, V, P), given the denoiser, log-SNR levels, image generators."""
 
 
 @torch.no_grad()
 def generate(
-    model: UViT,
-    scheduler: DDIMScheduler,
+    trained: TrainedModel,
     settings: Sampling,
     indices: list[int],
     seed: int = 0,
     labels: Tensor | None = None,
+    weak: TrainedModel | None = None,
+    visible: Tensor | None = None,
     progress: bool = False,
+    solve: Solve | None = None,
 ) -> np.ndarray:
     """Draws the images with the given numbers.
 
@@ -37,38 +44,62 @@ def generate(
     products, whose order may differ between batch sizes and devices.
 
     Args:
-        model: the denoiser, on the device to use.
-        scheduler: made by `make_scheduler`, or loaded with the model.
-        settings: sampler, steps, eta, clipping, batch size.
+        trained: the model, on the device to use.
+        settings: sampler, steps, guidance, clipping, batch size.
         indices: image numbers, n of them.
         seed: names the sequence of images.
-        labels: classes, int64 (n,); None = image i gets class i modulo the number of classes.
+        labels: classes, int64 (n,), num_classes = no class; None = image i gets class i modulo
+            the number of classes.
+        weak: the weak model of autoguidance.
+        visible: indices of the patches to draw, int64 (n, V): a sample of the marginal that they
+            select (Section 3.1). The others come out mid-grey. None = all.
         progress: show a bar.
+        solve: what turns noise into patches; None = the sampler of the settings.
 
     Returns:
         uint8 (n, H, W, C).
+
+    Raises:
+        ValueError: guidance that the model can't have, labels that it doesn't know, or steps
+            that the sampler can't take on its schedule.
     """
+    model = trained.model
     if labels is None and (in_turn := default_labels(model, indices)) is not None:
         labels = torch.from_numpy(in_turn)
-    size, channels = model.config.image_size, model.config.channels
-    device = model.device
-    done = [np.empty((0, size, size, channels), np.uint8)]
+    _refuse_labels(model, labels)
+    shape = (model.config.image_size, model.config.image_size, model.config.channels)
+    device = next(model.parameters()).device
+    levels = sampling_levels(trained.schedule, settings)
+    done = [np.empty((0, *shape), np.uint8)]
     with tqdm(total=len(indices), desc="sampling", unit="img", disable=not progress) as bar:
         for start in range(0, len(indices), settings.batch_size):
             part = slice(start, start + settings.batch_size)
-            noise = initial_noise(seed, indices[part], (size, size, channels))
-            generators = [
-                Generator().manual_seed(derive_seed(seed, "sampler", index))
-                for index in indices[part]
-            ]
-            patches = patchify(noise.to(device), model.patch_size)  # (B, N, P)
-            positions = torch.arange(model.num_patches, device=device).expand(len(patches), -1)
-            part_labels = None if labels is None else labels[part].to(device)
-            denoise = model_denoise(model, positions, part_labels)
+            noise = patchify(initial_noise(seed, indices[part], shape), model.patch_size).to(device)
+            if visible is None:
+                positions = torch.arange(model.num_patches, device=device).expand(len(noise), -1)
+            else:
+                positions = visible[part].to(device)
+                noise = gather_patches(noise, positions)  # (B, V, P)
+            denoise = guided(
+                trained,
+                positions,
+                None if labels is None else labels[part].to(device),
+                settings,
+                weak,
+                _generators(seed, "sparse", indices[part]),
+            )
+            if settings.clip_x0:
+                denoise = clipped(denoise)
+            own = _generators(seed, "sampler", indices[part])
             with _autocast(device):
-                x = SAMPLERS[settings.sampler](denoise, patches, scheduler, settings, generators)
+                if solve is not None:
+                    x = solve(denoise, noise, levels, own)
+                else:
+                    x = SAMPLERS[settings.sampler](denoise, noise, levels, settings, own)
+            if visible is not None:
+                x = scatter_patches(x, positions, model.num_patches)
             done.append(to_uint8(unpatchify(x, model.patch_size, model.grid)).cpu().numpy())
-            bar.update(len(patches))
+            bar.update(len(noise))
     return np.concatenate(done)
 
 
@@ -88,30 +119,43 @@ def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> 
 
 
 def generate_on_all_ranks(
-    model: UViT,
-    scheduler: DDIMScheduler,
+    trained: TrainedModel,
     settings: Sampling,
     num: int,
     seed: int = 0,
+    labels: Tensor | None = None,
+    weak: TrainedModel | None = None,
+    visible: Tensor | None = None,
     progress: bool = False,
+    solve: Solve | None = None,
 ) -> np.ndarray:
     """Draws images 0..num-1, each rank its share; every rank gets all: uint8 (num, H, W, C).
 
-    To be called on every rank of a distributed run; with one process it is `generate`.
+    To be called on every rank of a distributed run; with one process it is `generate`, whose
+    arguments it takes.
     """
     state = process_state()
     share = math.ceil(num / state.num_processes)
     start = state.process_index * share
     indices = list(range(start, start + share))  # the last rank may draw a few too many
+    chosen = torch.tensor(indices).clamp(max=num - 1)
     images = generate(
-        model, scheduler, settings, indices, seed, progress=progress and state.is_main_process
+        trained,
+        settings,
+        indices,
+        seed,
+        None if labels is None else labels[chosen],
+        weak,
+        None if visible is None else visible[chosen],
+        progress and state.is_main_process,
+        solve,
     )
     if state.num_processes == 1:
         return images
     return gather(torch.from_numpy(images).to(state.device)).cpu().numpy()[:num]
 
 
-def default_labels(model: UViT, indices: Sequence[int]) -> np.ndarray | None:
+def default_labels(model: Backbone, indices: Sequence[int]) -> np.ndarray | None:
     """Classes of images where none were asked for, all in turn: int64 (n,), or None."""
     num_classes = model.config.num_classes
     return np.asarray(indices, dtype=np.int64) % num_classes if num_classes else None
@@ -120,6 +164,26 @@ def default_labels(model: UViT, indices: Sequence[int]) -> np.ndarray | None:
 def to_uint8(images: Tensor) -> Tensor:
     """Pixels from [-1, 1] to 0..255, rounded and clipped, uint8 of the same shape."""
     return ((images + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+
+
+def _refuse_labels(model: Backbone, labels: Tensor | None) -> None:
+    config = model.config
+    if labels is None:
+        return
+    if not config.num_classes:
+        raise ValueError("this model has no classes: it takes no labels")
+    most = config.num_classes - (0 if config.label_dropout else 1)
+    if labels.min() < 0 or labels.max() > most:
+        none = f" ({config.num_classes} = none)" if config.label_dropout else ""
+        raise ValueError(
+            f"labels go from {labels.min()} to {labels.max()}, but this model's classes from 0 to "
+            f"{config.num_classes - 1}{none}"
+        )
+
+
+def _generators(seed: int, stream: str, indices: Sequence[int]) -> list[Generator]:
+    """A generator for each image, on the CPU, so that every device gets the same numbers."""
+    return [Generator().manual_seed(derive_seed(seed, stream, index)) for index in indices]
 
 
 def _autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -1,91 +1,200 @@
 """Solvers that turn noise into patches, a denoiser's answer at a time.
 
-One signature for all: `sampler(denoise, noise, scheduler, settings, generators) -> patches`.
-diffusers' schedulers do the arithmetic.
+One signature for all: `sampler(denoise, noise, levels, settings, generators) -> patches`. They know
+no schedule and no network: only log-SNR levels, and a denoiser that tells the clean image at one.
+Any alpha and sigma can be scaled to alpha^2 + sigma^2 = 1, so each solver serves every schedule.
+
+diffusers' schedulers do the arithmetic. Each is given a table of exactly the levels of this run
+(`trained_betas`), so that it steps through all of them, whatever their spacing and number.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+import torch.nn.functional as F
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from maskdm.diffusion.schedule import NUM_STEPS
-from maskdm.recipe import Diffusion, Sampling
+from maskdm.diffusion.schedule import Schedule
+from maskdm.recipe import Sampling
 
 Denoise = Callable[[Tensor, float], Tensor]
-"""The network with everything but x_t (B, N, P) and the time t in [0, 1] filled in."""
+"""The clean image x0 (B, N, P) for x_t (B, N, P), alpha^2 + sigma^2 = 1, and its log-SNR."""
 
-BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # diffusers' names
-PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+T_END = 1e-3  # last time of log-snr and karras spacing, and of Euler-Maruyama in 1,000 steps
 
 
-def make_scheduler(diffusion: Diffusion) -> DDIMScheduler:
-    """diffusers' scheduler for a recipe's diffusion; it is saved with the model.
+def sampling_levels(schedule: Schedule, settings: Sampling) -> Tensor:
+    """Log-SNR of the levels at which the network is asked, rising: float64 (steps,).
 
-    Its timesteps are `trailing`: the first is T - 1, the noise that sampling starts from.
+    From t = 1 on. After the last one comes the clean image itself, as the denoiser sees it there.
+    `uniform` times are 1, 1 - 1/steps, ..., 1/steps (of a discrete schedule the table's entries
+    that diffusers calls trailing). `log-snr` and `karras` go to t = 0.001, or to the table's
+    first entry; Karras et al. 2022, Eq. 5 with rho = 7.
+
+    Raises ValueError where a discrete schedule has fewer times than there are steps.
     """
-    return DDIMScheduler(
-        num_train_timesteps=NUM_STEPS,
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule=BETA_SCHEDULES[diffusion.schedule],
-        prediction_type=PREDICTION_TYPES[diffusion.prediction],
-        timestep_spacing="trailing",
-    )
+    num = settings.steps
+    if schedule.num_times and num > schedule.num_times:
+        raise ValueError(f"{num} sampling steps, but the schedule has {schedule.num_times} times")
+    if settings.spacing == "uniform":
+        t = 1 - torch.arange(num, dtype=torch.float64) / num
+        if schedule.num_times:
+            t = ((t * schedule.num_times).round() - 1) / (schedule.num_times - 1)
+        return schedule.log_snr(t)
+    ends = torch.tensor([1.0, 0.0 if schedule.num_times else T_END], dtype=torch.float64)
+    first, last = schedule.log_snr(ends).tolist()
+    way = torch.linspace(0, 1, num, dtype=torch.float64)
+    if settings.spacing == "log-snr":
+        return first + (last - first) * way
+    rho = 7.0
+    roots = [math.exp(-level / 2 / rho) for level in (first, last)]  # (sigma / alpha)^(1 / rho)
+    return -2 * rho * (roots[0] + (roots[1] - roots[0]) * way).log()
 
 
 def ddim(
-    denoise: Denoise,
-    noise: Tensor,
-    scheduler: DDIMScheduler,
-    settings: Sampling,
-    generators: list[Generator],
+    denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
 ) -> Tensor:
     """DDIM (Song et al. 2020a, Eq. 12); eta 0 is deterministic, eta 1 ancestral.
 
-    With `settings.clip_x0` the estimate of the clean image is clipped and the noise re-derived
-    from it, so that the two stay consistent.
-
     Args:
-        denoise: the network's answer for x_t at time t.
+        denoise: the clean image at x_t and a log-SNR.
         noise: standard normal, float (B, N, P).
-        scheduler: betas and prediction type.
-        settings: steps, eta, clipping.
-        generators: one per image; they give the noise of eta > 0.
+        levels: log-SNR at which it is asked, rising, float64 (steps,).
+        settings: eta.
+        generators: one per image, for samplers that add noise.
 
     Returns:
         Clean patches, float (B, N, P).
     """
-    scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=settings.clip_x0)
-    scheduler.set_timesteps(settings.steps)
+    scheduler = on_levels(DDIMScheduler, levels, clip_sample=False)
     x = noise
-    for step in scheduler.timesteps.tolist():
-        x = scheduler.step(
-            denoise(x, step / (NUM_STEPS - 1)),
-            step,
-            x,
-            eta=settings.eta,
-            use_clipped_model_output=settings.clip_x0,
-            generator=generators,
-        ).prev_sample
+    for index in scheduler.timesteps.tolist():
+        x0 = denoise(x, levels[-1 - index].item())
+        x = scheduler.step(x0, index, x, eta=settings.eta, generator=generators).prev_sample
     return x
 
 
-SAMPLERS: dict[
-    str, Callable[[Denoise, Tensor, DDIMScheduler, Sampling, list[Generator]], Tensor]
-] = {"ddim": ddim}
+def ddpm(
+    denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
+) -> Tensor:
+    """Ancestral sampling from the posterior of each step (Ho et al. 2020, Eqs. 6 and 7)."""
+    scheduler = on_levels(DDPMScheduler, levels, clip_sample=False)
+    x = noise
+    for index in scheduler.timesteps.tolist():
+        x0 = denoise(x, levels[-1 - index].item())
+        x = scheduler.step(x0, index, x, generator=generators).prev_sample
+    return x
 
 
-def model_denoise(
-    model: Callable[..., Tensor], positions: Tensor, labels: Tensor | None
-) -> Denoise:
-    """Fixes positions (B, N) and labels (B,) of a denoiser."""
+def dpm_solver(
+    denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
+) -> Tensor:
+    """DPM-Solver++ (2M): second order, one evaluation a step (Lu et al. 2022b, Algorithm 2)."""
+    scheduler = on_levels(DPMSolverMultistepScheduler, levels)
+    x = noise
+    for index in scheduler.timesteps.tolist():
+        x0 = denoise(x, levels[-1 - index].item())
+        x = scheduler.step(x0, index, x).prev_sample
+    return x
 
-    def denoise(x_t: Tensor, t: float) -> Tensor:
-        times = torch.full((len(x_t),), t, device=x_t.device)
-        return model(x_t, positions, times, labels).float()
 
-    return denoise
+def unipc(
+    denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
+) -> Tensor:
+    """UniPC: a predictor of second order with a corrector at no cost (Zhao et al. 2023)."""
+    scheduler = on_levels(UniPCMultistepScheduler, levels)
+    x = noise
+    for index in scheduler.timesteps.tolist():
+        x0 = denoise(x, levels[-1 - index].item())
+        x = scheduler.step(x0, index, x).prev_sample
+    return x
+
+
+def heun(
+    denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
+) -> Tensor:
+    """Heun's method on the probability-flow ODE in x_t / alpha (Karras et al. 2022, Algorithm 1).
+
+    Second order, two evaluations a step.
+    """
+    scheduler = on_levels(HeunDiscreteScheduler, levels)
+    x = noise * (1 + (-levels[0]).exp()).sqrt().item()  # x_t / alpha
+    for index in scheduler.timesteps.tolist():
+        x0 = denoise(scheduler.scale_model_input(x, index), levels[-1 - int(index)].item())
+        x = scheduler.step(x0, index, x).prev_sample
+    return x
+
+
+def euler_maruyama(
+    denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
+) -> Tensor:
+    """Euler-Maruyama on the reverse SDE (Song et al. 2020b, Eq. 6 and Appendix D.1).
+
+    dx = (-beta x / 2 - beta score) dt + sqrt(beta) dw, backwards in time. A step's beta dt is
+    taken as the exact integral of beta over it, which any schedule has: the fall of ln alpha^2.
+    The last step gives the denoiser's answer, without noise.
+
+    Raises ValueError where a step takes the integral past 2: there the step, an extrapolation,
+    would turn the image over and blow it up.
+    """
+    log_power = F.logsigmoid(levels)  # ln alpha^2
+    steps = log_power.diff()
+    if len(steps) and steps.max() > 2:
+        # Where a schedule starts from almost no signal, evenly spaced times begin with a leap.
+        raise ValueError(
+            f"euler-maruyama in {len(levels)} steps is unstable on this schedule (beta dt goes to "
+            f"{steps.max():.2f}, 2 is the limit): use more steps, spacing log-snr, or another "
+            "sampler"
+        )
+    x = noise
+    for level, beta_dt in zip(levels[:-1].tolist(), steps.tolist(), strict=True):
+        alpha, power = math.sqrt(_sigmoid(level)), _sigmoid(-level)
+        score = (alpha * denoise(x, level) - x) / power
+        fresh = randn_tensor(x.shape, generators, x.device, x.dtype)
+        x = x + beta_dt * (x / 2 + score) + math.sqrt(beta_dt) * fresh
+    return denoise(x, levels[-1].item())
+
+
+SAMPLERS: dict[str, Callable[[Denoise, Tensor, Tensor, Sampling, list[Generator]], Tensor]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm-solver": dpm_solver,
+    "unipc": unipc,
+    "heun": heun,
+    "euler-maruyama": euler_maruyama,
+}
+
+
+def on_levels(kind: type[Any], levels: Tensor, **options: Any) -> Any:
+    """diffusers' scheduler of that class whose only timesteps are these levels, first to last.
+
+    Timestep i is level -1 - i; the answers it takes are clean images.
+    """
+    alphas_cumprod = levels.flip(0).sigmoid()
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    scheduler = kind(
+        num_train_timesteps=len(levels),
+        trained_betas=(1 - alphas_cumprod / before).tolist(),
+        prediction_type="sample",
+        timestep_spacing="trailing",
+        **options,
+    )
+    scheduler.alphas_cumprod = alphas_cumprod  # its own product of betas is in float32
+    scheduler.set_timesteps(len(levels))
+    return scheduler
+
+
+def _sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))

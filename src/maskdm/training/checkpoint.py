@@ -14,7 +14,6 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from maskdm.training.find import damage
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
@@ -101,36 +102,6 @@ def load_checkpoint(
     ema.load_state_dict(load_file(path / "ema.safetensors"))
     _load_optimizer_tensors(optimizer, model, load_file(path / "optimizer.safetensors"))
     return progress
-
-
-def find_checkpoint(folder: Path, note: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint below RUN/checkpoints, or None; says what it passes over."""
-    if not folder.is_dir():
-        return None
-    for leftover in [*folder.glob("writing-*"), *folder.glob("removing-*")]:
-        note(f"ignored {leftover.name}: a checkpoint that was never finished")
-    latest = folder / "latest"
-    named = latest.read_text("utf-8").strip() if latest.is_file() else ""
-    newest_first = sorted((p.name for p in folder.glob("step-*")), reverse=True)
-    for name in dict.fromkeys([*([named] if named else []), *newest_first]):
-        if problem := damage(folder / name):
-            note(f"ignored checkpoint {name}: {problem}")
-        else:
-            return folder / name
-    return None
-
-
-def damage(path: Path) -> str:
-    """What is wrong with a checkpoint folder; empty if it is whole."""
-    try:
-        sizes = json.loads((path / "progress.json").read_text("utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
-        return "it is incomplete (no readable progress.json)"
-    for file, size in sizes.items():
-        actual = (path / file).stat().st_size if (path / file).is_file() else 0
-        if actual != size:
-            return f"{file} has {actual} of {size} bytes"
-    return ""
 
 
 def prune_checkpoints(folder: Path, current: Path, keep: int) -> None:

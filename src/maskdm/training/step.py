@@ -10,11 +10,12 @@ from accelerate import Accelerator
 from torch import Generator, Tensor, nn
 
 from maskdm.diffusion.objective import masked_denoising_loss
-from maskdm.diffusion.schedule import DiscreteSchedule
-from maskdm.masks import Grid, draw_visible
-from maskdm.recipe import Diffusion, Mask
+from maskdm.diffusion.schedule import Schedule
+from maskdm.diffusion.times import Share, draw_times
+from maskdm.masks import draw_visible
+from maskdm.recipe import Diffusion, Recipe, Stage
 from maskdm.seeds import derive_seed
-from maskdm.tokens import gather_patches, patchify
+from maskdm.tokens import gather_patches, grid_shape, patchify
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Batch:
         visible: their indices in the grid, int64 (B, V).
         t: times, float32 (B,).
         noise: float32 (B, V, P).
-        labels: classes, int64 (B,), or None.
+        labels: classes, int64 (B,), num_classes where dropped; or None.
     """
 
     x0: Tensor
@@ -37,34 +38,56 @@ class Batch:
 
 
 def step_generator(seed: int, rank: int, step: int, device: torch.device) -> Generator:
-    """The generator of everything random in a step: a function of (seed, rank, step) alone."""
+    """The generator of a rank's random numbers in a step: a function of (seed, rank, step)."""
     return Generator(device).manual_seed(derive_seed(seed, "step", rank, step))
+
+
+def shared_generator(seed: int, step: int, device: torch.device) -> Generator:
+    """The generator of what all ranks share in a step: a function of (seed, step)."""
+    return Generator(device).manual_seed(derive_seed(seed, "shared", step))
 
 
 def draw_batch(
     images: Tensor,
     labels: Tensor | None,
-    mask: Mask,
-    grid: Grid,
-    flip: bool,
-    schedule: DiscreteSchedule,
-    generator: Generator,
+    recipe: Recipe,
+    stage: Stage,
+    schedule: Schedule,
+    step: int,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Batch:
-    """Mirrors images by option, keeps their visible patches, draws times and noise.
+    """Mirrors images by option, keeps their visible patches, draws times and noise, drops labels.
 
     Patches are chosen while they are still bytes: hidden ones are never converted, noised or
-    embedded. `images` is uint8 (B, H, W, C) on the generator's device.
+    embedded. All that is random depends on (seed, rank, step) alone.
+
+    Args:
+        images: this rank's, uint8 (B, H, W, C) on the device to use.
+        labels: their classes, int64 (B,), or None.
+        recipe: seed, mirroring, time sampling, label dropout.
+        stage: the mask.
+        schedule: the stage's.
+        step: number of the step in the run.
+        rank, num_ranks: which share of the batch the images are.
     """
-    num, device = len(images), generator.device
-    if flip:
-        mirrored = torch.rand(num, generator=generator, device=device) < 0.5
+    num, device = len(images), images.device
+    own = step_generator(recipe.seed, rank, step, device)
+    if recipe.data.flip:
+        mirrored = torch.rand(num, generator=own, device=device) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
-    visible = draw_visible(mask, grid, num, generator)
-    patch_size = images.shape[1] // grid[0]
+    patch_size = recipe.model.patch_size
+    grid = grid_shape(images.shape[1], images.shape[2], patch_size)
+    visible = draw_visible(stage.mask, grid, num, own)
     patches = gather_patches(patchify(images, patch_size), visible)  # uint8 (B, V, P)
     x0 = patches.float() / 127.5 - 1
-    t = schedule.draw_times(num, generator)
-    noise = torch.randn(x0.shape, generator=generator, device=device)
+    share = Share(num, rank, num_ranks)
+    shared = shared_generator(recipe.seed, step, device)
+    t = draw_times(recipe.diffusion, schedule, share, own, shared)
+    noise = torch.randn(x0.shape, generator=own, device=device)
+    if labels is not None and recipe.model.label_dropout:
+        dropped = torch.rand(num, generator=own, device=device) < recipe.model.label_dropout
+        labels = torch.where(dropped, recipe.model.num_classes, labels)
     return Batch(x0, visible, t, noise, labels)
 
 
@@ -72,7 +95,7 @@ def backward(
     accelerator: Accelerator,
     model: nn.Module,
     batch: Batch,
-    schedule: DiscreteSchedule,
+    schedule: Schedule,
     diffusion: Diffusion,
     micro_batch_size: int | None,
 ) -> Tensor:

@@ -13,31 +13,39 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from maskdm.diffusion.schedule import make_schedule
-from maskdm.engine import device_name, make_accelerator
-from maskdm.images.order import ImageOrder
+from maskdm.diffusion.schedule import schedule_of
+from maskdm.engine import make_accelerator
+from maskdm.images.order import ImageOrder, training_subset
 from maskdm.images.store import Store, open_store
-from maskdm.masks import Grid, num_visible
-from maskdm.models.uvit import UViT
+from maskdm.masks import num_visible
+from maskdm.models.build import Backbone, build_model
+from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Recipe, Stage
-from maskdm.seeds import derive_seed
 from maskdm.tokens import grid_shape
 from maskdm.training.checkpoint import (
     Progress,
-    find_checkpoint,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
+from maskdm.training.checks import (
+    refuse_run_among_images,
+    refuse_uneven_batches,
+    refuse_unfit_labels,
+)
 from maskdm.training.ema import make_average, restart_average, update_average
-from maskdm.training.monitor import Monitor, clock, environment, flops_text
+from maskdm.training.find import find_checkpoint
+from maskdm.training.load import load_model
+from maskdm.training.monitor import Monitor, clock, environment
+from maskdm.training.narration import introduce, stage_line
 from maskdm.training.optim import enter_stage, learning_rate, make_optimizer
 from maskdm.training.run_folder import claimed_run_folder
-from maskdm.training.step import backward, draw_batch, step_generator
+from maskdm.training.step import backward, draw_batch
 from maskdm.training.stop import StopRequest
 from maskdm.training.tick import NonFiniteLoss, Tick
+from maskdm.training.transfer import transfer_weights
 
-Preview = Callable[[Accelerator, UViT, Path], None]
+Preview = Callable[[Accelerator, TrainedModel, Path], None]
 """Draws a preview grid with the averaged model into a file; called on every rank."""
 
 
@@ -52,7 +60,7 @@ class TrainResult:
     """
 
     finished: bool
-    ema: UViT
+    ema: Backbone
     checkpoint: Path
 
 
@@ -80,12 +88,14 @@ def train(
     # Refuse what cannot work before anything is written.
     grid = grid_shape(recipe.data.size, recipe.data.size, recipe.model.patch_size)
     visible_counts = [num_visible(stage.mask, grid) for stage in recipe.stages]
-    _refuse_run_among_images(recipe.data.source, run_dir)
+    refuse_run_among_images(recipe.data.source, run_dir)
     accelerator, precision, reason = make_accelerator(recipe.precision)
-    _refuse_uneven_batches(recipe, accelerator.num_processes)
+    refuse_uneven_batches(recipe, accelerator.num_processes)
     with accelerator.main_process_first():
         store = open_store(recipe.data, progress=show and accelerator.is_main_process)
-    _refuse_unfit_labels(recipe, store)
+    refuse_unfit_labels(recipe, store)
+    model = build_model(recipe)  # the same weights on every rank and in every run
+    transferred = _start_from(recipe, run_dir, model)
     stack = contextlib.ExitStack()
     if accelerator.is_main_process:
         facts = environment(accelerator.device, accelerator.num_processes)
@@ -93,8 +103,8 @@ def train(
         stack.enter_context(claimed_run_folder(run_dir, recipe, resume, facts))
     accelerator.wait_for_everyone()
 
-    # Build the model and its average: the same weights on every rank and in every run.
-    model = build_model(recipe).to(accelerator.device)
+    # Give the model its place and its average.
+    model = model.to(accelerator.device)
     average = make_average(model)
     step_flops = [
         3 * model.forward_flops(count) * stage.batch_size  # forward, and twice that backward
@@ -102,7 +112,9 @@ def train(
     ]
     total_flops = sum(f * s.steps for f, s in zip(step_flops, recipe.stages, strict=True))
     monitor = Monitor(run_dir, total_flops, accelerator.is_main_process, show)
-    _introduce(monitor, recipe, store, model, accelerator, f"{precision} ({reason})", total_flops)
+    introduce(monitor, recipe, store, model, accelerator, f"{precision} ({reason})", total_flops)
+    for line in transferred:
+        monitor.say(line)
 
     # Take up the newest whole checkpoint, if there is one.
     progress, folder = Progress(), run_dir / "checkpoints"
@@ -114,8 +126,8 @@ def train(
     wrapped, stepper = accelerator.prepare(model, optimizer)
     if accelerator.scaler is not None and progress.scaler:
         accelerator.scaler.load_state_dict(progress.scaler)
-    order = ImageOrder(len(store), recipe.seed)
-    schedule = make_schedule(recipe.diffusion.schedule)
+    subset = training_subset(len(store), recipe.data)
+    order = ImageOrder(len(subset), recipe.seed)
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
 
     with stack, StopRequest() as stop, contextlib.closing(monitor):
@@ -127,7 +139,7 @@ def train(
                 assert checkpoint is not None  # each stage's end is one
                 if preview and not (file := _sample_file(run_dir, progress.step)).exists():
                     monitor.say("  drawing a preview")
-                    preview(accelerator, average, file)
+                    preview(accelerator, TrainedModel(average, recipe.diffusion_of(stage)), file)
                 if progress.stage + 1 == len(recipe.stages):
                     return TrainResult(True, average, checkpoint)
                 progress.stage, progress.stage_step = progress.stage + 1, 0
@@ -138,9 +150,11 @@ def train(
                 optimizer.state.clear()
                 restart_average(average, model)
             enter_stage(optimizer, stage)
+            diffusion = recipe.diffusion_of(stage)
+            schedule = schedule_of(diffusion, recipe.data.size)
             _set_activation_checkpointing(model, stage.activation_checkpointing)
             hidden = 1 - visible_counts[progress.stage] / (grid[0] * grid[1])
-            monitor.say(_stage_line(recipe, progress, grid, hidden, step_flops[progress.stage]))
+            monitor.say(stage_line(recipe, progress, grid, hidden, step_flops[progress.stage]))
             if (kept := stage.ema_decay**stage.steps) > 0.1:
                 monitor.say(
                     f"  note: ema_decay {stage.ema_decay:g} keeps {100 * kept:.0f} % of the "
@@ -151,21 +165,22 @@ def train(
             while progress.stage_step < stage.steps:
                 # Fetch this rank's share of the batch.
                 with tick.waiting():
-                    share = order.rank_indices(progress.images, stage.batch_size, rank, num_ranks)
+                    share = subset[
+                        order.rank_indices(progress.images, stage.batch_size, rank, num_ranks)
+                    ]
                     images = torch.from_numpy(store.images[share]).to(accelerator.device)
                     labels = _labels(recipe, store, share, accelerator.device)
 
                 # Hide patches and add noise; all of it depends on (seed, rank, step) alone.
-                generator = step_generator(recipe.seed, rank, progress.step, accelerator.device)
                 batch = draw_batch(
-                    images, labels, stage.mask, grid, recipe.data.flip, schedule, generator
+                    images, labels, recipe, stage, schedule, progress.step, rank, num_ranks
                 )
 
                 # Follow the gradient of the denoising loss on the visible patches.
                 for group in stepper.param_groups:
                     group["lr"] = learning_rate(stage, progress.stage_step)
                 loss = backward(
-                    accelerator, wrapped, batch, schedule, recipe.diffusion, stage.micro_batch_size
+                    accelerator, wrapped, batch, schedule, diffusion, stage.micro_batch_size
                 )
                 grad_norm = _clip_gradients(accelerator, model, stage)
                 stepper.step()
@@ -208,16 +223,25 @@ def train(
                         return TrainResult(False, average, checkpoint)
                 if preview and not is_end and progress.step % recipe.preview_every == 0:
                     with tick.paused():
-                        preview(accelerator, average, _sample_file(run_dir, progress.step))
+                        trained = TrainedModel(average, diffusion)
+                        preview(accelerator, trained, _sample_file(run_dir, progress.step))
             monitor.say(f"  done after {clock(progress.elapsed_sec)} of training")
 
 
-def build_model(recipe: Recipe) -> UViT:
-    """The recipe's model, with initial weights that depend on the recipe's seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(recipe.seed, "weights"))  # the CPU's alone
-        settings = recipe.model.model_dump()
-        return UViT(image_size=recipe.data.size, channels=recipe.data.channels, **settings)
+def _start_from(recipe: Recipe, run_dir: Path, model: Backbone) -> list[str]:
+    """Gives the model the weights that `init` names, unless a run goes on; says what they were."""
+    if recipe.init is None or (run_dir / "checkpoints" / "latest").is_file():
+        return []
+    source = load_model(recipe.init)
+    try:
+        lines = transfer_weights(source.trained.model, model)
+    except ValueError as error:
+        raise ValueError(f"init {recipe.init}: {error}") from None
+    before, now = source.trained.diffusion, recipe.diffusion_of(recipe.stages[0])
+    for name in ("schedule", "prediction"):
+        if getattr(before, name) != getattr(now, name):
+            lines.append(f"{name} {getattr(before, name)} -> {getattr(now, name)}")
+    return [f"init    from {source.found.folder}: {lines[0]}", *(f"  {line}" for line in lines[1:])]
 
 
 def _sample_file(run_dir: Path, step: int) -> Path:
@@ -235,34 +259,6 @@ def _agreed_checkpoint(accelerator: Accelerator, folder: Path, monitor: Monitor)
     return checkpoint
 
 
-def _refuse_run_among_images(source: str, run_dir: Path) -> None:
-    folder = Path(source).expanduser()
-    if folder.is_dir() and run_dir.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"{run_dir} lies in the image folder {source}, so its previews would become images: "
-            "name a folder elsewhere with --out"
-        )
-
-
-def _refuse_uneven_batches(recipe: Recipe, num_ranks: int) -> None:
-    for i, stage in enumerate(recipe.stages):
-        if stage.batch_size % num_ranks:
-            below = stage.batch_size // num_ranks * num_ranks
-            raise ValueError(
-                f"stages.{i}.batch_size {stage.batch_size} does not divide among {num_ranks} "
-                f"devices: use {f'{below} or ' if below else ''}{below + num_ranks}"
-            )
-
-
-def _refuse_unfit_labels(recipe: Recipe, store: Store) -> None:
-    wanted, names = recipe.model.num_classes, store.manifest["class_names"]
-    if wanted and wanted != len(names):
-        raise ValueError(
-            f"model.num_classes is {wanted}, but {recipe.data.source} has {len(names)} classes: "
-            f"use {len(names)}" + ("" if names else " (class folders root/class/x.png give labels)")
-        )
-
-
 def _labels(recipe: Recipe, store: Store, indices, device: torch.device) -> Tensor | None:  # type: ignore[no-untyped-def]
     if not recipe.model.num_classes:
         return None
@@ -270,7 +266,7 @@ def _labels(recipe: Recipe, store: Store, indices, device: torch.device) -> Tens
     return torch.from_numpy(store.labels[indices]).to(device)
 
 
-def _set_activation_checkpointing(model: UViT, wanted: bool) -> None:
+def _set_activation_checkpointing(model: Backbone, wanted: bool) -> None:
     if wanted:
         model.enable_gradient_checkpointing()
     else:
@@ -296,41 +292,3 @@ def _read(
         if recipe.diffusion.schedule == "linear":
             tries += ["schedule cosine (90 % masking diverges with linear)"]
         raise NonFiniteLoss(f"{error}; {saved}; try {', '.join(tries)}") from None
-
-
-def _introduce(
-    monitor: Monitor,
-    recipe: Recipe,
-    store: Store,
-    model: UViT,
-    accelerator: Accelerator,
-    precision: str,
-    total_flops: int,
-) -> None:
-    num, height, width, channels = store.images.shape
-    skipped = len(store.manifest["skipped"])
-    left_out = f", {skipped} unreadable left out" if skipped else ""
-    params = sum(parameter.numel() for parameter in model.parameters())
-    monitor.say(
-        f"data    {num:,} images {height}x{width}x{channels} from {recipe.data.source}{left_out}"
-    )
-    monitor.say(f"model   U-ViT, {params / 1e6:.2f} M parameters, {model.num_patches} patches")
-    num_stages = len(recipe.stages)
-    devices = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
-    monitor.say(f"device  {devices}, {precision}")
-    monitor.say(
-        f"plan    {num_stages} stage{'s' * (num_stages > 1)}, {flops_text(total_flops)} in all"
-    )
-
-
-def _stage_line(recipe: Recipe, progress: Progress, grid: Grid, hidden: float, flops: int) -> str:
-    stage, mask = recipe.stages[progress.stage], recipe.stages[progress.stage].mask
-    title = f"stage {progress.stage + 1}/{len(recipe.stages)} {stage.name}:"
-    if hidden:
-        kind = f"{mask.block}x{mask.block} blocks" if mask.kind == "block" else f"{mask.kind} mask"
-        asked = "" if abs(hidden - mask.rate) < 5e-4 else f" ({100 * mask.rate:.4g} % asked)"
-        what = f"{kind}, {100 * hidden:.4g} % hidden{asked}"
-    else:
-        what = "whole images"
-    work = f"{stage.steps:,} steps of {stage.batch_size} images, {flops_text(flops * stage.steps)}"
-    return f"{title} {what}, {work}"

@@ -1,0 +1,71 @@
+"""What several commands share: arguments, loading a model, who speaks."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from maskdm.recipe import Sampling
+
+if TYPE_CHECKING:
+    from maskdm.training.load import Loaded
+
+DONE, FAILED, WRONG_USAGE, STOPPED = 0, 1, 2, 3  # exit codes
+
+# How arguments read in the help. Where None means "as the recipe says", the text says so.
+quiet = functools.partial(tyro.conf.arg, help_behavior_hint="")
+RecipeName = Annotated[str, tyro.conf.Positional, quiet(metavar="RECIPE")]
+Run = Annotated[str, tyro.conf.Positional, quiet(metavar="RUN")]
+OptionalInt = Annotated[int | None, quiet(metavar="INT")]
+SamplingFlags = Annotated[Sampling, tyro.conf.arg(name="")]
+
+
+def changed(settings: Any, **changes: object) -> Any:
+    """A group of settings with those flags that were given (are not None), checked again."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    return type(settings)(**{**settings.model_dump(), **given})
+
+
+def say_note(text: str) -> None:
+    """Prints a note beside the command's output."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def load(run: str, sampling: Sampling) -> tuple[Loaded, Loaded | None]:
+    """The model that a user names, and the weak one if the guidance asked for needs it.
+
+    Both on this process's device. Raises ValueError where one can't be had.
+    """
+    from diffusers.utils import logging
+
+    from maskdm.engine import process_state
+    from maskdm.training.load import load_model, load_weak
+
+    logging.disable_progress_bar()
+    device = process_state().device
+    strong, weak = load_model(run, say_note), None
+    strong.trained.model.to(device)
+    if sampling.guidance == "autoguidance":
+        weak = load_weak(strong.found, sampling.guidance_weak, say_note)
+        weak.trained.model.to(device)
+    return strong, weak
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks and writes."""
+    from maskdm.engine import process_state
+
+    return process_state().is_main_process
+
+
+def sampling_text(sampling: Sampling) -> str:
+    """How images were drawn, in a few words: `50 steps of ddim, sparse guidance 1.5`."""
+    text = f"{sampling.steps} steps of {sampling.sampler}"
+    if sampling.guidance != "none":
+        text += f", {sampling.guidance}"
+        text += f"{'' if 'guidance' in sampling.guidance else ' guidance'}"
+        text += f" {sampling.guidance_scale:g}"
+    return text

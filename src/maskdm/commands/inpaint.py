@@ -1,0 +1,97 @@
+"""`maskdm inpaint`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from maskdm.commands.common import (
+    DONE,
+    OptionalInt,
+    Run,
+    SamplingFlags,
+    is_main_process,
+    load,
+    quiet,
+    sampling_text,
+)
+from maskdm.recipe import Data
+
+ImageFile = Annotated[Path, tyro.conf.Positional, quiet(metavar="IMAGE")]
+
+
+def inpaint(
+    run: Run,
+    image: ImageFile,
+    *,
+    mask: Annotated[Path, quiet(metavar="PNG")],
+    settings: SamplingFlags,
+    out: Path = Path("inpainted.png"),
+    num: int = 4,
+    seed: int = 0,
+    label: OptionalInt = None,
+    resamplings: int = 10,
+    jump: int = 5,
+) -> int:
+    """Draw the missing parts of an image; what is known stays as it is, pixel by pixel.
+
+    The solver is RePaint's (ancestral steps, taken several times), whatever the sampler is.
+
+    Args:
+        run: a run's folder, RUN@STAGE, a checkpoint, an exported model, or a Hub id.
+        image: the picture; prepared as the run's training images were.
+        mask: a picture of the same shape, white where pixels are to be drawn, black elsewhere.
+        out: file.png = a sheet (the image with its hole, then the results); file.npz = uint8
+            (N, H, W, C) under arr_0; any other name = a new folder of PNG files.
+        num: number of results.
+        seed: another seed, other results.
+        label: class of the results; default: all classes in turn.
+        resamplings: times that each stretch of steps is taken, so that old and new come to fit.
+        jump: steps in a stretch.
+    """
+    settings = settings.checked()
+    if num < 1:
+        raise ValueError(f"--num {num}: at least one result")
+
+    import numpy as np
+    import torch
+
+    from maskdm.images.output import refuse_output, save_images
+    from maskdm.sampling.generate import default_labels
+    from maskdm.sampling.inpaint import inpaint, read_image_and_mask
+
+    refuse_output(out)
+    strong, weak = load(run, settings)
+    config = strong.trained.model.config
+    data = Data(size=config.image_size, channels=config.channels)
+    if strong.found.run is not None:
+        data = strong.found.recipe.data
+    picture, unknown = read_image_and_mask(image, mask, data)
+    labels = None if label is None else torch.full((num,), label)
+    images = inpaint(
+        strong.trained,
+        settings,
+        picture,
+        unknown,
+        num,
+        seed,
+        resamplings,
+        jump,
+        labels,
+        weak.trained if weak else None,
+        progress=sys.stderr.isatty(),
+    )
+    if not is_main_process():
+        return DONE
+    if out.suffix == ".png":
+        hole = np.where(unknown[..., None], np.uint8(128), picture)
+        images = np.concatenate([hole[None], images])
+    elif labels is None and (in_turn := default_labels(strong.trained.model, range(num))):
+        labels = torch.from_numpy(in_turn)
+    save_images(images, out, None if labels is None or out.suffix == ".png" else labels.numpy())
+    print(f"{num} results from {strong.found.folder}, seed {seed}, {sampling_text(settings)}")
+    print(f"{100 * unknown.mean():.3g} % of the pixels drawn -> {out}")
+    return DONE

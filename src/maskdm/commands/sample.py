@@ -1,0 +1,87 @@
+"""`maskdm sample`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from maskdm.commands.common import (
+    DONE,
+    OptionalInt,
+    Run,
+    SamplingFlags,
+    is_main_process,
+    load,
+    quiet,
+    sampling_text,
+)
+from maskdm.recipe import Mask
+
+WHOLE = Mask()
+
+
+def sample(
+    run: Run,
+    *,
+    out: Path,
+    settings: SamplingFlags,
+    num: int = 64,
+    seed: int = 0,
+    label: OptionalInt = None,
+    mask: Mask = WHOLE,
+    mask_image: Annotated[Path | None, quiet(metavar="PNG")] = None,
+) -> int:
+    """Draw images from a model. Image i depends on the seed and i alone.
+
+    Args:
+        run: a run's folder (RUN@STAGE = at that stage's end: RUN@pre-train is the primer), a
+            checkpoint, an exported model, or a Hub id.
+        out: grid.png = one sheet; images.npz = uint8 (N, H, W, C) under arr_0 (labels of a
+            conditional model under arr_1); any other name = a new folder of PNG files.
+        num: number of images.
+        seed: another seed, other images.
+        label: class of all images; default: all classes in turn.
+        mask: draw only the patches that such a mask leaves visible: the marginal that it selects.
+        mask_image: draw only the patches that are white in this picture.
+    """
+    settings = settings.checked()
+    if num < 1:
+        raise ValueError(f"--num {num}: at least one image")
+
+    import torch
+
+    from maskdm.images.output import refuse_output, save_images
+    from maskdm.sampling.generate import default_labels, generate_on_all_ranks
+    from maskdm.sampling.marginal import masks_of_images, patches_of_picture, read_picture
+
+    refuse_output(out)
+    mask = mask.checked()
+    if mask.rate and mask_image is not None:
+        raise ValueError("--mask-image and --mask.rate are two ways to say one thing: give one")
+    strong, weak = load(run, settings)
+    model = strong.trained.model
+    visible = None
+    if mask_image is not None:
+        picture = read_picture(mask_image, model.config.image_size)
+        visible = patches_of_picture(picture, model.patch_size).expand(num, -1)
+    elif mask.rate:
+        visible = masks_of_images(mask, model.grid, range(num), seed)
+    labels = None if label is None else torch.full((num,), label)
+    images = generate_on_all_ranks(
+        strong.trained,
+        settings,
+        num,
+        seed,
+        labels,
+        weak.trained if weak else None,
+        visible,
+        progress=sys.stderr.isatty(),
+    )
+    if not is_main_process():
+        return DONE
+    given = default_labels(model, range(num)) if labels is None else labels.numpy()
+    save_images(images, out, given)
+    print(f"{num} images from {strong.found.folder}, seed {seed}, {sampling_text(settings)}")
+    print(f"-> {out}")
+    return DONE

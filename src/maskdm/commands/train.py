@@ -1,0 +1,61 @@
+"""`maskdm train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from maskdm.commands.common import DONE, STOPPED, RecipeName, changed, is_main_process
+from maskdm.recipe import Recipe
+
+
+def train(
+    recipe: RecipeName,
+    *,
+    out: Path,
+    settings: Annotated[Recipe, tyro.conf.arg(name="")],
+    resume: Literal["auto", "never"] = "auto",
+) -> int:
+    """Run a recipe's stages. Every setting of the recipe is a flag, and the flag wins.
+
+    On a folder that holds an unfinished run of the same settings it continues that run, exactly.
+    Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped by a signal after saving.
+
+    Args:
+        recipe: name of a packaged recipe (`maskdm recipes`), or a YAML file.
+        out: the run's folder.
+        resume: auto continues a run in the folder; never refuses one.
+    """
+    settings = settings.checked()
+
+    from accelerate import Accelerator
+
+    from maskdm.hub import pipeline_of_run, save_pipeline
+    from maskdm.images.output import save_grid
+    from maskdm.models.trained import TrainedModel
+    from maskdm.report import plot_loss
+    from maskdm.sampling.generate import generate_on_all_ranks
+    from maskdm.training import trainer
+
+    # The primer has no primer of its own: previews are drawn without guidance.
+    for_previews = changed(settings.sampling, steps=settings.preview_steps, guidance="none")
+
+    def preview(accelerator: Accelerator, trained: TrainedModel, file: Path) -> None:
+        images = generate_on_all_ranks(trained, for_previews, settings.num_previews)
+        if accelerator.is_main_process:
+            save_grid(images, file)
+
+    result = trainer.train(settings, out, resume, preview if settings.num_previews else None)
+    if not result.finished:
+        return STOPPED
+    if not is_main_process():
+        return DONE
+    save_pipeline(pipeline_of_run(result.ema, settings), out / "model")
+    print(f"model   {out / 'model'}")
+    print(f"loss    {plot_loss(out)}")
+    for file in sorted((out / "samples").glob("step-*.png"))[-1:]:
+        print(f"preview {file}")
+    print(f"next    maskdm sample {out} --num 64 --out grid.png")
+    return DONE

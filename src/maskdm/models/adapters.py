@@ -1,0 +1,123 @@
+"""Other people's denoisers behind the face of ours.
+
+They need the whole grid: patches that a mask hides are blanked, and the loss is on the visible
+ones alone. Masked pre-training works so for any network, but saves no compute.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import LabelEmbedding
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from maskdm.models.uvit import TIME_SCALE
+from maskdm.tokens import gather_patches, grid_shape, patchify, scatter_patches, unpatchify
+
+
+class GridDenoiser(ModelMixin, ConfigMixin):
+    """One of diffusers' networks for whole images, asked about any subset of their patches.
+
+    Args:
+        kind: `dit` = DiTTransformer2DModel, `unet2d` = UNet2DModel.
+        image_size: side of the square image, in pixels.
+        patch_size: side of what masks hide, in pixels; also the patch size of `dit`.
+        channels: channels of the image.
+        embed_dim, depth, num_heads: width, blocks and heads of `dit`.
+        num_classes: classes of a conditional model; 0 = unconditional.
+        label_dropout: above 0 the model also knows "no class", label num_classes.
+        options: further arguments of diffusers' class.
+
+    Raises ValueError for an unknown kind, sizes that don't fit, or options that diffusers' class
+    doesn't take.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        kind: str = "dit",
+        image_size: int = 64,
+        patch_size: int = 4,
+        channels: int = 3,
+        embed_dim: int = 512,
+        depth: int = 13,
+        num_heads: int = 8,
+        num_classes: int = 0,
+        label_dropout: float = 0.1,
+        options: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        if kind not in NETWORKS:
+            raise ValueError(f"unknown kind of network {kind!r}: known are {', '.join(NETWORKS)}")
+        self.grid = grid_shape(image_size, image_size, patch_size)
+        self.patch_size = patch_size
+        self.num_patches = self.grid[0] * self.grid[1]
+        num_labels = num_classes + (label_dropout > 0) if num_classes else 0
+        arguments: dict[str, Any] = {
+            "sample_size": image_size,
+            "in_channels": channels,
+            "out_channels": channels,
+        }
+        if kind == "dit":
+            arguments |= {
+                "patch_size": patch_size,
+                "num_attention_heads": num_heads,
+                "attention_head_dim": embed_dim // num_heads,
+                "num_layers": depth,
+                "num_embeds_ada_norm": max(num_classes, 1),  # it adds "no class" by itself
+            }
+        else:
+            arguments |= {"num_class_embeds": num_labels or None}
+        arguments |= options or {}
+        known = {*NETWORKS[kind]._get_init_keys(NETWORKS[kind])} - {"self"}
+        if unknown := set(arguments) - known:
+            raise ValueError(
+                f"model.options: {NETWORKS[kind].__name__} takes no {', '.join(sorted(unknown))}; "
+                f"known are {', '.join(sorted(known))}"
+            )
+        self.net = NETWORKS[kind](**arguments)
+        for module in self.net.modules():
+            if isinstance(module, LabelEmbedding):
+                module.dropout_prob = 0.0  # classes are dropped by the training, by its seed
+
+    def forward(
+        self, patches: Tensor, positions: Tensor, t: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
+        """Answers for each given patch; takes and gives what `UViT.forward` does."""
+        if (labels is None) != (self.config.num_classes == 0):
+            raise ValueError(
+                "this model has no classes, but labels were given"
+                if labels is not None
+                else "this model is class-conditional: labels are needed"
+            )
+        full = scatter_patches(patches, positions, self.num_patches)  # hidden ones are 0
+        images = unpatchify(full, self.patch_size, self.grid).movedim(3, 1)  # (B, C, H, W)
+        if labels is None and self.config.kind == "dit":
+            labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        out = self.net(images, t * TIME_SCALE, class_labels=labels).sample
+        return gather_patches(patchify(out.movedim(1, 3), self.patch_size), positions)
+
+    def forward_flops(self, num_visible: int) -> int:
+        """Floating-point operations of a forward pass for one image: masks don't change them.
+
+        Matrix products and convolutions, two operations a multiply-add, counted by PyTorch.
+        """
+        with torch.device("meta"):
+            copy = type(self.net).from_config(self.net.config)
+            size, channels = self.config.image_size, self.config.channels
+            label = torch.zeros(1, dtype=torch.int64) if self._takes_labels() else None
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                copy(torch.zeros(1, channels, size, size), torch.zeros(1), class_labels=label)
+        return counter.get_total_flops()
+
+    def _takes_labels(self) -> bool:
+        return self.config.kind == "dit" or bool(self.config.num_classes)
+
+
+NETWORKS: dict[str, type[Any]] = {"dit": DiTTransformer2DModel, "unet2d": UNet2DModel}

@@ -1,0 +1,28 @@
+"""The model that a recipe asks for."""
+
+from __future__ import annotations
+
+import torch
+
+from maskdm.models.adapters import GridDenoiser
+from maskdm.models.uvit import UViT
+from maskdm.recipe import Recipe
+from maskdm.seeds import derive_seed
+
+Backbone = UViT | GridDenoiser
+
+
+def build_model(recipe: Recipe) -> Backbone:
+    """The recipe's model, with initial weights that depend on the recipe's seed alone.
+
+    Raises ValueError for sizes or options that the network doesn't take.
+    """
+    settings = recipe.model.model_dump()
+    settings |= {"image_size": recipe.data.size, "channels": recipe.data.channels}
+    kind, options = settings.pop("kind"), settings.pop("options")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(recipe.seed, "weights"))  # the CPU's alone
+        if kind == "uvit":
+            return UViT(**settings)
+        del settings["mlp_ratio"], settings["final_conv"]
+        return GridDenoiser(kind=kind, options=options, **settings)

@@ -1,0 +1,167 @@
+"""Finding what a user names: a run's folder, one of its stages, a checkpoint, an exported model.
+
+Only files are looked at, so that this imports fast.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from maskdm.recipe import Recipe, Sampling
+from maskdm.recipe_files import load_recipe
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a model lies.
+
+    Attributes:
+        folder: an exported model (with model_index.json) or a checkpoint (with progress.json).
+        run: the run's folder around it, or None where it was copied out of one.
+    """
+
+    folder: Path
+    run: Path | None
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether the folder is an exported model; else it is a checkpoint."""
+        return (self.folder / "model_index.json").is_file()
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the run. Raises ValueError where there is no run around it."""
+        if self.run is None:
+            raise ValueError(f"{self.folder} is in no run's folder: there is no recipe.yaml")
+        return load_recipe(self.run / "recipe.yaml")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How images are drawn from the model unless asked otherwise."""
+        if not self.is_exported:
+            return self.recipe.sampling
+        index = read_index(self.folder)
+        return Sampling(**{name: index[name] for name in Sampling.model_fields if name in index})
+
+
+def find_model(name: str | Path, note: Note = print) -> Found:
+    """Finds the model that a user names.
+
+    Args:
+        name: a run's folder (its exported model; of an unfinished run the newest checkpoint),
+            `RUN@STAGE` (the checkpoint at that stage's end), a checkpoint, an exported folder,
+            or a Hub id `owner/name`, which is downloaded.
+        note: told which damaged checkpoints were passed over.
+
+    Raises:
+        ValueError: there is no model of that name.
+    """
+    path = Path(name)
+    if not path.exists() and "@" in str(name):
+        run, stage = str(name).rsplit("@", 1)
+        return Found(stage_checkpoint(Path(run), stage), Path(run))
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        path = _download(str(name))
+    for folder in (path, path / "model"):
+        if (folder / "model_index.json").is_file():
+            return Found(folder, _run_around(folder))
+    if (path / "progress.json").is_file():
+        if problem := damage(path):
+            raise ValueError(f"checkpoint {path}: {problem}")
+        if _run_around(path) is None:
+            raise ValueError(f"checkpoint {path} has no run around it: there is no recipe.yaml")
+        return Found(path, _run_around(path))
+    if (path / "recipe.yaml").is_file():
+        checkpoint = find_checkpoint(path / "checkpoints", note)
+        if checkpoint is None:
+            raise ValueError(f"{name} has no checkpoint yet: train it a little longer")
+        return Found(checkpoint, path)
+    raise ValueError(
+        f"{name} is no run folder, checkpoint or exported model"
+        + ("" if path.exists() else " (it does not exist)")
+    )
+
+
+def stage_checkpoint(run: Path, stage: str) -> Path:
+    """The checkpoint at the end of a run's stage.
+
+    Raises ValueError where the run has no stage of that name, or has not come to its end.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(f"{run}@{stage}: {run} is no run's folder (it has no recipe.yaml)")
+    stages = load_recipe(run / "recipe.yaml").stages
+    names = [known.name for known in stages]
+    if stage not in names:
+        raise ValueError(f"{run} has no stage {stage!r}: its stages are {', '.join(names)}")
+    step = sum(known.steps for known in stages[: names.index(stage) + 1])
+    checkpoint = run / "checkpoints" / f"step-{step:08d}"
+    if problem := damage(checkpoint):
+        ended = "" if checkpoint.exists() else f": the run has not come to the end of {stage}"
+        raise ValueError(f"checkpoint {checkpoint}: {problem}{ended}")
+    return checkpoint
+
+
+def find_checkpoint(folder: Path, note: Note) -> Path | None:
+    """The newest whole checkpoint below RUN/checkpoints, or None; says what it passes over."""
+    if not folder.is_dir():
+        return None
+    for leftover in [*folder.glob("writing-*"), *folder.glob("removing-*")]:
+        note(f"ignored {leftover.name}: a checkpoint that was never finished")
+    latest = folder / "latest"
+    named = latest.read_text("utf-8").strip() if latest.is_file() else ""
+    newest_first = sorted((p.name for p in folder.glob("step-*")), reverse=True)
+    for name in dict.fromkeys([*([named] if named else []), *newest_first]):
+        if problem := damage(folder / name):
+            note(f"ignored checkpoint {name}: {problem}")
+        else:
+            return folder / name
+    return None
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a checkpoint folder; empty if it is whole."""
+    try:
+        sizes = json.loads((path / "progress.json").read_text("utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return "it is incomplete (no readable progress.json)"
+    for file, size in sizes.items():
+        actual = (path / file).stat().st_size if (path / file).is_file() else 0
+        if actual != size:
+            return f"{file} has {actual} of {size} bytes"
+    return ""
+
+
+def read_index(folder: Path) -> dict[str, object]:
+    """The model_index.json of an exported model. Raises ValueError where it is no JSON."""
+    try:
+        index: dict[str, object] = json.loads((folder / "model_index.json").read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'model_index.json'} is damaged: {error}") from None
+    return index
+
+
+def _run_around(folder: Path) -> Path | None:
+    """The run's folder in which RUN/model or RUN/checkpoints/step-... lies."""
+    for around in folder.resolve().parents[:2]:
+        if (around / "recipe.yaml").is_file():
+            return around
+    return None
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{name} is no folder here, and could not be fetched from the Hub: {reason}"
+        ) from None

@@ -1,0 +1,111 @@
+"""Starting a model from another's weights: other data, diffusion, resolution or classes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskdm.models.build import Backbone
+from maskdm.models.uvit import UViT
+
+
+def transfer_weights(source: Backbone, target: Backbone) -> list[str]:
+    """Copies what fits from one model into another, and says what became of each weight.
+
+    Positions of another grid are interpolated (bicubic, patch by patch). Weights of another shape
+    or name are left as they are: those of the ends where patches or channels differ, of classes
+    where their number does, of blocks that only one of the two has.
+
+    Args:
+        source: the model to start from.
+        target: the model to be trained; changed in place.
+
+    Returns:
+        Lines for people: what was loaded, what was interpolated, what was left fresh.
+
+    Raises:
+        ValueError: nothing fits but scraps: not one weight matrix of a block. The target is
+            unchanged.
+    """
+    old, new = source.state_dict(), target.state_dict()
+    fitting = {
+        name: old[name] for name in new if name in old and old[name].shape == new[name].shape
+    }
+    resized = []
+    if isinstance(source, UViT) and isinstance(target, UViT):
+        positions = _positions(source, target)
+        if positions is not None:
+            fitting["pos_embed"] = positions
+            if source.grid != target.grid:
+                resized.append("pos_embed")
+        labels = _labels(source, target)
+        if labels is not None:
+            fitting["label_embed.weight"] = labels
+    if not any(fitting[name].ndim > 1 and "block" in name for name in fitting):
+        raise ValueError(
+            f"nothing of the model to start from fits: it is {_sizes(source)}, the new one "
+            f"{_sizes(target)}"
+        )
+    target.load_state_dict({**new, **fitting})
+    loaded = sum(fitting[name].numel() for name in fitting)
+    total = sum(value.numel() for value in new.values())
+    lines = [f"{len(fitting)} of {len(new)} tensors, {100 * loaded / total:.3g} % of the weights"]
+    if resized:
+        rows, columns = source.grid
+        lines.append(
+            f"positions interpolated from {rows}x{columns} to {target.grid[0]}x{target.grid[1]}"
+        )
+    heads = [model.config.num_heads for model in (source, target)]
+    if heads[0] != heads[1]:
+        lines.append(f"note: trained with {heads[0]} attention heads, now read as {heads[1]}")
+    if fresh := [name for name in new if name not in fitting]:
+        lines.append(f"left fresh: {_short(fresh)}")
+    if unused := [name for name in old if name not in new]:
+        lines.append(f"not used: {_short(unused)}")
+    return lines
+
+
+def _positions(source: UViT, target: UViT) -> Tensor | None:
+    """The source's positions for the target's tokens; None where the widths differ."""
+    old, new = source.pos_embed.detach(), target.pos_embed.detach()
+    if old.shape[1] != new.shape[1]:
+        return None
+    before = source.num_extras
+    grid = old[before:].T.reshape(1, -1, *source.grid)  # (1, D, rows, columns)
+    if source.grid != target.grid:
+        grid = F.interpolate(grid, target.grid, mode="bicubic", align_corners=False)
+    patches = grid[0].flatten(1).T  # (N, D)
+    extras = new[: target.num_extras].clone()
+    extras[-1] = old[before - 1]  # the time's comes last, after the class's if there is one
+    if before == target.num_extras:
+        extras = old[:before]
+    return torch.cat([extras, patches])
+
+
+def _labels(source: UViT, target: UViT) -> Tensor | None:
+    """The target's class table with the source's "no class" row; None where not both have one."""
+    configs = [source.config, target.config]
+    if not all(config.num_classes and config.label_dropout for config in configs):
+        return None
+    if source.config.num_classes == target.config.num_classes:
+        return None  # the whole table fits as it is
+    assert source.label_embed is not None and target.label_embed is not None
+    old, new = source.label_embed.weight.detach(), target.label_embed.weight.detach().clone()
+    if old.shape[1] != new.shape[1]:
+        return None
+    new[-1] = old[-1]
+    return new
+
+
+def _sizes(model: Backbone) -> str:
+    config = model.config
+    kind = "uvit" if isinstance(model, UViT) else config.kind
+    return f"{kind} of width {config.embed_dim}, depth {config.depth}, {config.num_heads} heads"
+
+
+def _short(names: list[str]) -> str:
+    """Names of weights for one line: the first few, by module."""
+    modules = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in names))
+    rest = f" and {len(modules) - 6} more" if len(modules) > 6 else ""
+    return ", ".join(modules[:6]) + rest
