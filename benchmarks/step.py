@@ -24,11 +24,11 @@ from maskdm.diffusion.schedule import make_schedule
 from maskdm.engine import device_name, make_accelerator
 from maskdm.masks import num_visible
 from maskdm.models.uvit import UViT
-from maskdm.recipe import Diffusion, Mask, Stage
+from maskdm.recipe import Data, Diffusion, Mask, Model, Recipe, Stage
 from maskdm.training.ema import make_average, update_average
 from maskdm.training.monitor import source_commit
 from maskdm.training.optim import make_optimizer
-from maskdm.training.step import backward, draw_batch, step_generator
+from maskdm.training.step import backward, draw_batch
 
 
 def median_sec(run: Callable[[int], Any], num: int, device: torch.device) -> float:
@@ -93,14 +93,16 @@ def main() -> None:
             lr=1e-4,
             clip=1.0,
         )
+        recipe = Recipe(
+            data=Data(size=args.size), model=Model(patch_size=args.patch_size), stages=(stage,)
+        )
         average, optimizer = make_average(model), make_optimizer(model.parameters(), stage)
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         shape = (args.batch_size, args.size, args.size, 3)
         images = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
 
         def step(i: int) -> None:
-            generator = step_generator(0, 0, i, device)
-            batch = draw_batch(images, None, stage.mask, model.grid, False, schedule, generator)  # noqa: B023
+            batch = draw_batch(images, None, recipe, stage, schedule, i)  # noqa: B023
             backward(accelerator, wrapped, batch, schedule, diffusion, None)  # noqa: B023
             accelerator.clip_grad_norm_(model.parameters(), 1.0)  # noqa: B023
             optimizer.step()  # noqa: B023

@@ -155,8 +155,7 @@ def test_recipes_are_listed_and_printed(capsys):
         ("train digits --out x --model.patch-size 3", "use 6 or 9"),
         ("train digits --out x --data.source nowhere", "nowhere does not exist"),
         ("sample nowhere --out x.png", "nowhere is no run folder, checkpoint or exported"),
-        ("sample nowhere --out x.jpg", "end it in .png"),
-        ("sample nowhere --out x.png --num 0", "at least one"),
+        ("sample --out x.png nowhere", "the model comes first: maskdm sample RUN"),
         ("evaluate nowhere", "nowhere is no run folder"),
         ("recipes nothing", "no recipe 'nothing'"),
     ],
@@ -165,6 +164,95 @@ def test_mistakes_exit_with_2_and_a_clear_line(arguments, message, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert message in failure(capsys, *arguments.split())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--out x.jpg", "end it in .png"),
+        ("--out x.png --num 0", "at least one"),
+        ("--out x.png --steps 1001", "1001 sampling steps, but the schedule has 1000 times"),
+        ("--out x.png --sampler heun --eta 1", "sampler heun has none"),
+        ("--out x.png --label 1", "has no classes: it takes no labels"),
+        ("--out x.png --guidance classifier-free", "the model has no classes"),
+        ("--out x.png --mask.kind patch --mask.rate 0.99", "the nearest possible are"),
+        ("--out x.png --mask-image nothing.png", "nothing.png cannot be read as an image"),
+        ("--out x.png --guidance autoguidance --guidance-weak nothing", "does not exist"),
+    ],
+)
+def test_samples_that_cannot_be_drawn_are_refused(run, flags, message, capsys, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    assert message in failure(capsys, "sample", "run", *flags.split())
+    assert not list(run.parent.glob("x.*"))
+
+
+def test_samplers_guidance_and_marginals_are_flags(run, tmp_path, capsys):
+    def sample(name: str, flags: str = "", model: str = str(run)) -> np.ndarray:
+        out = str(tmp_path / f"{name}.npz")
+        assert main(["sample", model, "--num", "4", "--out", out, *flags.split()]) == 0
+        return np.load(out)["arr_0"]
+
+    plain = sample("plain")
+    assert not np.array_equal(plain, sample("solver", "--sampler dpm-solver --steps 6"))
+    assert "6 steps of dpm-solver" in capsys.readouterr().out
+    for flags in ("--guidance sparse", f"--guidance autoguidance --guidance-weak {run}@hide"):
+        assert not np.array_equal(plain, sample("guided", f"{flags} --guidance-scale 3"))
+    by_name = sample("primer", "--guidance autoguidance --guidance-scale 3")
+    assert np.array_equal(by_name, np.load(tmp_path / "guided.npz")["arr_0"])
+    assert not np.array_equal(plain, sample("stage", model=f"{run}@hide"))
+    hidden = sample("marginal", "--mask.kind block --mask.rate 0.75") == 128
+    assert hidden.reshape(4, -1).mean(axis=1) == pytest.approx([0.75] * 4, abs=0.05)
+    picture = np.zeros((8, 8), np.uint8)
+    picture[2:6, 2:6] = 255
+    Image.fromarray(picture).save(tmp_path / "mask.png")
+    inner = sample("inner", f"--mask-image {tmp_path / 'mask.png'}")
+    assert (inner[:, picture == 0] == 128).all() and inner[:, 2:6, 2:6].std() > 0
+
+
+def test_a_model_is_sampled_as_its_recipe_says_unless_told_otherwise(recipe_file, tmp_path):
+    run = str(tmp_path / "run")
+    flags = "--sampling.sampler unipc --sampling.guidance sparse --sampling.steps 3"
+    assert main(["train", recipe_file, "--out", run, *flags.split()]) == 0
+    for name, more in (
+        ("as-told", ""),
+        ("again", flags.replace("sampling.", "")),
+        ("other", "--steps 4"),
+    ):
+        out = str(tmp_path / f"{name}.npz")
+        assert main(["sample", run, "--num", "2", "--out", out, *more.split()]) == 0
+    first, again, other = (
+        np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("as-told", "again", "other")
+    )
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_inpainting_keeps_what_the_mask_leaves_black(run, tmp_path, capsys):
+    image = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 4:] = 255
+    for name, pixels in (("image", image), ("mask", mask), ("small", mask[:4])):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    names = [str(tmp_path / f"{name}.png") for name in ("image", "mask", "small", "nothing")]
+
+    def inpaint(out: str, *more: str) -> None:
+        command = ["inpaint", str(run), names[0], "--mask", names[1], "--num", "3", "--out", out]
+        assert main([*command, "--resamplings", "2", *more]) == 0
+
+    inpaint(str(tmp_path / "a.npz"))
+    results = np.load(tmp_path / "a.npz")["arr_0"][..., 0]
+    assert (results[:, :, :4] == image[:, :4]).all()
+    assert len({part.tobytes() for part in results[:, :, 4:]}) == 3
+    assert "50 % of the pixels drawn" in capsys.readouterr().out
+    inpaint(str(tmp_path / "b.png"), "--guidance", "sparse")
+    sheet = pixels_of(tmp_path / "b.png")  # the image with its hole, then three results
+    assert sheet.shape == (2 * 66 + 2, 2 * 66 + 2)
+    assert (sheet[2:66, 34:66] == 128).all() and sheet[2, 2] == image[0, 0]
+    for flags, message in (
+        ((names[0], "--mask", names[2]), "the mask has 8x4 pixels, the image 8x8"),
+        ((names[3], "--mask", names[1]), "nothing.png cannot be read as an image"),
+        ((names[0], "--mask", names[1], "--jump", "0"), "jump 0 must be at least 1"),
+    ):
+        assert message in failure(capsys, "inpaint", str(run), *flags, "--out", str(tmp_path / "c"))
 
 
 def test_bad_images_and_folders_exit_with_2(image_folder, recipe_file, run, tmp_path, capsys):

@@ -19,9 +19,9 @@ from maskdm.diffusion.objective import masked_denoising_loss
 from maskdm.diffusion.schedule import make_schedule
 from maskdm.images.order import ImageOrder
 from maskdm.images.store import open_store
+from maskdm.models.build import build_model
 from maskdm.recipe import Recipe
-from maskdm.training.step import draw_batch, step_generator
-from maskdm.training.trainer import build_model
+from maskdm.training.step import draw_batch
 
 pytestmark = pytest.mark.slow
 
@@ -59,8 +59,7 @@ def test_two_ranks_take_the_step_of_one_with_twice_the_batch(run):
             images = torch.from_numpy(store.images[order.indices(8 * step, 8)])
             draws = [
                 draw_batch(
-                    images[4 * rank : 4 * rank + 4], None, stage.mask, (4, 4), False, schedule,
-                    step_generator(recipe.seed, rank, step, torch.device("cpu")),
+                    images[4 * rank : 4 * rank + 4], None, recipe, stage, schedule, step, rank, 2
                 )
                 for rank in range(2)
             ]  # fmt: skip

@@ -11,9 +11,9 @@ from maskdm.evaluation.distances import frechet_distance, half_split_distance
 from maskdm.evaluation.evaluate import evaluate
 from maskdm.evaluation.features import FEATURES
 from maskdm.images.store import open_store
+from maskdm.models.build import build_model
+from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Data, Evaluation, Sampling
-from maskdm.sampling.samplers import make_scheduler
-from maskdm.training.trainer import build_model
 
 
 def gaussian(num: int, mean, cov, seed: int) -> np.ndarray:
@@ -92,11 +92,11 @@ def test_more_components_than_there_are_is_refused():
 
 
 def test_the_record_says_what_was_compared(tiny):
-    model, store = build_model(tiny).eval(), open_store(tiny.data, progress=False)
-    scheduler = make_scheduler(tiny.diffusion)
-    record = evaluate(model, scheduler, store, tiny.evaluation, tiny.sampling, 7, show=False)
-    again = evaluate(model, scheduler, store, tiny.evaluation, tiny.sampling, 7, show=False)
-    other = evaluate(model, scheduler, store, tiny.evaluation, tiny.sampling, 8, show=False)
+    model = TrainedModel(build_model(tiny).eval(), tiny.diffusion)
+    store = open_store(tiny.data, progress=False)
+    record = evaluate(model, store, tiny.evaluation, tiny.sampling, 7, show=False)
+    again = evaluate(model, store, tiny.evaluation, tiny.sampling, 7, show=False)
+    other = evaluate(model, store, tiny.evaluation, tiny.sampling, 8, show=False)
     assert record["distance"] == again["distance"] != other["distance"]
     assert record["images_sha256"] == again["images_sha256"] != other["images_sha256"]
     record = json.loads(json.dumps(record))
@@ -108,7 +108,7 @@ def test_the_record_says_what_was_compared(tiny):
 
 
 def test_a_reference_of_another_shape_is_refused(tiny):
-    model = build_model(tiny).eval()
+    model = TrainedModel(build_model(tiny).eval(), tiny.diffusion)
     store = open_store(Data(source="digits", size=16, channels=1), progress=False)
     with pytest.raises(ValueError, match=r"images of \(8, 8, 1\), but the reference has \(16, 16"):
-        evaluate(model, make_scheduler(tiny.diffusion), store, tiny.evaluation, Sampling())
+        evaluate(model, store, tiny.evaluation, Sampling())

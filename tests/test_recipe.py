@@ -9,13 +9,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from maskdm import recipe as recipes
+from maskdm.diffusion.prediction import PREDICTIONS
 from maskdm.diffusion.schedule import SCHEDULES
+from maskdm.diffusion.times import TIME_SAMPLING
 from maskdm.evaluation.features import FEATURES
 from maskdm.images.store import CROPS
 from maskdm.masks import MASKS
+from maskdm.models.adapters import NETWORKS
+from maskdm.models.build import build_model
 from maskdm.recipe import Mask, Recipe, Stage
 from maskdm.recipe_files import differences, load_recipe, recipe_names
-from maskdm.sampling.samplers import BETA_SCHEDULES, PREDICTION_TYPES, SAMPLERS
+from maskdm.sampling.samplers import SAMPLERS
 from maskdm.settings import Settings
 
 STAGE = {"name": "a", "steps": 1, "batch_size": 1, "lr": 1e-3}
@@ -72,8 +76,8 @@ def test_settings_are_frozen():
         ({"data": {"size": 3}}, "use 4$"),
         ({"model": {"depth": 12}}, "depth 12 is even.*use 11 or 13"),
         ({"model": {"embed_dim": 100}}, "embed_dim 100 is not a multiple of 2 x num_heads = 16"),
-        ({"sampling": {"steps": 30}}, "30 sampling steps do not divide.*use 25 or 40"),
-        ({"diffusion": {"schedule": "sqrt"}}, "diffusion.schedule: .*'linear' or 'cosine'"),
+        ({"sampling": {"steps": 1001}}, "linear has 1000 times, but sampling asks for 1001"),
+        ({"diffusion": {"schedule": "sqrt"}}, "diffusion.schedule: .*'linear', 'cosine'"),
         ({"stages": [{**STAGE, "warmup_steps": 2}]}, "warmup_steps 2 outlasts the stage's 1"),
         ({"stages": [{**STAGE, "betas": (0.9, 1.0)}]}, r"betas .* must lie in \[0, 1\)"),
     ],
@@ -122,8 +126,10 @@ def test_differences_name_each_setting_with_both_values(tiny, changed):
     [
         (recipes.Data, "crop", set(CROPS)),
         (recipes.Diffusion, "schedule", set(SCHEDULES)),
-        (recipes.Diffusion, "schedule", set(BETA_SCHEDULES)),
-        (recipes.Diffusion, "prediction", set(PREDICTION_TYPES)),
+        (recipes.Diffusion, "prediction", set(PREDICTIONS)),
+        (recipes.Diffusion, "loss_space", {"same", *PREDICTIONS}),
+        (recipes.Diffusion, "time_sampling", set(TIME_SAMPLING)),
+        (recipes.Model, "kind", {"uvit", *NETWORKS}),
         (recipes.Sampling, "sampler", set(SAMPLERS)),
         (recipes.Evaluation, "features", set(FEATURES)),
         (Mask, "kind", {*MASKS, "none"}),
@@ -131,6 +137,13 @@ def test_differences_name_each_setting_with_both_values(tiny, changed):
 )
 def test_choices_are_the_registries_names(group, field, known):
     assert set(typing.get_args(group.model_fields[field].annotation)) == known
+
+
+def test_a_stage_knows_every_schedule():
+    names = [
+        typing.get_args(kind) for kind in typing.get_args(Stage.model_fields["schedule"].annotation)
+    ]
+    assert set(sum(names, ())) == set(SCHEDULES)
 
 
 def test_every_setting_has_a_help_text():
@@ -143,7 +156,6 @@ def test_every_setting_has_a_help_text():
 
 def test_the_demos_dense_control_spends_the_same_compute():
     from maskdm.masks import num_visible
-    from maskdm.training.trainer import build_model
 
     totals = []
     for name in ("digits", "digits-dense"):

@@ -1,97 +1,67 @@
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from maskdm.diffusion.schedule import make_schedule, target_from
-from maskdm.hub import MaskDMPipeline, load_pipeline, make_pipeline
+from maskdm.diffusion.schedule import make_schedule
+from maskdm.hub import (
+    MaskDMPipeline,
+    diffusers_scheduler,
+    load_pipeline,
+    make_pipeline,
+    pipeline_of_run,
+    save_pipeline,
+)
+from maskdm.models.build import build_model
+from maskdm.models.trained import TrainedModel
 from maskdm.models.uvit import UViT
 from maskdm.recipe import Diffusion, Sampling
+from maskdm.sampling import generate as generating
+from maskdm.sampling.denoise import clipped
 from maskdm.sampling.generate import (
     generate,
     generate_on_all_ranks,
     initial_noise,
     to_uint8,
 )
-from maskdm.sampling.samplers import SAMPLERS, make_scheduler
-from maskdm.training.trainer import build_model, train
+from maskdm.sampling.samplers import SAMPLERS, sampling_levels
+from maskdm.tokens import patchify
+from maskdm.training.find import find_model
+from maskdm.training.load import load_model
+from maskdm.training.trainer import train
 
-MEAN, STD = 0.3, 0.4  # a Gaussian whose best denoiser is known in closed form
-
-
-def best_denoiser(diffusion: Diffusion):
-    """The posterior mean of x0 ~ N(MEAN, STD^2) given x_t, in the asked prediction."""
-    schedule = make_schedule(diffusion.schedule)
-
-    def denoise(x_t: torch.Tensor, t: float) -> torch.Tensor:
-        time = torch.tensor(t)
-        alpha, sigma = schedule.alpha(time), schedule.sigma(time)
-        gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
-        x0 = MEAN + gain * (x_t - alpha * MEAN)
-        return target_from(diffusion.prediction, x0, (x_t - alpha * x0) / sigma, alpha, sigma)
-
-    return denoise
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_samplers_reproduce_a_gaussian_from_its_closed_form(sampler, schedule, prediction, eta):
-    diffusion = Diffusion(schedule=schedule, prediction=prediction)
-    settings = Sampling(sampler=sampler, steps=250, eta=eta, clip_x0=False)
-    generators = [torch.Generator().manual_seed(i) for i in range(20)]
-    noise = torch.stack([torch.randn(50, 20, generator=g) for g in generators])
-    denoise = best_denoiser(diffusion)
-    x = SAMPLERS[sampler](denoise, noise, make_scheduler(diffusion), settings, generators)
-    assert x.mean().item() == pytest.approx(MEAN, abs=0.012)  # four standard errors
-    assert x.std().item() == pytest.approx(STD, abs=0.02)
-
-
-def test_deterministic_ddim_maps_noise_to_the_known_point():
-    """For a Gaussian, the probability-flow ODE from x_T ends at MEAN + STD x_T."""
-    diffusion = Diffusion(schedule="cosine", prediction="x0")
-    noise = torch.linspace(-2, 2, 9).reshape(1, 1, 9)
-    scheduler, errors = make_scheduler(diffusion), []
-    for steps in (50, 100, 200):
-        settings = Sampling(steps=steps, clip_x0=False)
-        x = SAMPLERS["ddim"](best_denoiser(diffusion), noise, scheduler, settings, [])
-        errors.append((x - (MEAN + STD * noise)).abs().max().item())
-    assert errors[2] < 0.02 and errors[0] > 1.5 * errors[1] > 1.5 * 1.5 * errors[2]  # first order
+X0 = Diffusion(schedule="cosine", prediction="x0")
 
 
 def trace(clip: bool, eta: float = 0.0) -> tuple[list[torch.Tensor], list[float]]:
-    """x_t and t at each call of a network that always sees an image of 3, and where it ends."""
-    points, times = [], []
+    """x_t and log-SNR at each call of a denoiser that always sees an image of 3, and the end."""
+    points, seen = [], []
 
-    def overshoots(x_t: torch.Tensor, t: float) -> torch.Tensor:
-        points.append(x_t)
-        times.append(t)
-        return torch.full_like(x_t, 3.0)
+    def overshoots(x: torch.Tensor, log_snr: float) -> torch.Tensor:
+        points.append(x)
+        seen.append(log_snr)
+        return torch.full_like(x, 3.0)
 
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(9))
-    settings = Sampling(steps=4, clip_x0=clip, eta=eta)
-    scheduler = make_scheduler(Diffusion(prediction="x0"))
-    end = SAMPLERS["ddim"](overshoots, noise, scheduler, settings, generators)
-    return [*points, end], times
-
-
-def test_sampling_begins_at_pure_noise_and_steps_evenly():
-    points, times = trace(clip=True)
-    assert times == pytest.approx([999 / 999, 749 / 999, 499 / 999, 249 / 999])
+    settings = Sampling(steps=4, eta=eta)
+    levels = sampling_levels(make_schedule("linear"), settings)
+    denoise = clipped(overshoots) if clip else overshoots
+    end = SAMPLERS["ddim"](denoise, noise, levels, settings, generators)
+    return [*points, end], seen
 
 
 @pytest.mark.parametrize(("clip", "x0"), [(True, 1.0), (False, 3.0)])
 def test_clipping_keeps_image_and_noise_consistent(clip, x0):
     """Each step goes along the noise that x_t and the (clipped) image imply."""
-    points, times = trace(clip)
-    schedule = make_schedule("linear")
-    for now, then, t, s in zip(points, points[1:], times, times[1:], strict=False):
-        t, s = torch.tensor(t), torch.tensor(s)
-        noise = (now - schedule.alpha(t) * x0) / schedule.sigma(t)
-        expected = schedule.alpha(s) * x0 + schedule.sigma(s) * noise
+    points, levels = trace(clip)
+    scales = [make_schedule("linear").scales(torch.tensor(level)) for level in levels]
+    for now, then, (a, s), (b, r) in zip(points, points[1:], scales, scales[1:], strict=False):
+        expected = b * x0 + r * (now - a * x0) / s
         torch.testing.assert_close(then, expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(points[-1], torch.full_like(points[-1], x0))
 
@@ -101,6 +71,8 @@ def test_eta_adds_noise_of_each_images_own():
     assert torch.equal(calm[0], lively[0])
     difference = lively[1] - calm[1]
     assert difference.abs().max() > 0.1 and not torch.allclose(difference[0], difference[1])
+    with pytest.raises(ValueError, match="eta is ddim's noise; sampler heun has none"):
+        Sampling(sampler="heun", eta=1.0)
 
 
 @pytest.fixture
@@ -111,20 +83,39 @@ def model(tiny) -> UViT:
 
 
 def draw(model: UViT, indices: list[int], **settings) -> np.ndarray:
-    diffusion = Diffusion(schedule="cosine", prediction="x0")
-    return generate(model, make_scheduler(diffusion), Sampling(**settings), indices, seed=3)
+    return generate(TrainedModel(model, X0), Sampling(**settings), indices, seed=3)
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_an_image_depends_on_its_seed_and_number_alone(model, eta):
-    together = draw(model, list(range(7)), steps=20, batch_size=7, eta=eta).astype(int)
+EACH = [{"sampler": name} for name in SAMPLERS] + [
+    {"eta": 1.0},
+    {"guidance": "sparse", "guidance_rate": 0.7},
+]
+
+
+@pytest.mark.parametrize("settings", EACH, ids=lambda s: "-".join(map(str, s.values())))
+def test_an_image_depends_on_its_seed_and_number_alone(model, settings):
+    settings = {"steps": 20, **settings}
+    if settings.get("sampler") == "euler-maruyama":
+        settings["spacing"] = "log-snr"
+    together = draw(model, list(range(7)), batch_size=7, **settings).astype(int)
     for batch_size in (1, 2, 5):
-        apart = draw(model, list(range(7)), steps=20, batch_size=batch_size, eta=eta)
+        apart = draw(model, list(range(7)), batch_size=batch_size, **settings)
         assert abs(together - apart).max() <= 1  # matrix products round differently
-    some = draw(model, [5, 2], steps=20, batch_size=2, eta=eta)
+    some = draw(model, [5, 2], batch_size=2, **settings)
     assert abs(together[[5, 2]] - some).max() <= 1
     assert abs(together[0] - together[1]).max() > 20
-    assert np.array_equal(draw(model, [4], steps=20, eta=eta), draw(model, [4], steps=20, eta=eta))
+    assert np.array_equal(draw(model, [4], **settings), draw(model, [4], **settings))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_bf16_gives_the_images_of_fp32_within_its_rounding(model, sampler, monkeypatch):
+    settings = {"sampler": sampler, "steps": 30, "spacing": "log-snr"}
+    full = draw(model, list(range(8)), **settings).astype(int)
+    monkeypatch.setattr(generating, "choose_precision", lambda *_: ("bf16", "asked for"))
+    half = draw(model, list(range(8)), **settings).astype(int)
+    assert not np.array_equal(full, half)
+    assert abs(full - half).mean() < 2.0  # of 255; bf16 keeps 8 bits of each product
+    assert full.std() > 30
 
 
 def test_no_two_images_begin_from_the_same_noise():
@@ -136,22 +127,31 @@ def test_no_two_images_begin_from_the_same_noise():
     assert many.mean().abs() < 0.03 and (many.std() - 1).abs() < 0.03
 
 
-def test_seeds_and_labels_give_other_images(tiny, model, changed):
-    scheduler = make_scheduler(Diffusion(prediction="x0"))
-    one = generate_on_all_ranks(model, scheduler, Sampling(steps=4), 3, seed=0)
-    two = generate_on_all_ranks(model, scheduler, Sampling(steps=4), 3, seed=1)
+@pytest.fixture
+def conditional(tiny, changed) -> TrainedModel:
+    model = build_model(changed(model={**tiny.model.model_dump(), "num_classes": 10})).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    torch.nn.init.normal_(model.label_embed.weight)
+    return TrainedModel(model, X0)
+
+
+def test_seeds_and_labels_give_other_images(model, conditional):
+    one = generate_on_all_ranks(TrainedModel(model, X0), Sampling(steps=4), 3, seed=0)
+    two = generate_on_all_ranks(TrainedModel(model, X0), Sampling(steps=4), 3, seed=1)
     assert one.shape == (3, 8, 8, 1) and not np.array_equal(one, two)
-    conditional = build_model(changed(model={**tiny.model.model_dump(), "num_classes": 10})).eval()
-    torch.nn.init.normal_(conditional.head.weight, std=0.3)
-    torch.nn.init.normal_(conditional.label_embed.weight)
-    by_label = [
-        generate(conditional, scheduler, Sampling(steps=4), [0], labels=torch.tensor([label]))
-        for label in (0, 1)
-    ]
-    assert not np.array_equal(*by_label)
-    in_turn = generate(conditional, scheduler, Sampling(steps=4), [10])  # 10 modulo 10 classes
-    again = generate(conditional, scheduler, Sampling(steps=4), [10], labels=torch.tensor([0]))
+
+    def of_class(*labels: int) -> np.ndarray:
+        return generate(conditional, Sampling(steps=4), [0], labels=torch.tensor(labels))
+
+    assert not np.array_equal(of_class(0), of_class(1))
+    assert not np.array_equal(of_class(0), of_class(10))  # no class
+    in_turn = generate(conditional, Sampling(steps=4), [10])  # 10 modulo 10 classes
+    again = generate(conditional, Sampling(steps=4), [10], labels=torch.tensor([0]))
     assert np.array_equal(in_turn, again)
+    with pytest.raises(ValueError, match=r"labels go from 11 to 11.*from 0 to 9 \(10 = none\)"):
+        of_class(11)
+    with pytest.raises(ValueError, match="has no classes: it takes no labels"):
+        generate(TrainedModel(model, X0), Sampling(steps=4), [0], labels=torch.tensor([0]))
 
 
 def test_pixels_are_rounded_and_clipped():
@@ -160,34 +160,131 @@ def test_pixels_are_rounded_and_clipped():
 
 
 def test_the_pipeline_folder_alone_gives_the_same_images(tiny, model, tmp_path):
-    make_pipeline(model, tiny).save_pretrained(tmp_path)
-    pipeline, origin = load_pipeline(tmp_path)
-    assert origin == str(tmp_path) and pipeline.settings == tiny.sampling
+    save_pipeline(pipeline_of_run(model, tiny), tmp_path / "model")
+    loaded = load_model(tmp_path / "model")
+    assert loaded.found.folder == tmp_path / "model" and loaded.sampling == tiny.sampling
+    pipeline = load_pipeline(tmp_path / "model")
+    assert pipeline.settings == tiny.sampling
     images = pipeline(num_images=3, seed=3, output_type="np").images
     assert np.array_equal(images, draw(model, [0, 1, 2], steps=4, batch_size=8))
-    pictures = MaskDMPipeline.from_pretrained(tmp_path)(3, seed=3).images
+    again = MaskDMPipeline.from_pretrained(tmp_path / "model")
+    pictures = again(3, seed=3).images
     assert pictures[0].mode == "L" and np.array_equal(np.asarray(pictures[1]), images[1, ..., 0])
     more_steps = pipeline(num_images=3, seed=3, num_inference_steps=20, output_type="np").images
     assert not np.array_equal(images, more_steps)
+    guided = again(3, seed=3, settings=Sampling(steps=4, guidance="sparse"), output_type="np")
+    assert not np.array_equal(images, guided.images)
+    guided_by_itself = Sampling(steps=4, guidance="autoguidance", guidance_scale=3.0)
+    same = again(3, seed=3, settings=guided_by_itself, weak=pipeline, output_type="np").images
+    assert abs(same.astype(int) - images).max() <= 1
     with pytest.raises(ValueError, match="known are pil, np"):
         pipeline(output_type="jpeg")
 
 
-def test_models_are_found_by_run_checkpoint_and_folder(tiny, tmp_path):
+def test_a_pipeline_keeps_every_sampling_setting(model):
+    settings = Sampling(
+        sampler="heun", steps=7, spacing="karras", clip_x0=False, guidance="sparse",
+        guidance_scale=3.0, guidance_start=0.1, guidance_end=0.9, guidance_weak="other",
+        guidance_rate=0.25, batch_size=5,
+    )  # fmt: skip
+    untouched = {"eta"}
+    for name, field in Sampling.model_fields.items():
+        assert name in untouched or getattr(settings, name) != field.default
+    diffusion = Diffusion(schedule="flow", base_size=64, prediction="flow")
+    pipeline = make_pipeline(TrainedModel(model, diffusion), settings)
+    assert pipeline.settings == settings and pipeline.trained.diffusion == diffusion
+    taken = set(inspect.signature(MaskDMPipeline.__init__).parameters)
+    assert taken == {"self", "denoiser", "scheduler", "schedule", "base_size", "prediction"} | set(
+        Sampling.model_fields
+    )
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "vp-sde", "vp-cosine"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_diffusers_can_sample_an_exported_model_by_its_scheduler(model, schedule, prediction):
+    """A plain loop of diffusers over the saved scheduler, against `generate`."""
+    diffusion = Diffusion(schedule=schedule, prediction=prediction)
+    scheduler = diffusers_scheduler(diffusion, 8)
+    assert isinstance(scheduler, DDIMScheduler)
+    settings = Sampling(steps=20, clip_x0=True)
+    ours = generate(TrainedModel(model, diffusion), settings, [0, 1], seed=3)
+    scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=True)
+    scheduler.set_timesteps(20)
+    x = patchify(initial_noise(3, [0, 1], (8, 8, 1)), 2)
+    with torch.no_grad():
+        for step in scheduler.timesteps.tolist():
+            t = torch.full((2,), step / 999)
+            answer = model(x, torch.arange(16).expand(2, -1), t)
+            x = scheduler.step(answer, step, x, use_clipped_model_output=True).prev_sample
+    theirs = to_uint8(x.view(2, 4, 4, 2, 2).transpose(2, 3).reshape(2, 8, 8, 1)).numpy()
+    # Continuous times are the table's only where they are multiples of 1/1000 rather than 1/999.
+    tolerance = 1 if schedule in ("linear", "cosine") else 25
+    assert abs(ours.astype(int) - theirs).max() <= tolerance
+
+
+def test_a_flow_is_exported_as_diffusers_flow():
+    for base_size in (None, 64):
+        diffusion = Diffusion(schedule="flow", prediction="flow", base_size=base_size)
+        scheduler = diffusers_scheduler(diffusion, 256)
+        assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        schedule = make_schedule("flow", 0 if base_size is None else 2 * np.log(64 / 256))
+        t = torch.arange(1000, 0, -1) / 1000
+        torch.testing.assert_close(scheduler.sigmas, schedule.sigma(t), rtol=1e-3, atol=1e-4)
+    assert diffusers_scheduler(Diffusion(schedule="flow", prediction="x0"), 64) is None
+    assert diffusers_scheduler(Diffusion(schedule="linear", prediction="flow"), 64) is None
+
+
+def test_models_are_found_by_run_stage_checkpoint_and_folder(tiny, tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
-        load_pipeline(tmp_path / "run")
+        load_model(tmp_path / "run")
     result = train(tiny, tmp_path / "run", show=False)
-    make_pipeline(result.ema, tiny).save_pretrained(tmp_path / "run" / "model")
+    save_pipeline(pipeline_of_run(result.ema, tiny), tmp_path / "run" / "model")
     expected = result.ema.state_dict()
-    for name in ("run", "run/model", "run/checkpoints/step-00000011"):
-        pipeline, _ = load_pipeline(tmp_path / name)
-        for key, value in pipeline.denoiser.state_dict().items():
+    for name in ("run", "run/model", "run@show", "run/checkpoints/step-00000011"):
+        loaded = load_model(f"{tmp_path}/{name}")
+        assert loaded.found.run == tmp_path / "run"
+        assert loaded.trained.diffusion.schedule == "cosine"
+        assert loaded.trained.diffusion.prediction == "x0"
+        for key, value in loaded.trained.model.state_dict().items():
             assert torch.equal(value, expected[key])
-    early, origin = load_pipeline(tmp_path / "run" / "checkpoints" / "step-00000006")
-    assert origin.endswith("step-00000006")
-    assert not torch.equal(early.denoiser.state_dict()["head.weight"], expected["head.weight"])
+    for name in ("run@hide", "run/checkpoints/step-00000006"):
+        early = load_model(f"{tmp_path}/{name}")
+        assert early.found.folder.name == "step-00000006"
+        assert not torch.equal(
+            early.trained.model.state_dict()["head.weight"], expected["head.weight"]
+        )
     with pytest.raises(ValueError, match="no run folder, checkpoint or exported model"):
-        load_pipeline(tmp_path)
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="has no stage 'hid': its stages are hide, show"):
+        load_model(f"{tmp_path}/run@hid")
     (tmp_path / "run/checkpoints/step-00000006/ema.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"ema.safetensors has 0 of \d+ bytes"):
-        load_pipeline(tmp_path / "run" / "checkpoints" / "step-00000006")
+    for name in ("run@hide", "run/checkpoints/step-00000006"):
+        with pytest.raises(ValueError, match=r"ema.safetensors has 0 of \d+ bytes"):
+            load_model(f"{tmp_path}/{name}")
+    (tmp_path / "run/model/denoiser/diffusion_pytorch_model.safetensors").write_bytes(b"xx")
+    with pytest.raises(ValueError, match="the model in .*model is damaged"):
+        load_model(tmp_path / "run")
+
+
+def test_a_model_on_the_hub_is_found_by_its_id(tiny, model, tmp_path, monkeypatch):
+    """In the layout in which huggingface_hub keeps what it fetched."""
+    import huggingface_hub
+
+    cache = tmp_path / "models--someone--faces"
+    save_pipeline(pipeline_of_run(model, tiny), cache / "snapshots" / "abc")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    real = huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name: real(name, cache_dir=tmp_path, local_files_only=True),
+    )
+    found = find_model("someone/faces")
+    assert found.is_exported and found.run is None and found.sampling == tiny.sampling
+    with pytest.raises(
+        ValueError, match="someone/else is no folder here, and could not be fetched"
+    ):
+        find_model("someone/else")
+    with pytest.raises(ValueError, match="is in no run's folder"):
+        _ = found.recipe

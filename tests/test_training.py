@@ -21,17 +21,19 @@ from maskdm.engine import choose_precision
 from maskdm.images.order import ImageOrder
 from maskdm.images.store import open_store
 from maskdm.masks import num_visible
-from maskdm.models.uvit import UViT
+from maskdm.models.build import build_model
+from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Recipe, Stage
 from maskdm.recipe_files import load_recipe
 from maskdm.training import checkpoint as checkpoints
-from maskdm.training.checkpoint import FILES, find_checkpoint, prune_checkpoints
+from maskdm.training.checkpoint import FILES, prune_checkpoints
 from maskdm.training.ema import make_average, restart_average, update_average
+from maskdm.training.find import find_checkpoint
 from maskdm.training.monitor import read_metrics
 from maskdm.training.optim import learning_rate
-from maskdm.training.step import draw_batch, step_generator
+from maskdm.training.step import draw_batch
 from maskdm.training.tick import NonFiniteLoss
-from maskdm.training.trainer import TrainResult, build_model, train
+from maskdm.training.trainer import TrainResult, train
 
 TIMING = ("images_per_sec", "data_wait", "elapsed_sec")  # what no two runs share
 
@@ -65,7 +67,7 @@ class Interrupted(Exception):
 def train_until(recipe: Recipe, run_dir: Path, step: int) -> None:
     """Trains until a step's preview is due, then dies there, as a kill would."""
 
-    def die(accelerator: Accelerator, model: UViT, file: Path) -> None:
+    def die(accelerator: Accelerator, trained: TrainedModel, file: Path) -> None:
         if file.stem == f"step-{step:08d}":
             raise Interrupted
 
@@ -120,7 +122,7 @@ def test_resume_keeps_each_stages_own_optimizer_settings(tiny, changed, tmp_path
 
 
 def test_a_signal_saves_and_the_next_call_continues_to_the_same_bits(tiny, tmp_path):
-    def press_ctrl_c(accelerator: Accelerator, model: UViT, file: Path) -> None:
+    def press_ctrl_c(accelerator: Accelerator, trained: TrainedModel, file: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     assert threading.current_thread() is threading.main_thread()
@@ -156,8 +158,7 @@ def test_a_run_equals_plain_torch_with_the_same_random_numbers(tiny, tmp_path):
         ema = {name: value.clone() for name, value in model.state_dict().items()}
         for i in range(stage.steps):
             images = torch.from_numpy(store.images[order.indices(images_seen, 8)])
-            generator = step_generator(tiny.seed, 0, step, torch.device("cpu"))
-            b = draw_batch(images, None, stage.mask, (4, 4), False, schedule, generator)
+            b = draw_batch(images, None, tiny, stage, schedule, step)
             loss = masked_denoising_loss(
                 model, b.x0, b.visible, b.t, b.noise, schedule, tiny.diffusion
             )
@@ -206,8 +207,7 @@ def test_hidden_pixels_change_nothing_at_the_visible_patches(tiny):
     images = torch.randint(0, 256, (4, 8, 8, 1), dtype=torch.uint8)
 
     def outcome(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        generator = step_generator(0, 0, 0, torch.device("cpu"))
-        b = draw_batch(images, None, tiny.stages[0].mask, (4, 4), False, schedule, generator)
+        b = draw_batch(images, None, tiny, tiny.stages[0], schedule, step=0)
         x_t = schedule.alpha(b.t)[:, None, None] * b.x0 + b.noise
         return b.visible, model(x_t, b.visible, b.t), b.x0
 
@@ -221,19 +221,17 @@ def test_hidden_pixels_change_nothing_at_the_visible_patches(tiny):
 
 def test_a_batch_holds_the_visible_pixels_from_minus_one_to_one(tiny):
     images = torch.arange(256, dtype=torch.uint8).view(4, 8, 8, 1)
-    schedule, generator = make_schedule("cosine"), step_generator(0, 0, 0, torch.device("cpu"))
-    b = draw_batch(images, None, tiny.stages[0].mask, (4, 4), False, schedule, generator)
+    b = draw_batch(images, None, tiny, tiny.stages[0], make_schedule("cosine"), step=0)
     first = b.visible[3, 0]
     pixels = images[3, 2 * (first // 4) :, 2 * (first % 4) :][:2, :2].flatten()
     torch.testing.assert_close(b.x0[3, 0], pixels * (2 / 255) - 1)
     assert b.noise.shape == b.x0.shape == (4, 8, 4) and b.t.shape == (4,)
 
 
-def test_mirroring_turns_about_half_of_the_images(tiny):
+def test_mirroring_turns_about_half_of_the_images(tiny, changed):
     images = torch.arange(8, dtype=torch.uint8).view(1, 1, 8, 1).expand(200, 8, 8, 1)
-    schedule, mask = make_schedule("cosine"), tiny.stages[1].mask
-    generator = step_generator(0, 0, 0, torch.device("cpu"))
-    batch = draw_batch(images, None, mask, (4, 4), True, schedule, generator)
+    recipe = changed(data={**tiny.data.model_dump(), "flip": True})
+    batch = draw_batch(images, None, recipe, tiny.stages[1], make_schedule("cosine"), step=0)
     mirrored = batch.x0[:, 0, 0] > batch.x0[:, 0, 1]
     assert 70 < mirrored.sum() < 130
 

@@ -4,13 +4,14 @@ One signature for all: `sampler(denoise, noise, levels, settings, generators) ->
 no schedule and no network: only log-SNR levels, and a denoiser that tells the clean image at one.
 Any alpha and sigma can be scaled to alpha^2 + sigma^2 = 1, so each solver serves every schedule.
 
-diffusers' schedulers do the arithmetic. Each is given a table of exactly the levels of this run
-(`trained_betas`), so that it steps through all of them, whatever their spacing and number.
+diffusers' schedulers do the arithmetic where it has them. Each is given a table of exactly the
+levels of this run (`trained_betas`), so that it steps through all of them, whatever their spacing.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,6 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
-    HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.utils.torch_utils import randn_tensor
@@ -125,16 +125,25 @@ def unipc(
 def heun(
     denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
 ) -> Tensor:
-    """Heun's method on the probability-flow ODE in x_t / alpha (Karras et al. 2022, Algorithm 1).
+    """Heun's method on the probability-flow ODE: second order, two evaluations a step.
 
-    Second order, two evaluations a step.
+    With alpha = cos(phi), sigma = sin(phi) the ODE is dx/dphi = v, the velocity cos(phi) noise -
+    sin(phi) x0 (Salimans & Ho 2022, Appendix D): bounded from end to end. Karras et al. 2022 (and
+    diffusers) step in sigma / alpha instead, where the first step of a schedule that begins near
+    pure noise is a thousand times the others. The last step gives the denoiser's answer.
     """
-    scheduler = on_levels(HeunDiscreteScheduler, levels)
-    x = noise * (1 + (-levels[0]).exp()).sqrt().item()  # x_t / alpha
-    for index in scheduler.timesteps.tolist():
-        x0 = denoise(scheduler.scale_model_input(x, index), levels[-1 - int(index)].item())
-        x = scheduler.step(x0, index, x).prev_sample
-    return x
+    angles = (-levels / 2).exp().atan()
+
+    def velocity(x: Tensor, i: int) -> Tensor:
+        alpha, sigma = angles[i].cos().item(), angles[i].sin().item()
+        x0 = denoise(x, levels[i].item())
+        return alpha / sigma * (x - alpha * x0) - sigma * x0
+
+    x = noise
+    for i, turn in enumerate(angles.diff().tolist()):
+        slope = velocity(x, i)
+        x = x + turn / 2 * (slope + velocity(x + turn * slope, i + 1))
+    return denoise(x, levels[-1].item())
 
 
 def euler_maruyama(
@@ -184,15 +193,17 @@ def on_levels(kind: type[Any], levels: Tensor, **options: Any) -> Any:
     """
     alphas_cumprod = levels.flip(0).sigmoid()
     before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-    scheduler = kind(
-        num_train_timesteps=len(levels),
-        trained_betas=(1 - alphas_cumprod / before).tolist(),
-        prediction_type="sample",
-        timestep_spacing="trailing",
-        **options,
-    )
-    scheduler.alphas_cumprod = alphas_cumprod  # its own product of betas is in float32
-    scheduler.set_timesteps(len(levels))
+    with warnings.catch_warnings():  # diffusers hands numpy a tensor in a way that it deprecates
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        scheduler = kind(
+            num_train_timesteps=len(levels),
+            trained_betas=(1 - alphas_cumprod / before).tolist(),
+            prediction_type="sample",
+            timestep_spacing="trailing",
+            **options,
+        )
+        scheduler.alphas_cumprod = alphas_cumprod  # its own product of betas is in float32
+        scheduler.set_timesteps(len(levels))
     return scheduler
 
 

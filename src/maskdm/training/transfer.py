@@ -74,7 +74,7 @@ def _positions(source: UViT, target: UViT) -> Tensor | None:
     before = source.num_extras
     grid = old[before:].T.reshape(1, -1, *source.grid)  # (1, D, rows, columns)
     if source.grid != target.grid:
-        grid = F.interpolate(grid, target.grid, mode="bicubic", align_corners=False)
+        grid = F.interpolate(grid, target.grid, mode="bicubic", antialias=True)
     patches = grid[0].flatten(1).T  # (N, D)
     extras = new[: target.num_extras].clone()
     extras[-1] = old[before - 1]  # the time's comes last, after the class's if there is one
