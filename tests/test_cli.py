@@ -248,7 +248,7 @@ def test_inpainting_keeps_what_the_mask_leaves_black(run, tmp_path, capsys):
     assert sheet.shape == (2 * 66 + 2, 2 * 66 + 2)
     assert (sheet[2:66, 34:66] == 128).all() and sheet[2, 2] == image[0, 0]
     for flags, message in (
-        ((names[0], "--mask", names[2]), "the mask has 8x4 pixels, the image 8x8"),
+        ((names[0], "--mask", names[2]), "the mask is 8x4 pixels, but the image 8x8"),
         ((names[3], "--mask", names[1]), "nothing.png cannot be read as an image"),
         ((names[0], "--mask", names[1], "--jump", "0"), "jump 0 must be at least 1"),
     ):

@@ -61,8 +61,8 @@ def inpaint(
     if not unknown.any():
         raise ValueError("the mask leaves nothing to draw: mark pixels to draw in white")
     device = next(trained.model.parameters()).device
-    x0 = torch.from_numpy(image).to(device).float() / 127.5 - 1
-    known = torch.from_numpy(~unknown).to(device)[..., None].expand(shape)
+    x0 = torch.tensor(image, device=device).float() / 127.5 - 1
+    known = torch.tensor(~unknown, device=device)[..., None].expand(shape)
     patch_size = trained.model.patch_size
     x0, keep = (patchify(pixels[None], patch_size) for pixels in (x0, known))  # (1, N, P) each
 

@@ -1,0 +1,205 @@
+"""Draws the pictures of these pages: `python docs/pictures.py [RUN]`.
+
+Schedules, weights and masks need nothing. Solvers, guidance and inpainting are drawn from a run of
+`maskdm train digits --model.num-classes 10 --out RUN`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from sklearn.datasets import load_digits, load_sample_image
+
+from maskdm.diffusion.objective import loss_weight, space_factor
+from maskdm.diffusion.schedule import SCHEDULES, make_schedule
+from maskdm.evaluation.distances import frechet_distance
+from maskdm.evaluation.features import FEATURES
+from maskdm.images.output import image_grid
+from maskdm.images.store import center_crop
+from maskdm.masks import draw_visible, effective_rate
+from maskdm.recipe import Diffusion, Evaluation, Mask, Sampling
+from maskdm.sampling.generate import generate
+from maskdm.sampling.inpaint import inpaint
+from maskdm.sampling.samplers import SAMPLERS
+from maskdm.tokens import patchify, unpatchify
+from maskdm.training.load import load_model, load_weak
+
+IMAGES = Path(__file__).parent / "images"
+
+
+def draw_schedules() -> None:
+    """Signal, log-SNR over time; the weights of the error in eps over log-SNR."""
+    figure, (power, ratio, weight) = _figure(13, 3.8, 3)
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    for name in SCHEDULES:
+        schedule = make_schedule(name)
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        style = "--" if name in ("linear", "cosine") else "-"
+        power.plot(t, alpha**2 / (alpha**2 + sigma**2), style, label=name)
+        ratio.plot(t, schedule.log_snr(t), style, label=name)
+    _dress(power, "share of the signal in the power", "t", "alpha² / (alpha² + sigma²)")
+    _dress(ratio, "log-SNR", "t", "ln(alpha² / sigma²)")
+    ratio.set_ylim(-14, 14)
+    schedule = make_schedule("vp-cosine")
+    log_snr = schedule.log_snr(t)
+    middle = int(log_snr.abs().argmin())
+    for kind in ("uniform", "min-snr", "p2", "sigmoid"):
+        settings = Diffusion(schedule="vp-cosine", prediction="eps", weighting=kind)
+        values = loss_weight(settings, schedule, t)
+        weight.plot(log_snr, values / values[middle], label=kind)
+    settings = Diffusion(schedule="vp-cosine", prediction="eps", loss_space="v")
+    values = space_factor(settings, schedule, t)
+    weight.plot(log_snr, values / values[middle], "--", label="uniform on v")
+    _dress(weight, "weight of the error in eps (1 at log-SNR 0)", "log-SNR", "weight")
+    weight.set(xlim=(-9, 9), ylim=(1e-3, 1e3), yscale="log")
+    figure.savefig(IMAGES / "schedules.png", dpi=90)
+
+
+def draw_masks() -> None:
+    """The paper's masks on a photograph: 64 pixels, patches of 4."""
+    photo = Image.fromarray(load_sample_image("flower.jpg")).crop((170, 40, 530, 400))
+    pixels = np.asarray(center_crop(photo, 64))
+    masks = [
+        ("whole", Mask()),
+        ("patch 50 %", Mask(kind="patch", rate=0.5)),
+        ("patch 90 %", Mask(kind="patch", rate=0.9)),
+        ("block 2x2 50 %", Mask(kind="block", block=2, rate=0.5)),
+        ("block 4x4 50 %", Mask(kind="block", block=4, rate=0.5)),
+        ("crop 75 %", Mask(kind="crop", rate=0.75)),
+    ]
+    sheet = Image.new("RGB", (len(masks) * 200 + 8, 230), "white")
+    words = ImageDraw.Draw(sheet)
+    for i, (name, mask) in enumerate(masks):
+        generator = torch.Generator().manual_seed(3)
+        visible = draw_visible(mask, (16, 16), 1, generator)
+        shown = torch.zeros(1, 256, 1).scatter(1, visible[..., None], 1.0)
+        patches = patchify(torch.from_numpy(pixels.copy())[None].float(), 4)
+        image = unpatchify(patches * shown + 128 * (1 - shown), 4, (16, 16))[0]
+        tile = Image.fromarray(image.byte().numpy()).resize((192, 192), Image.Resampling.NEAREST)
+        sheet.paste(tile, (8 + i * 200, 30))
+        left = "" if name == "whole" else f": {100 * effective_rate(mask, (16, 16)):.4g} % hidden"
+        words.text(
+            (10 + i * 200, 8),
+            name.split(" ")[0] + (" " + name.split(" ")[1] if "block" in name else "") + left,
+            fill="black",
+            font_size=15,
+        )
+    sheet.save(IMAGES / "masks.png")
+
+
+def draw_solvers(run: str) -> None:
+    """Distance of 1,000 samples from the digits by solver and number of evaluations."""
+    loaded = load_model(run)
+    real = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[..., None]
+    features = FEATURES["pca"](real, Evaluation(num_components=32, pixel_max=16))
+    reference = features(real)
+    figure, (axes,) = _figure(7, 4.2, 1)
+    for sampler in SAMPLERS:
+        points = []
+        for steps in (5, 8, 12, 20, 35, 60, 100, 200):
+            settings = Sampling(
+                sampler=sampler, steps=steps, spacing="log-snr" if sampler == "euler-maruyama" else
+                "uniform", batch_size=1000,
+            )  # fmt: skip
+            try:
+                images = generate(loaded.trained, settings, list(range(1000)))
+            except ValueError:  # Euler-Maruyama refuses to take so few
+                continue
+            distance = frechet_distance(features(images), reference)
+            points.append((2 * steps - 1 if sampler == "heun" else steps, distance))
+            print(f"{sampler:16} {steps:4} steps  {distance:7.2f}", flush=True)
+        axes.plot(*zip(*points, strict=True), marker=".", label=sampler)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks([5, 10, 20, 50, 100, 200], ["5", "10", "20", "50", "100", "200"])
+    axes.set_yticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
+    axes.minorticks_off()
+    _dress(
+        axes, "class-conditional digits, 1,000 samples", "network evaluations", "Frechet distance"
+    )
+    figure.savefig(IMAGES / "solvers.png", dpi=110)
+
+
+def draw_guidance(run: str) -> None:
+    """The same noise and classes under each kind of guidance."""
+    loaded = load_model(run)
+    kinds = [
+        ("no guidance", {}),
+        ("classifier-free 3", {"guidance": "classifier-free", "guidance_scale": 3.0}),
+        ("autoguidance 1.3", {"guidance": "autoguidance", "guidance_scale": 1.3}),
+        ("sparse 1.5", {"guidance": "sparse", "guidance_scale": 1.5}),
+    ]
+    weak = load_weak(loaded.found, "primer").trained
+    titled = []
+    for name, changes in kinds:
+        settings = Sampling(**{"steps": 50, **changes})
+        images = generate(loaded.trained, settings, list(range(20)), seed=1, weak=weak)
+        titled.append((name, image_grid(images, 48)))
+    _row(titled).save(IMAGES / "guidance.png")
+
+
+def draw_inpainting(run: str) -> None:
+    """Six digits with a part hidden, and four ways to fill each."""
+    loaded = load_model(run)
+    digits = np.round(load_digits().images[[3, 5, 8, 17, 20, 29]] * (255 / 16)).astype(np.uint8)
+    unknown = np.zeros((8, 8), bool)
+    unknown[:, 4:] = True
+    settings = Sampling(steps=60, spacing="log-snr")
+    rows = []
+    for number, digit in zip([3, 5, 8, 7, 0, 9], digits[..., None], strict=True):
+        label = torch.full((4,), number)
+        filled = inpaint(loaded.trained, settings, digit, unknown, 4, labels=label)
+        hole = np.where(unknown[..., None], np.uint8(128), digit)
+        rows.append(np.concatenate([digit[None], hole[None], filled]))
+    columns = np.stack(rows, axis=1)  # (6 kinds, 6 digits, 8, 8, 1)
+    names = ["real", "given", "drawn", "", "", ""]
+    tiles = [Image.new("L", (48, 6 * 52), "white") for _ in names]
+    for tile, images in zip(tiles, columns, strict=True):
+        for i, image in enumerate(images[..., 0]):
+            enlarged = Image.fromarray(image).resize((48, 48), Image.Resampling.NEAREST)
+            tile.paste(enlarged, (0, i * 52))
+    _row(list(zip(names, tiles, strict=True))).save(IMAGES / "inpainting.png")
+
+
+def _figure(width: float, height: float, num: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(np.atleast_1d(figure.subplots(1, num)))
+
+
+def _dress(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _row(titled: list[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures side by side, each under its title."""
+    gap, top = 10, 26
+    width = sum(image.width + gap for _, image in titled) + gap
+    sheet = Image.new("RGB", (width, max(image.height for _, image in titled) + top + gap), "white")
+    left = gap
+    for name, image in titled:
+        ImageDraw.Draw(sheet).text((left, 6), name, fill="black", font_size=15)
+        sheet.paste(image, (left, top))
+        left += image.width + gap
+    return sheet
+
+
+if __name__ == "__main__":
+    draw_schedules()
+    draw_masks()
+    for run in sys.argv[1:]:
+        draw_guidance(run)
+        draw_inpainting(run)
+        draw_solvers(run)
