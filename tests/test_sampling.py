@@ -78,7 +78,8 @@ def test_eta_adds_noise_of_each_images_own():
 @pytest.fixture
 def model(tiny) -> UViT:
     model = build_model(tiny).eval()
-    torch.nn.init.normal_(model.head.weight, std=0.3)  # far from a constant answer
+    random = torch.Generator().manual_seed(2)
+    torch.nn.init.normal_(model.head.weight, std=0.3, generator=random)  # no constant answer
     return model
 
 
@@ -103,7 +104,7 @@ def test_an_image_depends_on_its_seed_and_number_alone(model, settings):
         assert abs(together - apart).max() <= 1  # matrix products round differently
     some = draw(model, [5, 2], batch_size=2, **settings)
     assert abs(together[[5, 2]] - some).max() <= 1
-    assert abs(together[0] - together[1]).max() > 20
+    assert abs(together[0] - together[1]).max() > 50
     assert np.array_equal(draw(model, [4], **settings), draw(model, [4], **settings))
 
 
@@ -130,8 +131,9 @@ def test_no_two_images_begin_from_the_same_noise():
 @pytest.fixture
 def conditional(tiny, changed) -> TrainedModel:
     model = build_model(changed(model={**tiny.model.model_dump(), "num_classes": 10})).eval()
-    torch.nn.init.normal_(model.head.weight, std=0.3)
-    torch.nn.init.normal_(model.label_embed.weight)
+    random = torch.Generator().manual_seed(2)
+    torch.nn.init.normal_(model.head.weight, std=0.3, generator=random)
+    torch.nn.init.normal_(model.label_embed.weight, generator=random)
     return TrainedModel(model, X0)
 
 

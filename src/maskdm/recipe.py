@@ -270,7 +270,7 @@ class Recipe(Settings):
     num_previews: int = Field(36, ge=0)
     """Images in a preview grid; 0 = no previews."""
     preview_steps: int = Field(25, gt=0)
-    """Solver steps for each of them."""
+    """Solver steps for each of them, of DPM-Solver++, without guidance."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

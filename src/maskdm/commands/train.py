@@ -39,8 +39,15 @@ def train(
     from maskdm.sampling.generate import generate_on_all_ranks
     from maskdm.training import trainer
 
-    # The primer has no primer of its own: previews are drawn without guidance.
-    for_previews = changed(settings.sampling, steps=settings.preview_steps, guidance="none")
+    # Fast, and possible at every stage: autoguidance, say, is not before there is a primer.
+    for_previews = changed(
+        settings.sampling,
+        sampler="dpm-solver",
+        steps=settings.preview_steps,
+        spacing="uniform",
+        eta=0.0,
+        guidance="none",
+    )
 
     def preview(accelerator: Accelerator, trained: TrainedModel, file: Path) -> None:
         images = generate_on_all_ranks(trained, for_previews, settings.num_previews)
