@@ -153,6 +153,8 @@ def test_recipes_are_listed_and_printed(capsys):
         ),
         ("train digits --out x --stages.0.mask.rate 0.001", "the nearest possible are"),
         ("train digits --out x --model.patch-size 3", "use 6 or 9"),
+        ("train digits --out x --sampling.sampler euler-maruyama", "is unstable on this schedule"),
+        ("train digits --out x --init nowhere", "nowhere is no run folder"),
         ("train digits --out x --data.source nowhere", "nowhere does not exist"),
         ("sample nowhere --out x.png", "nowhere is no run folder, checkpoint or exported"),
         ("sample --out x.png nowhere", "the model comes first: maskdm sample RUN"),
@@ -253,6 +255,20 @@ def test_inpainting_keeps_what_the_mask_leaves_black(run, tmp_path, capsys):
         ((names[0], "--mask", names[1], "--jump", "0"), "jump 0 must be at least 1"),
     ):
         assert message in failure(capsys, "inpaint", str(run), *flags, "--out", str(tmp_path / "c"))
+
+
+def test_classes_are_asked_for_by_number(recipe_file, tmp_path):
+    run, out = str(tmp_path / "run"), tmp_path / "a.npz"
+    assert main(["train", recipe_file, "--out", run, "--model.num-classes", "10"]) == 0
+    for flags, labels in (([], [0, 1, 2]), (["--label", "7"], [7, 7, 7])):
+        assert main(["sample", run, "--num", "3", "--out", str(out), *flags]) == 0
+        assert np.load(out)["arr_1"].tolist() == labels
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "image.png")
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "mask.png")
+    command = ["inpaint", run, str(tmp_path / "image.png"), "--mask", str(tmp_path / "mask.png")]
+    for flags, labels in (([], [0, 1, 2, 3]), (["--label", "7"], [7] * 4)):
+        assert main([*command, "--resamplings", "1", "--out", str(out), *flags]) == 0
+        assert np.load(out)["arr_1"].tolist() == labels
 
 
 def test_bad_images_and_folders_exit_with_2(image_folder, recipe_file, run, tmp_path, capsys):
@@ -407,7 +423,7 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```sh\n(.*?)```", README.read_text("utf-8"), flags=re.S)
     text = "\n".join(blocks).replace("\\\n", " ")
     lines = [line.split("#")[0] for line in text.splitlines() if line.startswith("maskdm ")]
-    short = "--stages.0.steps 3 --stages.0.warmup-steps 1 --sampling.steps 2".split()
+    short = "--stages.0.steps 3 --stages.0.warmup-steps 1 --sampling.steps 2 --sampling.sampler ddim".split()
     second = "--stages.1.steps 3 --stages.1.warmup-steps 1".split()
     images = tmp_path / "photos"
     images.mkdir()

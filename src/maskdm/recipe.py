@@ -294,6 +294,15 @@ class Recipe(Settings):
                 "classifier-free guidance needs model.num_classes and model.label_dropout above "
                 "0; autoguidance and sparse need no classes"
             )
+        if (
+            self.sampling.guidance == "autoguidance"
+            and self.sampling.guidance_weak == "primer"
+            and len(self.stages) == 1
+        ):
+            raise ValueError(
+                "autoguidance by the primer needs two stages, and there is one: name another "
+                "model with sampling.guidance_weak"
+            )
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stage names must differ, but they are {', '.join(names)}")

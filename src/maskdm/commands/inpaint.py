@@ -86,12 +86,11 @@ def inpaint(
     )
     if not is_main_process():
         return DONE
+    given = default_labels(strong.trained.model, range(num)) if labels is None else labels.numpy()
     if out.suffix == ".png":
         hole = np.where(unknown[..., None], np.uint8(128), picture)
         images = np.concatenate([hole[None], images])
-    elif labels is None and (in_turn := default_labels(strong.trained.model, range(num))):
-        labels = torch.from_numpy(in_turn)
-    save_images(images, out, None if labels is None or out.suffix == ".png" else labels.numpy())
+    save_images(images, out, given)
     print(f"{num} results from {strong.found.folder}, seed {seed}, {sampling_text(settings)}")
     print(f"{100 * unknown.mean():.3g} % of the pixels drawn -> {out}")
     return DONE

@@ -32,13 +32,17 @@ def train(
 
     from accelerate import Accelerator
 
+    from maskdm.diffusion.schedule import schedule_of
     from maskdm.hub import pipeline_of_run, save_pipeline
     from maskdm.images.output import save_grid
     from maskdm.models.trained import TrainedModel
     from maskdm.report import plot_loss
     from maskdm.sampling.generate import generate_on_all_ranks
+    from maskdm.sampling.samplers import refuse_settings
     from maskdm.training import trainer
 
+    # What could not be sampled when it is trained is refused now.
+    refuse_settings(schedule_of(settings.diffusion, settings.data.size), settings.sampling)
     # Fast, and possible at every stage: autoguidance, say, is not before there is a primer.
     for_previews = changed(
         settings.sampling,

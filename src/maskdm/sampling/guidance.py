@@ -7,7 +7,7 @@ as in the noise or the velocity). They differ in who is weak:
     autoguidance      a smaller or less trained model (Karras et al. 2024, Eq. 3): here by
                       default the run's own primer, from before its last stage
     sparse            the same model, which sees only a part of the patches at a time
-                      (Krause et al. 2025): it was pre-trained so
+                      (Krause et al. 2026): it was pre-trained so
 """
 
 from __future__ import annotations

@@ -155,18 +155,10 @@ def euler_maruyama(
     taken as the exact integral of beta over it, which any schedule has: the fall of ln alpha^2.
     The last step gives the denoiser's answer, without noise.
 
-    Raises ValueError where a step takes the integral past 2: there the step, an extrapolation,
-    would turn the image over and blow it up.
+    Raises ValueError where a step takes the integral past 2; see `refuse_unstable`.
     """
-    log_power = F.logsigmoid(levels)  # ln alpha^2
-    steps = log_power.diff()
-    if len(steps) and steps.max() > 2:
-        # Where a schedule starts from almost no signal, evenly spaced times begin with a leap.
-        raise ValueError(
-            f"euler-maruyama in {len(levels)} steps is unstable on this schedule (beta dt goes to "
-            f"{steps.max():.2f}, 2 is the limit): use more steps, spacing log-snr, or another "
-            "sampler"
-        )
+    refuse_unstable(levels)
+    steps = F.logsigmoid(levels).diff()  # of ln alpha^2
     x = noise
     for level, beta_dt in zip(levels[:-1].tolist(), steps.tolist(), strict=True):
         alpha, power = math.sqrt(_sigmoid(level)), _sigmoid(-level)
@@ -174,6 +166,28 @@ def euler_maruyama(
         fresh = randn_tensor(x.shape, generators, x.device, x.dtype)
         x = x + beta_dt * (x / 2 + score) + math.sqrt(beta_dt) * fresh
     return denoise(x, levels[-1].item())
+
+
+def refuse_unstable(levels: Tensor) -> None:
+    """Raises ValueError where Euler-Maruyama would blow up: where beta dt of a step is over 2.
+
+    There the step, an extrapolation, turns the image over. A schedule that starts from almost no
+    signal begins with such a leap however many even steps there are.
+    """
+    steps = F.logsigmoid(levels).diff()
+    if len(steps) and steps.max() > 2:
+        raise ValueError(
+            f"euler-maruyama in {len(levels)} steps is unstable on this schedule (beta dt goes to "
+            f"{steps.max():.2f}, 2 is the limit): use more steps, spacing log-snr, or another "
+            "sampler"
+        )
+
+
+def refuse_settings(schedule: Schedule, settings: Sampling) -> None:
+    """Raises ValueError where a sampler can't take its steps on a schedule, before it is asked."""
+    levels = sampling_levels(schedule, settings)
+    if settings.sampler == "euler-maruyama":
+        refuse_unstable(levels)
 
 
 SAMPLERS: dict[str, Callable[[Denoise, Tensor, Tensor, Sampling, list[Generator]], Tensor]] = {
