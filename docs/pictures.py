@@ -99,15 +99,12 @@ def draw_solvers(run: str) -> None:
     loaded = load_model(run)
     real = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[..., None]
     features = FEATURES["pca"](real, Evaluation(num_components=32, pixel_max=16))
-    reference = features(real)
-    figure, (axes,) = _figure(7, 4.2, 1)
+    reference, curves = features(real), {}
     for sampler in SAMPLERS:
         points = []
         for steps in (5, 8, 12, 20, 35, 60, 100, 200):
-            settings = Sampling(
-                sampler=sampler, steps=steps, spacing="log-snr" if sampler == "euler-maruyama" else
-                "uniform", batch_size=1000,
-            )  # fmt: skip
+            spacing = "log-snr" if sampler == "euler-maruyama" else "uniform"
+            settings = Sampling(sampler=sampler, steps=steps, spacing=spacing, batch_size=1000)
             try:
                 images = generate(loaded.trained, settings, list(range(1000)))
             except ValueError:  # Euler-Maruyama refuses to take so few
@@ -115,11 +112,18 @@ def draw_solvers(run: str) -> None:
             distance = frechet_distance(features(images), reference)
             points.append((2 * steps - 1 if sampler == "heun" else steps, distance))
             print(f"{sampler:16} {steps:4} steps  {distance:7.2f}", flush=True)
+        curves[sampler] = points
+    plot_solvers(curves)
+
+
+def plot_solvers(curves: dict[str, list[tuple[int, float]]]) -> None:
+    """Draws (evaluations, distance) by sampler."""
+    figure, (axes,) = _figure(7, 4, 1)
+    for sampler, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker=".", label=sampler)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xticks([5, 10, 20, 50, 100, 200], ["5", "10", "20", "50", "100", "200"])
-    axes.set_yticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks([5, 10, 20, 50, 100, 200, 400], ["5", "10", "20", "50", "100", "200", "400"])
+    axes.set_yticks([10, 15, 20, 30, 40], ["10", "15", "20", "30", "40"])
     axes.minorticks_off()
     _dress(
         axes, "class-conditional digits, 1,000 samples", "network evaluations", "Frechet distance"

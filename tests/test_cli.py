@@ -260,7 +260,8 @@ def test_inpainting_keeps_what_the_mask_leaves_black(run, tmp_path, capsys):
 def test_classes_are_asked_for_by_number(recipe_file, tmp_path):
     run, out = str(tmp_path / "run"), tmp_path / "a.npz"
     assert main(["train", recipe_file, "--out", run, "--model.num-classes", "10"]) == 0
-    for flags, labels in (([], [0, 1, 2]), (["--label", "7"], [7, 7, 7])):
+    guided = ["--guidance", "classifier-free"]
+    for flags, labels in (([], [0, 1, 2]), (["--label", "7"], [7] * 3), (guided, [0, 1, 2])):
         assert main(["sample", run, "--num", "3", "--out", str(out), *flags]) == 0
         assert np.load(out)["arr_1"].tolist() == labels
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "image.png")
@@ -423,7 +424,8 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```sh\n(.*?)```", README.read_text("utf-8"), flags=re.S)
     text = "\n".join(blocks).replace("\\\n", " ")
     lines = [line.split("#")[0] for line in text.splitlines() if line.startswith("maskdm ")]
-    short = "--stages.0.steps 3 --stages.0.warmup-steps 1 --sampling.steps 2 --sampling.sampler ddim".split()
+    short = "--stages.0.steps 3 --stages.0.warmup-steps 1".split()
+    short += "--sampling.steps 2 --sampling.sampler ddim".split()
     second = "--stages.1.steps 3 --stages.1.warmup-steps 1".split()
     images = tmp_path / "photos"
     images.mkdir()

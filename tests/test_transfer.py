@@ -14,8 +14,9 @@ from maskdm.images.order import training_subset
 from maskdm.images.store import open_store
 from maskdm.models.build import build_model
 from maskdm.models.uvit import UViT
-from maskdm.recipe import Data, Recipe
-from maskdm.training.load import load_model
+from maskdm.recipe import Data, Recipe, Sampling
+from maskdm.sampling.generate import generate
+from maskdm.training.load import load_model, load_weak
 from maskdm.training.step import draw_batch
 from maskdm.training.trainer import train
 from maskdm.training.transfer import transfer_weights
@@ -165,6 +166,9 @@ def test_stages_may_have_unlike_schedules(tiny, changed, tmp_path):
     run = tmp_path / "run"
     recipe = changed(stages=[first, tiny.stages[1].model_dump()], diffusion=diffusion)
     train(recipe, run, show=False)
+    for name in (f"{run}@hide", run):
+        images = generate(load_model(name).trained, Sampling(sampler="ddpm", steps=5), [0, 1])
+        assert images.shape == (2, 8, 8, 1) and images.std() > 0
     assert load_model(f"{run}@hide").trained.diffusion.schedule == "linear"
     assert load_model(f"{run}@show").trained.diffusion.schedule == "vp-sde"
     other = [{**first, "schedule": None}, tiny.stages[1].model_dump()]
@@ -186,6 +190,12 @@ def test_three_stages_run_in_order(tiny, changed, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     hidden = {line["stage"]: line["hidden"] for line in lines}
     assert hidden == {"a": 14 / 16, "b": 0.5, "c": 0.0}
+    settings = Sampling(steps=4, guidance="autoguidance")
+    loaded = load_model(tmp_path)
+    weak = load_weak(loaded.found, "primer")
+    assert weak.found.folder.name == "step-00000010"  # the end of the stage before the last
+    images = generate(loaded.trained, settings, [0, 1], weak=weak.trained)
+    assert images.shape == (2, 8, 8, 1) and images.std() > 0
 
 
 def test_a_part_of_the_images_is_the_same_everywhere():
