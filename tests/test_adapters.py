@@ -86,6 +86,23 @@ def test_options_that_diffusers_does_not_take_are_refused(changed, tiny):
         ValueError, match="UNet2DModel takes no blocks; known are .*norm_num_groups"
     ):
         network("unet2d", options={"blocks": 3})
+    with pytest.raises(ValueError, match="dropout draws numbers that a resumed run"):
+        network("dit", options={"dropout": 0.1})
+    with pytest.raises(ValueError, match="UNet2DModel can't be made so for images of 8 pixels"):
+        network("unet2d", options={**UNET, "block_out_channels": [8]})
+    with pytest.raises(ValueError, match=r"it turns \(1, 1, 8, 8\) into \(1, 2, 8, 8\)"):
+        network("dit", options={"out_channels": 2})
+    with pytest.raises(ValueError, match="UNet2DModel can't be made so for images of 6 pixels"):
+        network(
+            "unet2d",
+            image_size=6,
+            options={
+                **UNET,
+                "block_out_channels": [8, 16, 16],
+                "down_block_types": ["DownBlock2D"] * 3,
+                "up_block_types": ["UpBlock2D"] * 3,
+            },
+        )
     with pytest.raises(ValueError, match="unknown kind of network 'unet': known are dit, unet2d"):
         GridDenoiser("unet")
     with pytest.raises(ValueError, match="options are for kind dit or unet2d"):

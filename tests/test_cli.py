@@ -178,6 +178,7 @@ def test_mistakes_exit_with_2_and_a_clear_line(arguments, message, tmp_path, mon
         ("--out x.png --label 1", "has no classes: it takes no labels"),
         ("--out x.png --guidance classifier-free", "the model has no classes"),
         ("--out x.png --mask.kind patch --mask.rate 0.99", "the nearest possible are"),
+        ("--out x.png --mask.kind patch", "hides nothing at rate 0"),
         ("--out x.png --mask-image nothing.png", "nothing.png cannot be read as an image"),
         ("--out x.png --guidance autoguidance --guidance-weak nothing", "does not exist"),
     ],
@@ -244,7 +245,8 @@ def test_inpainting_keeps_what_the_mask_leaves_black(run, tmp_path, capsys):
     results = np.load(tmp_path / "a.npz")["arr_0"][..., 0]
     assert (results[:, :, :4] == image[:, :4]).all()
     assert len({part.tobytes() for part in results[:, :, 4:]}) == 3
-    assert "50 % of the pixels drawn" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "50 % of the pixels drawn" in text and "2 times 4 steps of ddpm" in text
     inpaint(str(tmp_path / "b.png"), "--guidance", "sparse")
     sheet = pixels_of(tmp_path / "b.png")  # the image with its hole, then three results
     assert sheet.shape == (2 * 66 + 2, 2 * 66 + 2)
@@ -252,6 +254,7 @@ def test_inpainting_keeps_what_the_mask_leaves_black(run, tmp_path, capsys):
     for flags, message in (
         ((names[0], "--mask", names[2]), "the mask is 8x4 pixels, but the image 8x8"),
         ((names[3], "--mask", names[1]), "nothing.png cannot be read as an image"),
+        ((names[0], "--mask", names[1], "--sampler", "heun"), "inpainting goes by steps of ddpm"),
         ((names[0], "--mask", names[1], "--jump", "0"), "jump 0 must be at least 1"),
     ):
         assert message in failure(capsys, "inpaint", str(run), *flags, "--out", str(tmp_path / "c"))
@@ -267,7 +270,7 @@ def test_classes_are_asked_for_by_number(recipe_file, tmp_path):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "image.png")
     Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "mask.png")
     command = ["inpaint", run, str(tmp_path / "image.png"), "--mask", str(tmp_path / "mask.png")]
-    for flags, labels in (([], [0, 1, 2, 3]), (["--label", "7"], [7] * 4)):
+    for flags, labels in (([], [10] * 4), (["--label", "7"], [7] * 4)):  # 10 = no class
         assert main([*command, "--resamplings", "1", "--out", str(out), *flags]) == 0
         assert np.load(out)["arr_1"].tolist() == labels
 
@@ -355,6 +358,42 @@ def test_evaluation_takes_a_checkpoint_or_the_model_folder(run):
     for name in ("checkpoints/step-00000006", "model"):
         assert main(["evaluate", str(run / name), "--num", "12"]) == 0
         assert json.loads((run / name / "evaluation.json").read_text())["num"] == 12
+
+
+def test_an_exported_model_is_compared_with_a_reference(run, tmp_path, capsys, monkeypatch):
+    (run / "model").rename(tmp_path / "export")
+    (tmp_path / "recipe.yaml").write_text("seed: 1")  # someone else's
+    monkeypatch.chdir(tmp_path)
+    assert "name the real images with --reference" in failure(capsys, "evaluate", "export")
+    assert main(["evaluate", "export", "--reference", "digits", "--num", "12"]) == 0
+    assert json.loads((tmp_path / "export" / "evaluation.json").read_text())["num"] == 12
+    text = failure(capsys, "sample", "export", "--out", "a.npz", "--guidance", "autoguidance")
+    assert "name a weak model with --guidance-weak" in text
+    assert main(["evaluate", f"{run}@hide", "--num", "12"]) == 0
+    assert (run / "evaluation-hide.json").is_file()
+    (tmp_path / "export" / "denoiser" / "config.json").write_text("{")
+    assert "is damaged" in failure(capsys, "sample", "export", "--out", "a.npz")
+    (tmp_path / "export" / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    assert "is a model of another kind: DDPM" in failure(
+        capsys, "sample", "export", "--out", "a.npz"
+    )
+
+
+def test_a_photo_and_its_mask_are_turned_as_their_exif_says(tmp_path):
+    from maskdm.recipe import Data
+    from maskdm.sampling.inpaint import read_image_and_mask
+
+    upright = np.zeros((12, 8), np.uint8)
+    upright[:6] = 200  # light above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned right: stored lying on its left side
+    lying = np.rot90(upright, 1)
+    Image.fromarray(lying).save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    Image.fromarray(upright).save(tmp_path / "mask.png")
+    data = Data(size=8, channels=1, crop="resize")
+    image, unknown = read_image_and_mask(tmp_path / "photo.jpg", tmp_path / "mask.png", data)
+    assert unknown[:3].all() and not unknown[5:].any()
+    assert (image[:3] > 150).all() and (image[5:] < 50).all()
 
 
 def test_a_defect_of_ours_keeps_its_traceback(recipe_file, tmp_path, monkeypatch):

@@ -23,6 +23,14 @@ def example():
     return module
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the command does: beside other work two take minutes
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture(scope="module")
 def points(example) -> torch.Tensor:
     return example.roll(1000, seed=0, stream="test")

@@ -77,6 +77,15 @@ def test_settings_are_frozen():
         ({"model": {"depth": 12}}, "depth 12 is even.*use 11 or 13"),
         ({"model": {"embed_dim": 100}}, "embed_dim 100 is not a multiple of 2 x num_heads = 16"),
         ({"sampling": {"steps": 1001}}, "linear has 1000 times, but sampling asks for 1001"),
+        (
+            {
+                "diffusion": {"schedule": "vp-sde"},
+                "stages": [{**STAGE, "schedule": "linear"}, {**STAGE, "name": "b"}],
+                "preview_steps": 1500,
+            },
+            "schedule linear has 1000 times, but sampling asks for 1500",
+        ),
+        ({"model": {"kind": "dit", "mlp_ratio": 2}}, "mlp_ratio is for kind uvit, not dit"),
         ({"sampling": {"guidance": "autoguidance"}}, "needs two stages, and there is one"),
         ({"sampling": {"guidance": "classifier-free"}}, "needs model.num_classes"),
         ({"sampling": {"eta": 0.5, "sampler": "unipc"}}, "sampling: eta is ddim's noise"),

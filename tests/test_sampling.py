@@ -77,9 +77,13 @@ def test_eta_adds_noise_of_each_images_own():
 
 @pytest.fixture
 def model(tiny) -> UViT:
+    """A network whose answers vary, the same with every version of torch."""
     model = build_model(tiny).eval()
-    random = torch.Generator().manual_seed(2)
-    torch.nn.init.normal_(model.head.weight, std=0.3, generator=random)  # no constant answer
+    random = torch.Generator().manual_seed(6)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.02, generator=random)
+    torch.nn.init.normal_(model.head.weight, std=0.3, generator=random)
     return model
 
 
@@ -225,13 +229,15 @@ def test_diffusers_can_sample_an_exported_model_by_its_scheduler(model, schedule
 
 
 def test_a_flow_is_exported_as_diffusers_flow():
-    for base_size in (None, 64):
-        diffusion = Diffusion(schedule="flow", prediction="flow", base_size=base_size)
-        scheduler = diffusers_scheduler(diffusion, 256)
-        assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-        schedule = make_schedule("flow", 0 if base_size is None else 2 * np.log(64 / 256))
-        t = torch.arange(1000, 0, -1) / 1000
-        torch.testing.assert_close(scheduler.sigmas, schedule.sigma(t), rtol=1e-3, atol=1e-4)
+    scheduler = diffusers_scheduler(Diffusion(schedule="flow", prediction="flow"), 256)
+    assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    t = torch.arange(1000, 0, -1) / 1000
+    torch.testing.assert_close(scheduler.sigmas, make_schedule("flow").sigma(t), rtol=0, atol=1e-4)
+    torch.testing.assert_close(scheduler.timesteps / 1000, t)
+    shifted = Diffusion(schedule="flow", prediction="flow", base_size=64)
+    assert (
+        diffusers_scheduler(shifted, 256) is None and diffusers_scheduler(shifted, 64) is not None
+    )
     assert diffusers_scheduler(Diffusion(schedule="flow", prediction="x0"), 64) is None
     assert diffusers_scheduler(Diffusion(schedule="linear", prediction="flow"), 64) is None
 
@@ -280,7 +286,7 @@ def test_a_model_on_the_hub_is_found_by_its_id(tiny, model, tmp_path, monkeypatc
     monkeypatch.setattr(
         huggingface_hub,
         "snapshot_download",
-        lambda name: real(name, cache_dir=tmp_path, local_files_only=True),
+        lambda name, **more: real(name, cache_dir=tmp_path, local_files_only=True, **more),
     )
     found = find_model("someone/faces")
     assert found.is_exported and found.run is None and found.sampling == tiny.sampling

@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 
 import maskdm
-from maskdm.commands.common import DONE, FAILED, WRONG_USAGE, say_note
+from maskdm.commands.common import DONE, FAILED, WRONG_USAGE, changed, say_note
 from maskdm.commands.evaluate import evaluate
 from maskdm.commands.inpaint import inpaint
 from maskdm.commands.recipes import recipes
@@ -127,13 +127,20 @@ def _named_recipe(arguments: list[str]) -> Recipe:
 def _named_run(command: str, arguments: list[str]) -> Sampling:
     """How the model that the arguments begin with is sampled, unless flags say otherwise."""
     if arguments and not arguments[0].startswith("-"):
-        return find_model(arguments[0], say_note).sampling
+        sampling = find_model(arguments[0], say_note).sampling
+        return _for_inpainting(sampling) if command == "inpaint" else sampling
     if "-h" in arguments or "--help" in arguments:
-        return Sampling()
+        return _for_inpainting(Sampling()) if command == "inpaint" else Sampling()
     raise ValueError(
         f"the model comes first: maskdm {command} RUN ..., where RUN is a run's folder, RUN@STAGE, "
         "a checkpoint, an exported model or a Hub id"
     )
+
+
+def _for_inpainting(sampling: Sampling) -> Sampling:
+    """What inpainting does unless asked otherwise: even steps in log-SNR, and not too many."""
+    steps = min(sampling.steps, 100)
+    return changed(sampling, sampler="ddpm", eta=0.0, spacing="log-snr", steps=steps)
 
 
 def _is_ours(error: Exception) -> bool:

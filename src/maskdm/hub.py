@@ -2,7 +2,6 @@
 
 # No postponed annotations here: diffusers reads a pipeline's signature to know its components.
 
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -148,7 +147,7 @@ def make_pipeline(trained: TrainedModel, sampling: Sampling) -> MaskDMPipeline:
 
 def pipeline_of_run(model: ModelMixin, recipe: Recipe) -> MaskDMPipeline:
     """The pipeline of a finished run: its averaged model, with its recipe's settings."""
-    return make_pipeline(TrainedModel(model, recipe.diffusion), recipe.sampling)
+    return make_pipeline(TrainedModel(model, recipe.final_diffusion), recipe.sampling)
 
 
 def diffusers_scheduler(diffusion: Diffusion, image_size: int) -> SchedulerMixin | None:
@@ -158,9 +157,9 @@ def diffusers_scheduler(diffusion: Diffusion, image_size: int) -> SchedulerMixin
     """
     shift = log_snr_shift(diffusion.base_size, image_size)
     if diffusion.schedule == "flow":
-        if diffusion.prediction != "flow":
+        if diffusion.prediction != "flow" or shift:  # shifted, its timesteps are not our times
             return None
-        return FlowMatchEulerDiscreteScheduler(NUM_STEPS, shift=math.exp(-shift / 2))
+        return FlowMatchEulerDiscreteScheduler(NUM_STEPS)
     types = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
     if diffusion.prediction not in types:
         return None

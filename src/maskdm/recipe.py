@@ -61,14 +61,15 @@ class Model(Settings):
     final_conv: bool = False
     """A 3x3 convolution on the output image (U-ViT has it; the paper drops it; uvit only)."""
     options: dict[str, Any] = {}
-    """Arguments of diffusers' class by their names there (dit, unet2d)."""
+    """Arguments of diffusers' class by their names there (dit, unet2d); set in a file."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Model:
         if self.kind == "uvit" and self.options:
             raise ValueError(f"options are for kind dit or unet2d, not {self.kind}")
-        if self.kind != "uvit" and self.final_conv:
-            raise ValueError(f"final_conv is for kind uvit, not {self.kind}")
+        for name in ("final_conv", "mlp_ratio"):
+            if self.kind != "uvit" and getattr(self, name) != Model.model_fields[name].default:
+                raise ValueError(f"{name} is for kind uvit, not {self.kind}")
         if self.kind == "uvit" and self.depth % 2 == 0:
             raise ValueError(
                 f"depth {self.depth} is even, but blocks come as n in + 1 middle + n out: "
@@ -281,11 +282,13 @@ class Recipe(Settings):
             raise ValueError(
                 f"data.size {size} is not a multiple of model.patch_size {patch}: use {ways_out}"
             )
-        for steps in (self.sampling.steps, self.preview_steps):
-            if steps > 1000 and self.diffusion.schedule in ("linear", "cosine"):
+        asked = {self.diffusion_of(stage).schedule: self.preview_steps for stage in self.stages}
+        last = self.final_diffusion.schedule
+        asked[last] = max(asked[last], self.sampling.steps)
+        for schedule, steps in asked.items():
+            if steps > 1000 and schedule in ("linear", "cosine"):
                 raise ValueError(
-                    f"schedule {self.diffusion.schedule} has 1000 times, but sampling asks for "
-                    f"{steps} steps"
+                    f"schedule {schedule} has 1000 times, but sampling asks for {steps} steps"
                 )
         if self.sampling.guidance == "classifier-free" and not (
             self.model.num_classes and self.model.label_dropout
@@ -313,6 +316,11 @@ class Recipe(Settings):
         if stage.schedule is None:
             return self.diffusion
         return Diffusion(**{**self.diffusion.model_dump(), "schedule": stage.schedule})
+
+    @property
+    def final_diffusion(self) -> Diffusion:
+        """The diffusion of the finished model: the last stage's."""
+        return self.diffusion_of(self.stages[-1])
 
     def to_yaml(self) -> str:
         """The recipe as YAML text; `load_recipe` of it gives an equal recipe."""

@@ -44,6 +44,11 @@ def load(run: str, sampling: Sampling) -> tuple[Loaded, Loaded | None]:
     from maskdm.engine import process_state
     from maskdm.training.load import load_model, load_weak
 
+    if sampling.guidance == "none":
+        for name in ("scale", "start", "end", "weak", "rate"):
+            field = f"guidance_{name}"
+            if getattr(sampling, field) != Sampling.model_fields[field].default:
+                say_note(f"{field} does nothing while guidance is none")
     logging.disable_progress_bar()
     device = process_state().device
     strong, weak = load_model(run, say_note), None

@@ -21,7 +21,7 @@ from maskdm.commands.common import (
     sampling_text,
     say_note,
 )
-from maskdm.recipe import Evaluation, Sampling
+from maskdm.recipe import Data, Evaluation, Sampling
 
 OptionalSource = Annotated[str | None, quiet(metavar="SOURCE")]
 OptionalFeatures = Annotated[Literal["pca"] | None, quiet(metavar="{pca}")]
@@ -39,11 +39,14 @@ def evaluate(
 ) -> int:
     """Measure how far generated images are from real ones; writes RUN/evaluation.json.
 
+    (Of RUN@STAGE it writes RUN/evaluation-STAGE.json; of a Hub id ./evaluation.json.)
+
     The real images are the run's own source, prepared in the same way, never mirrored (all of
     it, also where the run was trained on a fraction).
 
     Args:
-        run: a run's folder, RUN@STAGE, or a run's model or one of its checkpoints.
+        run: a run's folder, RUN@STAGE, a checkpoint; or, with a reference, an exported model or
+            a Hub id.
         features: in what the images are compared; default: the recipe's.
             pca = the leading principal components of the real images' pixels.
         num: images to generate; default: the recipe's.
@@ -56,14 +59,19 @@ def evaluate(
     from maskdm.training.find import find_model
 
     found = find_model(run, say_note)
-    recipe = found.recipe
-    wanted: Evaluation = changed(recipe.evaluation, features=features, num=num)
-    data = changed(recipe.data, source=reference)
+    if found.run is None and reference is None:
+        raise ValueError(f"{run} is in no run's folder, so name the real images with --reference")
 
     from maskdm.evaluation import evaluate as evaluation
     from maskdm.images.store import open_store
 
     strong, weak = load(run, sampling)
+    config = strong.trained.model.config
+    data, wanted = Data(size=config.image_size, channels=config.channels), Evaluation()
+    if found.run is not None:
+        data, wanted = found.recipe.data, found.recipe.evaluation
+    data = changed(data, source=reference)
+    wanted = changed(wanted, features=features, num=num)
     store = open_store(data, progress=sys.stderr.isatty())
     record = evaluation.evaluate(
         strong.trained,
@@ -77,7 +85,12 @@ def evaluate(
     record = {"model": str(found.folder), **record}
     if not is_main_process():
         return DONE
-    path = (Path(run) if Path(run).is_dir() else found.folder) / "evaluation.json"
+    if Path(run).is_dir():
+        path = Path(run) / "evaluation.json"
+    elif found.run is not None:  # RUN@STAGE
+        path = found.run / f"evaluation-{run.rsplit('@', 1)[1]}.json"
+    else:  # fetched from the Hub
+        path = Path("evaluation.json")
     path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     if json_output:
         print(json.dumps(record))

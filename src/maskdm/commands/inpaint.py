@@ -38,7 +38,7 @@ def inpaint(
 ) -> int:
     """Draw the missing parts of an image; what is known stays as it is, pixel by pixel.
 
-    The solver is RePaint's (ancestral steps, taken several times), whatever the sampler is.
+    By RePaint: steps of ddpm, each stretch taken several times; steps x resamplings evaluations.
 
     Args:
         run: a run's folder, RUN@STAGE, a checkpoint, an exported model, or a Hub id.
@@ -48,13 +48,15 @@ def inpaint(
             (N, H, W, C) under arr_0; any other name = a new folder of PNG files.
         num: number of results.
         seed: another seed, other results.
-        label: class of the results; default: all classes in turn.
+        label: class of the results; default: no class, or all in turn if the model knows none such.
         resamplings: times that each stretch of steps is taken, so that old and new come to fit.
         jump: steps in a stretch.
     """
     settings = settings.checked()
     if num < 1:
         raise ValueError(f"--num {num}: at least one result")
+    if settings.sampler != "ddpm":
+        raise ValueError(f"--sampler {settings.sampler}: inpainting goes by steps of ddpm")
 
     import numpy as np
     import torch
@@ -70,6 +72,8 @@ def inpaint(
     if strong.found.run is not None:
         data = strong.found.recipe.data
     picture, unknown = read_image_and_mask(image, mask, data)
+    if label is None and config.num_classes and config.label_dropout:
+        label = config.num_classes  # no class
     labels = None if label is None else torch.full((num,), label)
     images = inpaint(
         strong.trained,
@@ -91,6 +95,7 @@ def inpaint(
         hole = np.where(unknown[..., None], np.uint8(128), picture)
         images = np.concatenate([hole[None], images])
     save_images(images, out, given)
-    print(f"{num} results from {strong.found.folder}, seed {seed}, {sampling_text(settings)}")
+    times = f"{resamplings} times {sampling_text(settings)}"
+    print(f"{num} results from {strong.found.folder}, seed {seed}, {times}")
     print(f"{100 * unknown.mean():.3g} % of the pixels drawn -> {out}")
     return DONE

@@ -57,6 +57,10 @@ def sample(
 
     refuse_output(out)
     mask = mask.checked()
+    if mask.kind != "none" and not mask.rate:
+        raise ValueError(
+            f"--mask.kind {mask.kind} hides nothing at rate 0: give --mask.rate as well"
+        )
     if mask.rate and mask_image is not None:
         raise ValueError("--mask-image and --mask.rate are two ways to say one thing: give one")
     strong, weak = load(run, settings)

@@ -42,7 +42,7 @@ def train(
     from maskdm.training import trainer
 
     # What could not be sampled when it is trained is refused now.
-    refuse_settings(schedule_of(settings.diffusion, settings.data.size), settings.sampling)
+    refuse_settings(schedule_of(settings.final_diffusion, settings.data.size), settings.sampling)
     # Fast, and possible at every stage: autoguidance, say, is not before there is a primer.
     for_previews = changed(
         settings.sampling,

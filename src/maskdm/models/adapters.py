@@ -81,7 +81,20 @@ class GridDenoiser(ModelMixin, ConfigMixin):
                 f"model.options: {NETWORKS[kind].__name__} takes no {', '.join(sorted(unknown))}; "
                 f"known are {', '.join(sorted(known))}"
             )
-        self.net = NETWORKS[kind](**arguments)
+        if arguments.get("dropout"):
+            raise ValueError(
+                "model.options: dropout draws numbers that a resumed run would not repeat: "
+                "leave it 0"
+            )
+        try:
+            self.net = NETWORKS[kind](**arguments)
+            self._flops = self._try_on_nothing()
+        except Exception as error:  # its authors' own checks, or the shapes of its layers
+            text = " ".join(str(error).split())
+            raise ValueError(
+                f"{NETWORKS[kind].__name__} can't be made so for images of {image_size} pixels "
+                f"(model, model.options): {text}"
+            ) from None
         for module in self.net.modules():
             if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0.0  # classes are dropped by the training, by its seed
@@ -108,12 +121,22 @@ class GridDenoiser(ModelMixin, ConfigMixin):
 
         Matrix products and convolutions, two operations a multiply-add, counted by PyTorch.
         """
+        return self._flops
+
+    def _try_on_nothing(self) -> int:
+        """Runs a copy without memory on one image: operations of a forward pass.
+
+        Raises whatever the network raises, and ValueError for an answer of another shape.
+        """
+        size, channels = self.config.image_size, self.config.channels
         with torch.device("meta"):
             copy = type(self.net).from_config(self.net.config)
-            size, channels = self.config.image_size, self.config.channels
+            image = torch.zeros(1, channels, size, size)
             label = torch.zeros(1, dtype=torch.int64) if self._takes_labels() else None
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                copy(torch.zeros(1, channels, size, size), torch.zeros(1), class_labels=label)
+                answer = copy(image, torch.zeros(1), class_labels=label).sample
+        if answer.shape != image.shape:
+            raise ValueError(f"it turns {tuple(image.shape)} into {tuple(answer.shape)}")
         return counter.get_total_flops()
 
     def _takes_labels(self) -> bool:

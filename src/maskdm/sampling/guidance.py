@@ -93,3 +93,6 @@ def refuse_weak(trained: TrainedModel, weak: TrainedModel | None) -> None:
                 f"the weak model has {name} {weak_value}, the guided one {strong_value}: they "
                 "must be equal"
             )
+    config = trained.model.config
+    if config.num_classes and config.label_dropout and not weak.model.config.label_dropout:
+        raise ValueError("the weak model was never shown images of no class, the guided one was")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Generator, Tensor
 
 from maskdm.images.store import prepare_image
@@ -145,8 +145,7 @@ def read_image_and_mask(image: Path, mask: Path, data: Data) -> tuple[np.ndarray
     for path in (image, mask):
         try:
             with Image.open(path) as picture:
-                picture.load()
-                pictures.append(picture)
+                pictures.append(ImageOps.exif_transpose(picture))
         except (OSError, UnidentifiedImageError) as error:
             raise ValueError(f"{path} cannot be read as an image: {error}") from None
     if pictures[0].size != pictures[1].size:

@@ -178,7 +178,7 @@ def refuse_unstable(levels: Tensor) -> None:
     if len(steps) and steps.max() > 2:
         raise ValueError(
             f"euler-maruyama in {len(levels)} steps is unstable on this schedule (beta dt goes to "
-            f"{steps.max():.2f}, 2 is the limit): use more steps, spacing log-snr, or another "
+            f"{steps.max():.2f}, 2 is the limit): use spacing log-snr, more steps, or another "
             "sampler"
         )
 

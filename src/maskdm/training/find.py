@@ -14,6 +14,7 @@ from pathlib import Path
 from maskdm.recipe import Recipe, Sampling
 from maskdm.recipe_files import load_recipe
 
+PARTS = ["model_index.json", "denoiser/*", "scheduler/*"]  # of an exported model
 Note = Callable[[str], None]
 
 
@@ -147,11 +148,15 @@ def read_index(folder: Path) -> dict[str, object]:
 
 
 def _run_around(folder: Path) -> Path | None:
-    """The run's folder in which RUN/model or RUN/checkpoints/step-... lies."""
-    for around in folder.resolve().parents[:2]:
-        if (around / "recipe.yaml").is_file():
-            return around
-    return None
+    """The run's folder in which RUN/model or RUN/checkpoints/step-... lies; None if in neither."""
+    place = folder.resolve()
+    if place.name == "model":
+        around = place.parent
+    elif place.parent.name == "checkpoints":
+        around = place.parent.parent
+    else:
+        return None
+    return around if (around / "recipe.yaml").is_file() else None
 
 
 def _download(name: str) -> Path:
@@ -159,7 +164,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, allow_patterns=PARTS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

@@ -41,26 +41,32 @@ def load_model(name: str | Path, note: Note = print) -> Loaded:
     found = find_model(name, note)
     try:
         model, diffusion = _exported(found) if found.is_exported else _checkpoint(found)
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+    except (OSError, SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"the model in {found.folder} is damaged: {text}") from None
     return Loaded(TrainedModel(model.eval(), diffusion), found.sampling, found)
 
 
 def load_weak(strong: Found, name: str, note: Note = print) -> Loaded:
-    """The weak model of autoguidance: `primer` = the run's own, from before its last stage.
+    """The weak model of autoguidance: `primer` = the run's own, from the end of the stage before.
 
     Raises ValueError where there is none.
     """
     if name != "primer":
         return load_model(name, note)
-    stages = strong.recipe.stages
-    if len(stages) < 2:
+    if strong.run is None:
         raise ValueError(
-            f"the run in {strong.run} has a single stage, so no primer: name another model with "
-            "guidance_weak"
+            f"{strong.folder} is in no run's folder, where its primer would be: name a weak model "
+            "with --guidance-weak RUN, or sample with --guidance none"
         )
-    return load_model(f"{strong.run}@{stages[-2].name}", note)
+    stages = strong.recipe.stages
+    number = len(stages) - 1 if strong.is_exported else _progress(strong)["stage"]
+    if number == 0:
+        raise ValueError(
+            f"{strong.folder} is of the run's first stage, before which there is no primer: name "
+            "a weak model with --guidance-weak RUN, or sample with --guidance none"
+        )
+    return load_model(f"{strong.run}@{stages[number - 1].name}", note)
 
 
 def diffusion_fields(index: dict[str, Any]) -> Diffusion:
@@ -69,16 +75,23 @@ def diffusion_fields(index: dict[str, Any]) -> Diffusion:
 
 
 def _exported(found: Found) -> tuple[Backbone, Diffusion]:
-    folder = found.folder / "denoiser"
+    folder, index = found.folder / "denoiser", read_index(found.folder)
+    if index.get("_class_name") != "MaskDMPipeline":
+        raise ValueError(f"{found.folder} is a model of another kind: {index.get('_class_name')}")
     kind = json.loads((folder / "config.json").read_text("utf-8"))["_class_name"]
     network: type[Any] = {"UViT": UViT, "GridDenoiser": GridDenoiser}[kind]
     model = network.from_pretrained(str(folder), use_safetensors=True)
-    return model, diffusion_fields(read_index(found.folder))
+    return model, diffusion_fields(index)
+
+
+def _progress(found: Found) -> dict[str, Any]:
+    """The counters of a checkpoint."""
+    counters: dict[str, Any] = json.loads((found.folder / "progress.json").read_text("utf-8"))
+    return counters
 
 
 def _checkpoint(found: Found) -> tuple[Backbone, Diffusion]:
     recipe = found.recipe
     model = build_model(recipe)
     model.load_state_dict(load_file(found.folder / "ema.safetensors"))
-    progress = json.loads((found.folder / "progress.json").read_text("utf-8"))
-    return model, recipe.diffusion_of(recipe.stages[progress["stage"]])
+    return model, recipe.diffusion_of(recipe.stages[_progress(found)["stage"]])

@@ -230,7 +230,10 @@ def train(
 
 def _start_from(recipe: Recipe, run_dir: Path, model: Backbone) -> list[str]:
     """Gives the model the weights that `init` names, unless a run goes on; says what they were."""
-    if recipe.init is None or (run_dir / "checkpoints" / "latest").is_file():
+    if recipe.init is None:
+        return []
+    (checkpoint,) = broadcast_object_list([find_checkpoint(run_dir / "checkpoints", _say_nothing)])
+    if checkpoint is not None:
         return []
     source = load_model(recipe.init)
     try:
@@ -238,10 +241,14 @@ def _start_from(recipe: Recipe, run_dir: Path, model: Backbone) -> list[str]:
     except ValueError as error:
         raise ValueError(f"init {recipe.init}: {error}") from None
     before, now = source.trained.diffusion, recipe.diffusion_of(recipe.stages[0])
-    for name in ("schedule", "prediction"):
+    for name in ("schedule", "base_size", "prediction"):
         if getattr(before, name) != getattr(now, name):
             lines.append(f"{name} {getattr(before, name)} -> {getattr(now, name)}")
     return [f"init    from {source.found.folder}: {lines[0]}", *(f"  {line}" for line in lines[1:])]
+
+
+def _say_nothing(text: str) -> None:
+    """For what is said elsewhere."""
 
 
 def _sample_file(run_dir: Path, step: int) -> Path:
@@ -289,6 +296,6 @@ def _read(
         saved = f"the last good checkpoint is {checkpoint}" if checkpoint else "nothing was saved"
         tries = ["a lower lr", "more warmup_steps"]
         tries += [] if stage.clip else ["clip 1.0"]
-        if recipe.diffusion.schedule == "linear":
+        if recipe.diffusion_of(stage).schedule == "linear":
             tries += ["schedule cosine (90 % masking diverges with linear)"]
         raise NonFiniteLoss(f"{error}; {saved}; try {', '.join(tries)}") from None

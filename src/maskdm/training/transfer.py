@@ -32,7 +32,7 @@ def transfer_weights(source: Backbone, target: Backbone) -> list[str]:
     fitting = {
         name: old[name] for name in new if name in old and old[name].shape == new[name].shape
     }
-    resized = []
+    resized, not_copied = [], 0
     if isinstance(source, UViT) and isinstance(target, UViT):
         positions = _positions(source, target)
         if positions is not None:
@@ -42,13 +42,14 @@ def transfer_weights(source: Backbone, target: Backbone) -> list[str]:
         labels = _labels(source, target)
         if labels is not None:
             fitting["label_embed.weight"] = labels
+            not_copied = labels[:-1].numel()
     if not any(fitting[name].ndim > 1 and "block" in name for name in fitting):
         raise ValueError(
             f"nothing of the model to start from fits: it is {_sizes(source)}, the new one "
             f"{_sizes(target)}"
         )
     target.load_state_dict({**new, **fitting})
-    loaded = sum(fitting[name].numel() for name in fitting)
+    loaded = sum(fitting[name].numel() for name in fitting) - not_copied
     total = sum(value.numel() for value in new.values())
     lines = [f"{len(fitting)} of {len(new)} tensors, {100 * loaded / total:.3g} % of the weights"]
     if resized:
@@ -56,6 +57,9 @@ def transfer_weights(source: Backbone, target: Backbone) -> list[str]:
         lines.append(
             f"positions interpolated from {rows}x{columns} to {target.grid[0]}x{target.grid[1]}"
         )
+    if not_copied:
+        counts = [model.config.num_classes for model in (source, target)]
+        lines.append(f"classes left fresh, but for no class: {counts[0]} -> {counts[1]}")
     heads = [model.config.num_heads for model in (source, target)]
     if heads[0] != heads[1]:
         lines.append(f"note: trained with {heads[0]} attention heads, now read as {heads[1]}")
