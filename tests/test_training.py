@@ -111,6 +111,18 @@ def test_a_killed_and_resumed_run_repeats_an_unbroken_one_bit_for_bit(tiny, tmp_
     assert_same_bits(tmp_path / "broken", tmp_path / "unbroken")
 
 
+def test_resume_repeats_stratified_times_and_hidden_labels_too(tiny, changed, tmp_path):
+    recipe = changed(
+        model={**tiny.model.model_dump(), "num_classes": 10},
+        diffusion={"schedule": "flow", "prediction": "v", "time_sampling": "stratified"},
+        data={**tiny.data.model_dump(), "flip": True, "fraction": 0.02},
+    )
+    train_until(recipe, tmp_path / "broken", 7)
+    for name in ("broken", "unbroken"):
+        quiet(recipe, tmp_path / name)
+    assert_same_bits(tmp_path / "broken", tmp_path / "unbroken")
+
+
 def test_resume_keeps_each_stages_own_optimizer_settings(tiny, changed, tmp_path):
     stages = [stage.model_dump() for stage in tiny.stages]
     stages[1] |= {"betas": (0.5, 0.8), "weight_decay": 0.5}
