@@ -243,6 +243,10 @@ def test_a_loss_space_is_clipped_near_the_ends():
     }
     assert ratio[0.5] == pytest.approx([(1 / 0.5) ** 2] * 4, rel=1e-4)
     assert ratio[0.01] == pytest.approx([((0.99 + 0.05) / 0.05) ** 2] * 4, rel=1e-4)
+    settings = {"schedule": "flow", "prediction": "eps", "t": 0.99}
+    noisy = loss_of(believes_in_nothing("eps"), loss_space="x0", **settings)
+    plain = loss_of(believes_in_nothing("eps"), **settings)
+    assert (noisy / plain).tolist() == pytest.approx([(0.99 / 0.05) ** 2] * 4, rel=1e-4)
 
 
 @pytest.mark.parametrize("t", [0.02, 0.3, 0.9])
