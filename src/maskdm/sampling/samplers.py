@@ -79,11 +79,7 @@ def ddim(
         Clean patches, float (B, N, P).
     """
     scheduler = on_levels(DDIMScheduler, levels, clip_sample=False)
-    x = noise
-    for index in scheduler.timesteps.tolist():
-        x0 = denoise(x, levels[-1 - index].item())
-        x = scheduler.step(x0, index, x, eta=settings.eta, generator=generators).prev_sample
-    return x
+    return _follow(scheduler, denoise, noise, levels, eta=settings.eta, generator=generators)
 
 
 def ddpm(
@@ -91,35 +87,21 @@ def ddpm(
 ) -> Tensor:
     """Ancestral sampling from the posterior of each step (Ho et al. 2020, Eqs. 6 and 7)."""
     scheduler = on_levels(DDPMScheduler, levels, clip_sample=False)
-    x = noise
-    for index in scheduler.timesteps.tolist():
-        x0 = denoise(x, levels[-1 - index].item())
-        x = scheduler.step(x0, index, x, generator=generators).prev_sample
-    return x
+    return _follow(scheduler, denoise, noise, levels, generator=generators)
 
 
 def dpm_solver(
     denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
 ) -> Tensor:
     """DPM-Solver++ (2M): second order, one evaluation a step (Lu et al. 2022b, Algorithm 2)."""
-    scheduler = on_levels(DPMSolverMultistepScheduler, levels)
-    x = noise
-    for index in scheduler.timesteps.tolist():
-        x0 = denoise(x, levels[-1 - index].item())
-        x = scheduler.step(x0, index, x).prev_sample
-    return x
+    return _follow(on_levels(DPMSolverMultistepScheduler, levels), denoise, noise, levels)
 
 
 def unipc(
     denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
 ) -> Tensor:
     """UniPC: a predictor of second order with a corrector at no cost (Zhao et al. 2023)."""
-    scheduler = on_levels(UniPCMultistepScheduler, levels)
-    x = noise
-    for index in scheduler.timesteps.tolist():
-        x0 = denoise(x, levels[-1 - index].item())
-        x = scheduler.step(x0, index, x).prev_sample
-    return x
+    return _follow(on_levels(UniPCMultistepScheduler, levels), denoise, noise, levels)
 
 
 def heun(
@@ -198,6 +180,17 @@ SAMPLERS: dict[str, Callable[[Denoise, Tensor, Tensor, Sampling, list[Generator]
     "heun": heun,
     "euler-maruyama": euler_maruyama,
 }
+
+
+def _follow(
+    scheduler: Any, denoise: Denoise, noise: Tensor, levels: Tensor, **options: Any
+) -> Tensor:
+    """Steps through a scheduler's levels; `options` are of its `step`."""
+    x = noise
+    for index in scheduler.timesteps.tolist():
+        x0 = denoise(x, levels[-1 - index].item())
+        x = scheduler.step(x0, index, x, **options).prev_sample
+    return x
 
 
 def on_levels(kind: type[Any], levels: Tensor, **options: Any) -> Any:
