@@ -57,7 +57,8 @@ def test_a_run_leaves_previews_plot_model_and_the_next_command(run, capsys):
     assert pixels_of(run / "loss.png").shape[:2] == (540, 960)
     assert (run / "model" / "model_index.json").is_file()
     assert main(["train", str(run / "recipe.yaml"), "--out", str(run)]) == 0
-    assert f"maskdm sample {run}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"maskdm sample {run}" in text and "finished with step-00000011" in text
 
 
 def test_flags_win_over_the_file(recipe_file, tmp_path):

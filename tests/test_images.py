@@ -166,6 +166,34 @@ def test_center_crop_keeps_the_middle_square():
     assert halved.shape == (8, 8, 3) and halved.min() == 255
 
 
+@pytest.mark.parametrize(("crop", "box"), [("celeba", (25, 57, 128)), ("celeba140", (19, 39, 140))])
+def test_faces_are_cut_from_celebas_aligned_images(crop, box):
+    left, top, side = box
+    pixels = np.zeros((218, 178, 3), np.uint8)
+    pixels[top : top + side, left : left + side] = 255
+    data = Data(size=64, crop=crop)
+    assert (prepare_image(Image.fromarray(pixels), data) == 255).all()
+    outside = 255 - pixels  # a pixel more on any side would show
+    assert (prepare_image(Image.fromarray(outside), data) == 0).all()
+    if crop == "celeba":  # centred at x 89, y 121, halved by exact averages
+        ramp = np.arange(218 * 178).reshape(218, 178) % 251
+        image = Image.fromarray(ramp.astype(np.uint8))
+        middle = prepare_image(image, Data(size=64, channels=1, crop=crop))[32, 32, 0]
+        assert abs(int(middle) - ramp[121:123, 89:91].mean()) <= 1
+    with pytest.raises(
+        ValueError, match="aligned images of 178x218.*this one is 218x178: use crop"
+    ):
+        prepare_image(Image.fromarray(pixels.transpose(1, 0, 2)), data)
+
+
+def test_images_of_the_exact_size_are_taken_as_they_are():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    data = Data(size=16, crop="none")
+    assert np.array_equal(prepare_image(Image.fromarray(pixels), data), pixels)
+    with pytest.raises(ValueError, match="wants images of 16x16 pixels, and this one is 16x8"):
+        prepare_image(Image.fromarray(pixels[:8]), data)
+
+
 @pytest.mark.parametrize("size", [(5, 7), (64, 48), (1000, 3), (33, 33)])
 @pytest.mark.parametrize("crop", ["center", "resize"])
 def test_every_shape_is_brought_to_the_square(size, crop):

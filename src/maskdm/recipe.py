@@ -24,8 +24,9 @@ class Data(Settings):
     """Side of the square images, in pixels."""
     channels: Literal[1, 3] = 3
     """1 = grey, 3 = RGB; every image is converted."""
-    crop: Literal["center", "resize"] = "center"
-    """center: resize the shorter side, cut the middle; resize: squeeze the whole image."""
+    crop: Literal["center", "resize", "celeba", "celeba140", "none"] = "center"
+    """center: resize the shorter side, cut the middle; resize: squeeze the whole image; celeba,
+    celeba140: squares of 128 or 140 pixels of CelebA's aligned images; none: already that size."""
     flip: bool = False
     """Mirror each image left-right with probability 1/2."""
     on_bad: Literal["error", "skip"] = "error"

@@ -197,7 +197,45 @@ def squeeze(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
-CROPS = {"center": center_crop, "resize": squeeze}
+def celeba(image: Image.Image, size: int) -> Image.Image:
+    """The face in CelebA's aligned images: the 128-pixel square centred at x 89, y 121.
+
+    The preparation of the paper's lineage (Bao et al. 2022). Raises ValueError for other images.
+    """
+    return center_crop(_aligned(image).crop((89 - 64, 121 - 64, 89 + 64, 121 + 64)), size)
+
+
+def celeba140(image: Image.Image, size: int) -> Image.Image:
+    """The middle 140 pixels of CelebA's aligned images (Song et al. 2020b); else as `celeba`."""
+    return center_crop(_aligned(image).crop((19, 39, 159, 179)), size)
+
+
+def _aligned(image: Image.Image) -> Image.Image:
+    if image.size != (178, 218):
+        raise ValueError(
+            f"crops celeba and celeba140 are for CelebA's aligned images of 178x218 pixels, and "
+            f"this one is {image.width}x{image.height}: use crop center"
+        )
+    return image
+
+
+def exact(image: Image.Image, size: int) -> Image.Image:
+    """The image as it is. Raises ValueError where it isn't of that size."""
+    if image.size != (size, size):
+        raise ValueError(
+            f"crop none wants images of {size}x{size} pixels, and this one is "
+            f"{image.width}x{image.height}: use crop center or resize"
+        )
+    return image
+
+
+CROPS = {
+    "center": center_crop,
+    "resize": squeeze,
+    "celeba": celeba,
+    "celeba140": celeba140,
+    "none": exact,
+}
 
 
 def _remove_abandoned(folder: Path) -> None:

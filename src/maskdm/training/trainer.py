@@ -122,7 +122,8 @@ def train(
     checkpoint = _agreed_checkpoint(accelerator, folder, monitor)
     if checkpoint is not None:
         progress = load_checkpoint(checkpoint, model, average, optimizer)
-        monitor.say(f"continuing after {checkpoint.name}")
+        finished = progress.step == sum(stage.steps for stage in recipe.stages)
+        monitor.say(f"{'finished with' if finished else 'continuing after'} {checkpoint.name}")
     wrapped, stepper = accelerator.prepare(model, optimizer)
     if accelerator.scaler is not None and progress.scaler:
         accelerator.scaler.load_state_dict(progress.scaler)
