@@ -12,31 +12,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from maskdm.recipe_data import Data as Data
 from maskdm.settings import Settings
-
-
-class Data(Settings):
-    """Where the images come from and how they are prepared."""
-
-    source: str = "digits"
-    """A folder or a zip file of images (class folders give labels), or `digits`."""
-    size: int = Field(8, gt=0)
-    """Side of the square images, in pixels."""
-    channels: Literal[1, 3] = 3
-    """1 = grey, 3 = RGB; every image is converted."""
-    crop: Literal["center", "resize", "celeba", "celeba140", "none"] = "center"
-    """center: resize the shorter side, cut the middle; resize: squeeze the whole image; celeba,
-    celeba140: squares of 128 or 140 pixels of CelebA's aligned images; none: already that size."""
-    flip: bool = False
-    """Mirror each image left-right with probability 1/2."""
-    on_bad: Literal["error", "skip"] = "error"
-    """What an unreadable image does: stop the run, or be left out and listed."""
-    fraction: float = Field(1.0, gt=0, le=1)
-    """Part of the images that is trained on, drawn by subset_seed (evaluation uses all)."""
-    limit: int | None = Field(None, gt=0)
-    """At most so many of them; None = no limit."""
-    subset_seed: int = Field(0, ge=0)
-    """Names the draw of fraction and limit: the same images on every machine, for any seed."""
 
 
 class Model(Settings):
@@ -276,13 +253,15 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        size, patch = self.data.size, self.model.patch_size
-        if size % patch:
-            below, above = size // patch * patch, (size // patch + 1) * patch
-            ways_out = f"{below} or {above}" if below else f"{above}"
-            raise ValueError(
-                f"data.size {size} is not a multiple of model.patch_size {patch}: use {ways_out}"
-            )
+        patch = self.model.patch_size
+        for side in self.data.shape[:2]:
+            if side % patch:
+                below, above = side // patch * patch, (side // patch + 1) * patch
+                ways_out = f"{below} or {above}" if below else f"{above}"
+                raise ValueError(
+                    f"data.size {side} is not a multiple of model.patch_size {patch}: "
+                    f"use {ways_out}"
+                )
         asked = {self.diffusion_of(stage).schedule: self.preview_steps for stage in self.stages}
         last = self.final_diffusion.schedule
         asked[last] = max(asked[last], self.sampling.steps)
