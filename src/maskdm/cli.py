@@ -18,6 +18,7 @@ import maskdm
 from maskdm.commands.common import DONE, FAILED, WRONG_USAGE, changed, say_note
 from maskdm.commands.evaluate import evaluate
 from maskdm.commands.inpaint import inpaint
+from maskdm.commands.pack import pack
 from maskdm.commands.recipes import recipes
 from maskdm.commands.sample import sample
 from maskdm.commands.train import train
@@ -35,6 +36,7 @@ usage: maskdm COMMAND ...
 Train raw-pixel diffusion models cheaply: masked pre-training, then denoising fine-tuning.
 
   recipes [NAME]              list the packaged recipes, or print one
+  pack SOURCE OUT --size 64   decode images ahead of time, into a store
   train RECIPE --out RUN      run a recipe's stages; the same command again continues them
   sample RUN --out FILE       draw images: a grid (.png), an array (.npz), or a folder of PNGs
   inpaint RUN IMAGE --mask M  draw the missing parts of an image
@@ -48,11 +50,15 @@ Train raw-pixel diffusion models cheaply: masked pre-training, then denoising fi
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "recipes": recipes,
+    "pack": pack,
     "train": train,
     "sample": sample,
     "inpaint": inpaint,
     "evaluate": evaluate,
 }
+
+
+NEEDS_NO_RUN = ("recipes", "pack")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,7 +98,7 @@ def _run(name: str, arguments: list[str]) -> int:
     # The first argument decides which flags there are, and what they are by default.
     if name == "train":
         command = functools.partial(command, settings=_named_recipe(arguments))
-    elif name != "recipes":
+    elif name not in NEEDS_NO_RUN:
         command = functools.partial(command, settings=_named_run(name, arguments))
     with unchecked():
         call = tyro.cli(command, prog=f"maskdm {name}", args=arguments)

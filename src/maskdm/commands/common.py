@@ -18,6 +18,7 @@ DONE, FAILED, WRONG_USAGE, STOPPED = 0, 1, 2, 3  # exit codes
 # How arguments read in the help. Where None means "as the recipe says", the text says so.
 quiet = functools.partial(tyro.conf.arg, help_behavior_hint="")
 RecipeName = Annotated[str, tyro.conf.Positional, quiet(metavar="RECIPE")]
+Source = Annotated[str, tyro.conf.Positional, quiet(metavar="SOURCE")]
 Run = Annotated[str, tyro.conf.Positional, quiet(metavar="RUN")]
 OptionalInt = Annotated[int | None, quiet(metavar="INT")]
 SamplingFlags = Annotated[Sampling, tyro.conf.arg(name="")]

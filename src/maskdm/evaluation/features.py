@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from maskdm.images.store import Images
 from maskdm.recipe import Evaluation
 
-Features = Callable[[np.ndarray], np.ndarray]
+Features = Callable[[Images], np.ndarray]
 """uint8 images (N, H, W, C) -> float64 features (N, D)."""
 
 MAX_FIT = 10_000  # images that fix the components,
@@ -16,7 +17,7 @@ MAX_FIT_BYTES = 2**29  # or as many as these bytes of float32 pixels hold
 CHUNK = 2_000  # images turned into floats at a time
 
 
-def pca_features(reference: np.ndarray, settings: Evaluation) -> Features:
+def pca_features(reference: Images, settings: Evaluation) -> Features:
     """The leading principal components of the reference set's pixels.
 
     Needs no download and no GPU; sees layout and contrast, but no semantics. Components come
@@ -43,10 +44,10 @@ def pca_features(reference: np.ndarray, settings: Evaluation) -> Features:
         chosen = np.random.default_rng(0).choice(len(reference), num_fit, replace=False)
         reference = reference[np.sort(chosen)]
     scale = settings.pixel_max / 255
-    pixels = _flat(reference) * scale
+    pixels = _flat(reference[:]) * scale
     pca = PCA(settings.num_components, random_state=0).fit(pixels)
 
-    def features(images: np.ndarray) -> np.ndarray:
+    def features(images: Images) -> np.ndarray:
         parts = [
             pca.transform(_flat(images[start : start + CHUNK]) * scale)
             for start in range(0, len(images), CHUNK)
@@ -60,4 +61,4 @@ def _flat(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1).astype(np.float32)
 
 
-FEATURES: dict[str, Callable[[np.ndarray, Evaluation], Features]] = {"pca": pca_features}
+FEATURES: dict[str, Callable[[Images, Evaluation], Features]] = {"pca": pca_features}

@@ -1,118 +1,156 @@
-"""Any source of images behind one face: a sorted list of names, labels, and a reader."""
+"""Any source of images behind one face: items in a fixed order, not yet decoded."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import posixpath
-import zipfile
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import features
 
-IMAGE_SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+from maskdm.images.labels import Label, labels_of, listed_labels
+from maskdm.images.prepare import Content
+
+T = TypeVar("T")
+IMAGE_SUFFIXES = frozenset(
+    ".bmp .dib .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pcx .pgm .png .pnm .ppm .tga .tif .tiff "
+    ".webp".split()
+)
+if features.check("avif"):
+    IMAGE_SUFFIXES |= {".avif"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image as its source holds it.
+
+    Attributes:
+        name: path in the source, with "/" between its parts; used in messages and for classes.
+        content: what `prepare.open_image` decodes.
+        label: name or number of its class, where the source tells.
+    """
+
+    name: str
+    content: Content
+    label: Label = None
 
 
 class Source(ABC):
     """Images in a fixed order, the same on every machine.
 
     Attributes:
-        names: one name per image, sorted; used in messages.
-        labels: int64 (N,), or None where the source has no classes.
-        class_names: name of each label, sorted.
-        fingerprint: hexadecimal digest that changes when the images do.
+        kind: what it is, for people: `folder`, `zip archive`, ...
+        fingerprint: hexadecimal digest that changes when the images do; known before any is read.
+        num_images: how many there are, or None where only reading it through can tell.
+        class_names: names of class numbers, where the source gives numbers with names.
+        passed_over: how many files aren't images, by suffix.
     """
 
-    names: list[str]
-    labels: np.ndarray | None = None
-    class_names: list[str]
+    kind: str
     fingerprint: str
+    num_images: int | None = None
+    class_names: list[str] | None = None
+    passed_over: Counter[str]
+
+    def __init__(self) -> None:
+        self.passed_over = Counter()
 
     @abstractmethod
-    def read(self, index: int) -> Image.Image:
-        """Decodes an image; safe to call from several threads.
+    def items(self, part: tuple[int, int] = (0, 1)) -> Iterator[Item]:
+        """Gives the images in order, or those of part i of n (0 <= i < n): parts, joined, are all.
 
-        Raises an exception, of whatever kind its decoder raises, where it can't be decoded.
+        Raises ValueError where the source can't be read on, or not be cut in so many parts.
         """
 
 
 class DigitsSource(Source):
     """scikit-learn's 1,797 real handwritten digits: 8x8 grey, values 0-16 scaled to 0-255."""
 
+    kind = "scikit-learn's digits"
+
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
 
+        super().__init__()
         digits = load_digits()
         self._images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
-        self.names = [f"digit-{i:04d}" for i in range(len(self._images))]
-        self.labels = digits.target.astype(np.int64)
+        self._labels = digits.target
+        self.num_images = len(self._images)
         self.class_names = [str(name) for name in digits.target_names]
         self.fingerprint = hashlib.sha256(self._images.tobytes()).hexdigest()
 
-    def read(self, index: int) -> Image.Image:
-        return Image.fromarray(self._images[index])
+    def items(self, part: tuple[int, int] = (0, 1)) -> Iterator[Item]:
+        for i in piece(range(len(self._images)), part):
+            yield Item(f"digit-{i:04d}", self._images[i], int(self._labels[i]))
 
 
 class FolderSource(Source):
-    """All images below a folder. Class folders (root/class/x.png) give labels."""
+    """All images below a folder. Class folders (root/class/x.png) or a label file give labels."""
+
+    kind = "folder"
 
     def __init__(self, root: Path):
+        super().__init__()
         self._root = root
-        self.names = _images_among(_files_below(root), f"folder {root}")
-        self.labels, self.class_names = _labels_from_folders(self.names)
+        files = _files_below(root)
+        self._names = images_among(files, f"folder {root}", self.passed_over)
+        listed = listed_labels(files, lambda name: (root / name).read_text("utf-8"))
+        self._labels = labels_of(self._names, listed)
+        self.num_images = len(self._names)
         digest = hashlib.sha256()
-        for name in self.names:
-            path = root / name
-            state = path.stat() if path.exists() else None  # a dangling link: a bad image
-            facts = f"{state.st_size}\0{state.st_mtime_ns}" if state else "missing"
-            digest.update(os.fsencode(name) + f"\0{facts}\n".encode())
+        for name, label in zip(self._names, self._labels, strict=True):
+            digest.update(os.fsencode(f"{name}\0{label}") + file_state(root / name))
         self.fingerprint = digest.hexdigest()
 
-    def read(self, index: int) -> Image.Image:
-        with Image.open(self._root / self.names[index]) as image:
-            image.load()
-            return image
+    def items(self, part: tuple[int, int] = (0, 1)) -> Iterator[Item]:
+        for i in piece(range(len(self._names)), part):
+            yield Item(self._names[i], self._root / self._names[i], self._labels[i])
 
 
-class ZipSource(Source):
-    """All images in a zip archive. Class folders inside give labels."""
-
-    def __init__(self, path: Path):
-        self._archive = zipfile.ZipFile(path)
-        infos = {info.filename: info for info in self._archive.infolist() if not info.is_dir()}
-        self.names = _images_among(list(infos), f"zip {path}")
-        self.labels, self.class_names = _labels_from_folders(self.names)
-        digest = hashlib.sha256()
-        for name in self.names:
-            digest.update(f"{name}\0{infos[name].file_size}\0{infos[name].CRC}\n".encode())
-        self.fingerprint = digest.hexdigest()
-
-    def read(self, index: int) -> Image.Image:
-        with Image.open(io.BytesIO(self._archive.read(self.names[index]))) as image:
-            image.load()
-            return image
+def piece(sequence: Sequence[T], part: tuple[int, int]) -> Sequence[T]:
+    """Part i of n of a sequence: consecutive, as even as possible."""
+    number, count = part
+    return sequence[len(sequence) * number // count : len(sequence) * (number + 1) // count]
 
 
-def open_source(name: str) -> Source:
-    """Opens the source that the user named: `digits`, a folder, or a zip file.
+def file_state(path: Path) -> bytes:
+    """What tells whether a file has changed: its size and time of change."""
+    try:
+        state = path.stat()
+    except OSError:  # a dangling link: a bad image
+        return b"\0missing\n"
+    return f"\0{state.st_size}\0{state.st_mtime_ns}\n".encode()
 
-    Raises ValueError where there is none, or no image in it.
+
+def images_among(names: list[str], where: str, passed_over: Counter[str]) -> list[str]:
+    """The names that look like images, sorted; hidden files and Mac litter left out.
+
+    Counts the others, by suffix, in `passed_over`. Raises ValueError where there is no image.
     """
-    if name == "digits":
-        return DigitsSource()
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return FolderSource(path)
-    if path.is_file() and zipfile.is_zipfile(path):
-        return ZipSource(path)
-    if path.is_file():
-        raise ValueError(f"data.source {name} is a file, but not a zip: name a folder or a zip")
-    raise ValueError(
-        f"data.source {name} does not exist: name a folder or a zip of images, or digits"
-    )
+    images, others = [], Counter[str]()
+    for name in names:
+        suffix = posixpath.splitext(name)[1].lower()
+        if any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+            others["hidden"] += 1
+        elif suffix in IMAGE_SUFFIXES:
+            images.append(name)
+        else:
+            others[suffix or "no suffix"] += 1
+    passed_over.update(others)
+    if not images:
+        found = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(5))
+        raise ValueError(
+            f"no images in {where} ({f'other files: {found}' if found else 'it is empty'}): "
+            f"expected {' '.join(sorted(IMAGE_SUFFIXES))}"
+        )
+    return sorted(images)
 
 
 def _files_below(root: Path) -> list[str]:
@@ -131,34 +169,3 @@ def _files_below(root: Path) -> list[str]:
         seen.update(real[name] for name in subfolders)
         names += [Path(folder, file).relative_to(root).as_posix() for file in files]
     return names
-
-
-def _images_among(names: list[str], where: str) -> list[str]:
-    """The names that look like images, sorted; hidden files and Mac litter left out."""
-    images = sorted(
-        name
-        for name in names
-        if posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
-        and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-    )
-    if not images:
-        found = f"{len(names)} other files" if names else "it is empty"
-        raise ValueError(
-            f"no images in {where} ({found}): expected {' '.join(sorted(IMAGE_SUFFIXES))}"
-        )
-    return images
-
-
-def _labels_from_folders(names: list[str]) -> tuple[np.ndarray | None, list[str]]:
-    """Class numbers from folder names, sorted; None unless every image lies in a class folder.
-
-    Folders that all images share are no classes (an archive's top folder, say).
-    """
-    folders = [name.split("/")[:-1] for name in names]
-    depth = len(os.path.commonprefix(folders))
-    if any(len(folder) <= depth for folder in folders):
-        return None, []
-    classes = [folder[depth] for folder in folders]
-    class_names = sorted(set(classes))
-    number = {name: i for i, name in enumerate(class_names)}
-    return np.array([number[name] for name in classes], dtype=np.int64), class_names

@@ -1,34 +1,63 @@
 """A packed store of prepared uint8 images: built once, memory-mapped ever after.
 
-A store is a folder in the cache, named by a hash of all that determines its bytes:
-`images.bin` (uint8 N, H, W, C), `labels.npy` where there are classes, `manifest.json`.
-It is built beside its place and renamed into it, so it is whole or not there.
+A store is a folder: `images.bin` (uint8 N, H, W, C), `labels.npy` where there are classes,
+`manifest.json`. Those that training builds lie in the cache, named by a hash of all that
+determines their bytes; `maskdm pack` puts them where the user says, in parts if asked to.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import os
-import shutil
-import time
-import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from maskdm.images.source import Source, open_source
+from maskdm.images.build import FORMAT, build_store, number_groups
+from maskdm.images.known import crop_of
+from maskdm.images.open import open_source
+from maskdm.images.problems import refuse_bad
+from maskdm.images.source import Source
 from maskdm.recipe import Data
 
-FORMAT = 3  # goes into the name: raise it when the same settings would give other bytes
+PART = re.compile(r"part-(\d{5})-of-(\d{5})")
+
+
+class JoinedImages:
+    """The images of several parts as one array, read by slices or by index arrays.
+
+    Args:
+        parts: uint8 (n, H, W, C) each.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.shape = (int(self._ends[-1]), *parts[0].shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, where: int | slice | np.ndarray) -> np.ndarray:
+        """uint8 (n, H, W, C), or (H, W, C) of a single index."""
+        indices = np.arange(len(self))[where] if not isinstance(where, np.ndarray) else where
+        flat = np.atleast_1d(indices)
+        numbers = np.searchsorted(self._ends, flat, side="right")
+        images = np.empty((len(flat), *self.shape[1:]), np.uint8)
+        for number in np.unique(numbers):
+            chosen = numbers == number
+            begin = self._ends[number] - len(self._parts[number])
+            images[chosen] = self._parts[number][flat[chosen] - begin]
+        return images if indices.ndim else images[0]
+
+
+Images = np.ndarray | JoinedImages
 
 
 @dataclass(frozen=True)
@@ -36,13 +65,13 @@ class Store:
     """Prepared images, read by index.
 
     Attributes:
-        images: uint8 (N, H, W, C), memory-mapped, read only.
+        images: uint8 (N, H, W, C), memory-mapped; what is written into it stays in memory.
         labels: int64 (N,), or None.
-        manifest: source, fingerprint, shape, class names, names of images left out, and the
-            SHA-256 of images.bin.
+        manifest: source, kind, fingerprint, crop and other settings, shape, class names, images
+            left out and why, files passed over, the SHA-256 of images.bin.
     """
 
-    images: np.ndarray
+    images: Images
     labels: np.ndarray | None
     manifest: dict[str, Any]
 
@@ -60,190 +89,151 @@ def cache_dir() -> Path:
 def open_store(data: Data, progress: bool = True) -> Store:
     """Opens the store of these settings, building it first if it isn't there.
 
-    Raises ValueError for a source that is missing, empty or (unless told to skip) has an
-    unreadable image.
+    Raises ValueError for a source that is missing, empty or (by `on_bad`) has unreadable images,
+    for a packed store of other settings, and where the disk has no room.
+    """
+    packed = Path(data.source).expanduser()
+    if is_store(packed):
+        store = load_store(packed)
+        _refuse_other_settings(store, data)
+    else:
+        source = open_source(data.source)
+        folder = cache_dir() / f"store-{store_key(source, data)}"
+        build_store(source, data, folder, progress)
+        store = load_store(folder)
+    manifest = store.manifest
+    refuse_bad(data.source, manifest["left_out"], manifest["num_seen"], data.on_bad)
+    return store
+
+
+def pack(
+    data: Data, folder: Path, part: tuple[int, int] | None = None, progress: bool = True
+) -> Store:
+    """Builds a store, or one part of it, where the user wants it; an equal one is left as it is.
+
+    Args:
+        data: source, size, channels, crop and the rest.
+        folder: of the store; parts go into folders of their own in it.
+        part: i of n, 0 <= i < n: only this part of the source. The n parts may be built at the
+            same time by n processes, on as many machines.
+        progress: show a bar.
+
+    Raises ValueError as `open_store`, and where the folder holds anything else.
     """
     source = open_source(data.source)
-    folder = cache_dir() / f"store-{_key(source, data)}"
-    if not (folder / "manifest.json").is_file():
-        _build(source, data, folder, progress)
-    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    if (folder / "images.bin").stat().st_size != math.prod(manifest["shape"]):
-        raise ValueError(f"the image store {folder} is damaged: remove it, to have it built again")
-    images = np.memmap(folder / "images.bin", np.uint8, "r", shape=tuple(manifest["shape"]))
-    labels = np.load(folder / "labels.npy") if manifest["class_names"] else None
-    return Store(images, labels, manifest)
+    if part is not None:
+        folder = folder / f"part-{part[0]:05d}-of-{part[1]:05d}"
+    key = store_key(source, data, part)
+    if folder.exists() and not (folder / "manifest.json").is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists and is no store: name a new folder")
+    build_store(source, data, folder, progress, part or (0, 1), key)
+    store = _load(folder)  # raises ValueError for a damaged one
+    if store.manifest["key"] != key:
+        raise ValueError(
+            f"{folder} holds the store of another source, or of other settings: name a new folder"
+        )
+    return store
 
 
-def _key(source: Source, data: Data) -> str:
-    parts = [FORMAT, source.fingerprint, data.size, data.channels, data.crop, data.on_bad]
+def store_key(source: Source, data: Data, part: tuple[int, int] | None = None) -> str:
+    """Names a store by all that determines its bytes."""
+    how = [list(data.shape), crop_of(data), data.background, data.draft]
+    parts = [FORMAT, source.fingerprint, *how, part]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
-def _build(source: Source, data: Data, folder: Path, progress: bool) -> None:
-    """Decodes and prepares every image into a store at `folder`, atomically."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
-    building = folder.parent / f"building-{folder.name}-{uuid.uuid4().hex[:8]}"
-    building.mkdir()
-    try:
-        manifest = _write_images(source, data, building, progress)
-        (building / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
-        try:
-            building.rename(folder)
-        except OSError:  # another process was faster: its store has the same bytes
-            if not (folder / "manifest.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+def is_store(folder: Path) -> bool:
+    """Whether a folder holds a packed store, or parts of one."""
+    return folder.is_dir() and (
+        ((folder / "manifest.json").is_file() and (folder / "images.bin").is_file())
+        or any(PART.fullmatch(path.name) for path in folder.iterdir())
+    )
 
 
-def _write_images(source: Source, data: Data, building: Path, progress: bool) -> dict[str, Any]:
-    kept, skipped, digest = [], [], hashlib.sha256()
-    title = f"packing {data.source}"
-    with (building / "images.bin").open("wb") as file, ThreadPoolExecutor() as pool:
-        results = _map_in_order(pool, source, data)
-        hidden = None if progress else True  # None: hidden where no terminal shows it
-        bar = tqdm(results, title, len(source.names), disable=hidden, unit="img")
-        for index, result in enumerate(bar):
-            if isinstance(result, np.ndarray):
-                content = result.tobytes()
-                file.write(content)
-                digest.update(content)
-                kept.append(index)
-            elif data.on_bad == "skip":
-                skipped.append(source.names[index])
-            else:
-                raise ValueError(
-                    f"{data.source}: {source.names[index]} cannot be read as an image ({result}): "
-                    "mend or remove it, or leave such files out with --data.on-bad skip"
-                )
-        file.flush()
-        os.fsync(file.fileno())  # the rename that follows must not overtake the content
-    if not kept:
-        raise ValueError(f"{data.source}: none of its {len(skipped)} images can be read")
-    if source.labels is not None:
-        np.save(building / "labels.npy", source.labels[kept])
-    return {
-        "source": data.source,
-        "fingerprint": source.fingerprint,
-        "crop": data.crop,
-        "shape": [len(kept), data.size, data.size, data.channels],
-        "class_names": source.class_names,
-        "skipped": skipped,
-        "sha256": digest.hexdigest(),
+def load_store(folder: Path) -> Store:
+    """Opens a store, of one piece or of parts.
+
+    Raises ValueError where it is damaged, where a part is missing, or where parts don't belong
+    together.
+    """
+    if (folder / "manifest.json").is_file():
+        return _load(folder)
+    found = {path.name for path in folder.iterdir() if PART.fullmatch(path.name)}
+    match = PART.fullmatch(max(found))
+    assert match is not None
+    count = int(match[2])
+    wanted = [f"part-{i:05d}-of-{count:05d}" for i in range(count)]
+    missing = [
+        name
+        for name in wanted
+        if name not in found or not (folder / name / "manifest.json").is_file()
+    ]
+    if missing or len(found) != count:
+        lacking = f"lacks {', '.join(missing[:5])}" if missing else "holds parts of several stores"
+        raise ValueError(
+            f"the store {folder} {lacking}: pack what is missing, or into a new folder"
+        )
+    return _joined(folder, [_load(folder / name) for name in wanted])
+
+
+def _load(folder: Path) -> Store:
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"the image store {folder} is of another version: pack it again")
+    path, shape = folder / "images.bin", tuple(manifest["shape"])
+    if not path.is_file() or path.stat().st_size != math.prod(shape):
+        raise ValueError(f"the image store {folder} is damaged: remove it, to have it built again")
+    images = np.memmap(path, np.uint8, "c", shape=shape)  # "c": torch wants it writable
+    path = folder / "labels.npy"
+    labels = np.load(path) if path.is_file() else None
+    return Store(images, labels, manifest)
+
+
+def _joined(folder: Path, parts: list[Store]) -> Store:
+    """One store of parts: images in order, classes numbered over all of them."""
+    manifests = [part.manifest for part in parts]
+    same = ("fingerprint", "crop", "background", "draft", "kind")
+    first = manifests[0]
+    if any(
+        m[name] != first[name] or m["shape"][1:] != first["shape"][1:]
+        for m in manifests
+        for name in same
+    ):
+        raise ValueError(f"the parts in {folder} are of other sources or settings: pack them again")
+    groups = [(folder, label) for m in manifests for folder, label in m["groups"]]
+    before = np.cumsum([0] + [len(m["groups"]) for m in manifests[:-1]])
+    of_group = [part.labels + start for part, start in zip(parts, before, strict=True)]
+    labels, class_names = number_groups(groups, np.concatenate(of_group), first["class_names"])
+    digest = hashlib.sha256("".join(m["sha256"] for m in manifests).encode()).hexdigest()
+    passed_over: dict[str, int] = {}
+    for manifest in manifests:  # files of a folder or zip are counted by every part
+        for suffix, number in manifest["passed_over"].items():
+            passed_over[suffix] = max(number, passed_over.get(suffix, 0))
+    manifest = {
+        **first,
+        "shape": [sum(map(len, parts)), *first["shape"][1:]],
+        "num_seen": sum(m["num_seen"] for m in manifests),
+        "left_out": [entry for m in manifests for entry in m["left_out"]],
+        "passed_over": passed_over,
+        "class_names": class_names,
+        "sha256": digest,
     }
+    return Store(JoinedImages([np.asarray(part.images) for part in parts]), labels, manifest)
 
 
-def _map_in_order(
-    pool: ThreadPoolExecutor, source: Source, data: Data
-) -> Iterator[np.ndarray | str]:
-    """Prepares images on all cores, yields them in order, holds a bounded number at a time."""
-
-    def prepare(index: int) -> np.ndarray | str:
-        try:
-            return prepare_image(source.read(index), data)
-        except Exception as error:  # damaged files make decoders raise nearly anything
-            return " ".join(str(error).split()) or type(error).__name__
-
-    chunk = 256
-    for start in range(0, len(source.names), chunk):
-        stop = min(start + chunk, len(source.names))
-        yield from pool.map(prepare, range(start, stop))
-
-
-def prepare_image(image: Image.Image, data: Data) -> np.ndarray:
-    """Turns an image as its EXIF data say, converts, crops and resizes: uint8 (size, size, C)."""
-    image = to_eight_bits(ImageOps.exif_transpose(image))
-    image = CROPS[data.crop](image.convert("L" if data.channels == 1 else "RGB"), data.size)
-    return np.asarray(image, dtype=np.uint8).reshape(data.size, data.size, data.channels)
-
-
-def to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scales 16-bit grey to 8 bits, and lays transparent images on white.
-
-    Pillow's own conversion cuts 16-bit values at 255, and shows what transparency hides.
-    Raises ValueError for 32-bit and float images, whose range nothing tells.
-    """
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"images of mode {image.mode} (32 bits) have no known range")
-        return Image.fromarray(np.round(values / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        ground = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(ground, image.convert("RGBA"))
-    return image
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resizes the shorter side to `size` and cuts the middle square.
-
-    Large images are halved by box filter as often as possible first, then bicubic: the
-    preparation of ADM (Dhariwal & Nichol 2021), whose statistics many papers compare with.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    if min(image.size) != size:
-        scale = size / min(image.size)
-        width, height = round(image.width * scale), round(image.height * scale)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def squeeze(image: Image.Image, size: int) -> Image.Image:
-    """Resizes the whole image to a square, whatever its shape (bicubic, antialiased)."""
-    return image.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def celeba(image: Image.Image, size: int) -> Image.Image:
-    """The face in CelebA's aligned images: the 128-pixel square centred at x 89, y 121.
-
-    The preparation of the paper's lineage (Bao et al. 2022). Raises ValueError for other images.
-    """
-    return center_crop(_aligned(image).crop((89 - 64, 121 - 64, 89 + 64, 121 + 64)), size)
-
-
-def celeba140(image: Image.Image, size: int) -> Image.Image:
-    """The middle 140 pixels of CelebA's aligned images (Song et al. 2020b); else as `celeba`."""
-    return center_crop(_aligned(image).crop((19, 39, 159, 179)), size)
-
-
-def _aligned(image: Image.Image) -> Image.Image:
-    if image.size != (178, 218):
+def _refuse_other_settings(store: Store, data: Data) -> None:
+    """Raises ValueError for a packed store that isn't what the settings ask for."""
+    _, *shape = store.manifest["shape"]
+    if tuple(shape) != data.shape:
+        height, width, channels = shape
+        size = f"{height}" if height == width else f"{height} {width}"
         raise ValueError(
-            f"crops celeba and celeba140 are for CelebA's aligned images of 178x218 pixels, and "
-            f"this one is {image.width}x{image.height}: use crop center"
+            f"{data.source} holds images of {height}x{width}x{channels}, but the settings ask for "
+            f"{'x'.join(map(str, data.shape))}: use --data.size {size} --data.channels {channels}, "
+            "or pack again"
         )
-    return image
-
-
-def exact(image: Image.Image, size: int) -> Image.Image:
-    """The image as it is. Raises ValueError where it isn't of that size."""
-    if image.size != (size, size):
+    if data.crop not in ("auto", store.manifest["crop"]):
         raise ValueError(
-            f"crop none wants images of {size}x{size} pixels, and this one is "
-            f"{image.width}x{image.height}: use crop center or resize"
+            f"{data.source} was packed by crop {store.manifest['crop']}, but the settings ask for "
+            f"{data.crop}: use --data.crop auto, or pack again"
         )
-    return image
-
-
-CROPS = {
-    "center": center_crop,
-    "resize": squeeze,
-    "celeba": celeba,
-    "celeba140": celeba140,
-    "none": exact,
-}
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed builds of this store left behind (untouched for an hour)."""
-    for path in itertools.islice(folder.parent.glob(f"building-{folder.name}-*"), 100):
-        try:
-            changed = max(file.stat().st_mtime for file in [path, *path.iterdir()])
-        except FileNotFoundError:  # its process has just finished it
-            continue
-        if time.time() - changed > 3600:
-            shutil.rmtree(path, ignore_errors=True)

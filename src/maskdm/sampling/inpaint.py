@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Generator, Tensor
 
-from maskdm.images.store import prepare_image
+from maskdm.images.prepare import prepare_image
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Data, Sampling
 from maskdm.sampling.generate import generate_on_all_ranks

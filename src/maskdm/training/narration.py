@@ -30,8 +30,8 @@ def introduce(
     num, height, width, channels = store.images.shape
     num_used = len(training_subset(num, recipe.data))
     of = "" if num_used == num else f" of {num:,}"
-    skipped = len(store.manifest["skipped"])
-    left_out = f", {skipped} unreadable left out" if skipped else ""
+    num_bad = len(store.manifest["left_out"])
+    left_out = f", {num_bad} unreadable left out" if num_bad else ""
     params = sum(parameter.numel() for parameter in model.parameters())
     monitor.say(
         f"data    {num_used:,}{of} images {height}x{width}x{channels} from {recipe.data.source}"

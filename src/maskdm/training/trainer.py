@@ -8,15 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from maskdm.diffusion.schedule import schedule_of
 from maskdm.engine import make_accelerator
+from maskdm.images.feed import Feed
 from maskdm.images.order import ImageOrder, training_subset
-from maskdm.images.store import Store, open_store
+from maskdm.images.store import open_store
 from maskdm.masks import num_visible
 from maskdm.models.build import Backbone, build_model
 from maskdm.models.trained import TrainedModel
@@ -128,10 +128,20 @@ def train(
     if accelerator.scaler is not None and progress.scaler:
         accelerator.scaler.load_state_dict(progress.scaler)
     subset = training_subset(len(store), recipe.data)
-    order = ImageOrder(len(subset), recipe.seed)
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    feed = Feed(
+        store,
+        subset,
+        ImageOrder(len(subset), recipe.seed),
+        rank,
+        num_ranks,
+        accelerator.device,
+        recipe.data.resident,
+        with_labels=recipe.model.num_classes > 0,
+    )
+    monitor.say(f"feed    {feed.how}")
 
-    with stack, StopRequest() as stop, contextlib.closing(monitor):
+    with stack, StopRequest() as stop, contextlib.closing(monitor), contextlib.closing(feed):
         monitor.start(progress.step, progress.flops)
         while True:
             # Hand the weights over to the next stage, which begins with a fresh optimizer.
@@ -166,11 +176,7 @@ def train(
             while progress.stage_step < stage.steps:
                 # Fetch this rank's share of the batch.
                 with tick.waiting():
-                    share = subset[
-                        order.rank_indices(progress.images, stage.batch_size, rank, num_ranks)
-                    ]
-                    images = torch.from_numpy(store.images[share]).to(accelerator.device)
-                    labels = _labels(recipe, store, share, accelerator.device)
+                    images, labels = feed.next(progress.images, stage.batch_size)
 
                 # Hide patches and add noise; all of it depends on (seed, rank, step) alone.
                 batch = draw_batch(
@@ -205,7 +211,10 @@ def train(
                 if is_tick:
                     where = {"step": progress.step, "stage": stage.name}
                     how = {"lr": learning_rate(stage, progress.stage_step - 1), "hidden": hidden}
-                    monitor.log({**where, **tick.line(), **how})
+                    record = {**where, **tick.line(), **how}
+                    monitor.log(record)
+                    if note := feed.note_waiting(record["data_wait"]):
+                        monitor.say(f"  {note}")
                 if saving:
                     with tick.paused():
                         progress.scaler = (
@@ -265,13 +274,6 @@ def _agreed_checkpoint(accelerator: Accelerator, folder: Path, monitor: Monitor)
     if checkpoint is not None and not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is not there: all nodes need one shared disk for --out")
     return checkpoint
-
-
-def _labels(recipe: Recipe, store: Store, indices, device: torch.device) -> Tensor | None:  # type: ignore[no-untyped-def]
-    if not recipe.model.num_classes:
-        return None
-    assert store.labels is not None
-    return torch.from_numpy(store.labels[indices]).to(device)
 
 
 def _set_activation_checkpointing(model: Backbone, wanted: bool) -> None:

@@ -1,0 +1,111 @@
+"""Work on images, on all cores, in order, a bounded number at a time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+import numpy as np
+from loky import ProcessPoolExecutor
+from loky.process_executor import TerminatedWorkerError
+
+from maskdm.images.prepare import Content
+from maskdm.images.source import Item
+
+Result = TypeVar("Result")
+
+CHUNK_IMAGES = 64  # sent to a worker at once,
+CHUNK_BYTES = 2**22  # or fewer, where they are large before or after
+NUM_INLINE = 4  # so few chunks are done here: workers take half a second to start
+IDLE_SEC = 20  # after which workers without work, or without us, leave
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def map_chunks(
+    function: Callable[[Sequence[Content]], Result],
+    items: Iterator[Item],
+    result_bytes: int,
+    num_workers: int | None = None,
+) -> Generator[tuple[list[Item], Result]]:
+    """Applies a function to the contents of chunks of items, and yields the results in order.
+
+    Workers are processes: decoders hold Python's lock too often for threads, and one that crashes
+    doesn't take the run along.
+
+    Args:
+        function: known to a worker by its module and name, or a `functools.partial` of such.
+        items: the images; read here, as far ahead as workers need.
+        result_bytes: what an image makes of the result.
+        num_workers: None = one for each core.
+
+    Yields:
+        The items, their contents gone, with what the function made of them.
+
+    Raises:
+        ValueError: a decoder crashed.
+    """
+    chunks = _chunks(items, max(1, min(CHUNK_IMAGES, CHUNK_BYTES // max(1, result_bytes))))
+    first = list(itertools.islice(chunks, NUM_INLINE + 1))
+    chunks = itertools.chain(first, chunks)
+    num_workers = num_workers or num_cores()
+    if num_workers == 1 or len(first) <= NUM_INLINE:
+        for chunk in chunks:
+            yield _emptied(chunk), function([item.content for item in chunk])
+        return
+    pool = ProcessPoolExecutor(num_workers, timeout=IDLE_SEC)
+    pending: deque[tuple[list[Item], Future[Result]]] = deque()
+    try:
+        for chunk in chunks:
+            future = pool.submit(function, [item.content for item in chunk])
+            pending.append((_emptied(chunk), future))
+            if len(pending) > 2 * num_workers:
+                yield _finished(*pending.popleft())
+        while pending:
+            yield _finished(*pending.popleft())
+    finally:
+        pool.shutdown(wait=True, kill_workers=True)
+
+
+def _finished(chunk: list[Item], future: Future[Result]) -> tuple[list[Item], Result]:
+    try:
+        return chunk, future.result()
+    except TerminatedWorkerError:
+        raise ValueError(
+            f"a worker died (a decoder that crashed, or too little memory) on one of the images "
+            f"from {chunk[0].name} on: take the bad one out"
+        ) from None
+
+
+def _chunks(items: Iterator[Item], most: int) -> Iterator[list[Item]]:
+    """Items in lists of at most so many, and of no more bytes than a chunk should have."""
+    chunk: list[Item] = []
+    num_bytes = 0
+    for item in items:
+        chunk.append(item)
+        num_bytes += _num_bytes(item.content)
+        if len(chunk) >= most or num_bytes >= CHUNK_BYTES:
+            yield chunk
+            chunk, num_bytes = [], 0
+    if chunk:
+        yield chunk
+
+
+def _num_bytes(content: Content) -> int:
+    if isinstance(content, np.ndarray):
+        return content.nbytes
+    return len(content) if isinstance(content, bytes) else 0
+
+
+def _emptied(chunk: list[Item]) -> list[Item]:
+    """Items without their contents, which may be large."""
+    return [Item(item.name, b"", item.label) for item in chunk]
