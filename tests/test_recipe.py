@@ -13,7 +13,7 @@ from maskdm.diffusion.prediction import PREDICTIONS
 from maskdm.diffusion.schedule import SCHEDULES
 from maskdm.diffusion.times import TIME_SAMPLING
 from maskdm.evaluation.features import FEATURES
-from maskdm.images.store import CROPS
+from maskdm.images.prepare import CROPS
 from maskdm.masks import MASKS
 from maskdm.models.adapters import NETWORKS
 from maskdm.models.build import build_model
@@ -137,7 +137,7 @@ def test_differences_name_each_setting_with_both_values(tiny, changed):
 @pytest.mark.parametrize(
     ("group", "field", "known"),
     [
-        (recipes.Data, "crop", set(CROPS)),
+        (recipes.Data, "crop", {"auto", *CROPS}),
         (recipes.Diffusion, "schedule", set(SCHEDULES)),
         (recipes.Diffusion, "prediction", set(PREDICTIONS)),
         (recipes.Diffusion, "loss_space", {"same", *PREDICTIONS}),

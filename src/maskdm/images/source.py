@@ -135,7 +135,7 @@ def images_among(names: list[str], where: str, passed_over: Counter[str]) -> lis
     Counts the others, by suffix, in `passed_over`. Raises ValueError where there is no image.
     """
     images, others = [], Counter[str]()
-    for name in names:
+    for name in sorted(names):
         suffix = posixpath.splitext(name)[1].lower()
         if any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
             others["hidden"] += 1
@@ -150,7 +150,7 @@ def images_among(names: list[str], where: str, passed_over: Counter[str]) -> lis
             f"no images in {where} ({f'other files: {found}' if found else 'it is empty'}): "
             f"expected {' '.join(sorted(IMAGE_SUFFIXES))}"
         )
-    return sorted(images)
+    return images
 
 
 def _files_below(root: Path) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
@@ -21,7 +23,7 @@ Result = TypeVar("Result")
 CHUNK_IMAGES = 64  # sent to a worker at once,
 CHUNK_BYTES = 2**22  # or fewer, where they are large before or after
 NUM_INLINE = 4  # so few chunks are done here: workers take half a second to start
-IDLE_SEC = 20  # after which workers without work, or without us, leave
+WATCH_SEC = 0.5  # between two looks of a worker at whether we are still there
 
 
 def num_cores() -> int:
@@ -62,7 +64,7 @@ def map_chunks(
         for chunk in chunks:
             yield _emptied(chunk), function([item.content for item in chunk])
         return
-    pool = ProcessPoolExecutor(num_workers, timeout=IDLE_SEC)
+    pool = ProcessPoolExecutor(num_workers, initializer=_leave_with, initargs=(os.getpid(),))
     pending: deque[tuple[list[Item], Future[Result]]] = deque()
     try:
         for chunk in chunks:
@@ -74,6 +76,17 @@ def map_chunks(
             yield _finished(*pending.popleft())
     finally:
         pool.shutdown(wait=True, kill_workers=True)
+
+
+def _leave_with(parent: int) -> None:
+    """Makes a worker leave when its parent has died: a killed parent can't send it home."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_SEC)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _finished(chunk: list[Item], future: Future[Result]) -> tuple[list[Item], Result]:

@@ -1,0 +1,500 @@
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.server
+import io
+import json
+import os
+import shutil
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from maskdm.images.open import open_source
+from maskdm.images.prepare import open_image
+from maskdm.images.store import open_store
+from maskdm.recipe import Data
+
+NAMES = ["cat/a.png", "cat/b.png", "cat/c.PNG", "dog/a.jpg", "dog/b.png", "dog/c.png"]
+
+
+def opened(source: Path | str, **data: object):
+    return open_store(Data(source=str(source), **{"size": 8, **data}), progress=False)
+
+
+def zipped(folder: Path, prefix: str = "") -> Path:
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in folder.rglob("*"):
+            if file.is_file():
+                archive.write(file, prefix + file.relative_to(folder).as_posix())
+    return path
+
+
+def tarred(folder: Path, mode: str = "w", suffix: str = ".tar") -> Path:
+    path = folder.with_suffix(suffix)
+    with tarfile.open(path, mode) as archive:
+        for name in sorted(file for file in folder.rglob("*") if file.is_file()):
+            archive.add(name, name.relative_to(folder).as_posix())
+    return path
+
+
+def png(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def shown(store) -> list[int]:
+    """The grey levels of a store of flat images."""
+    return store.images[:][:, 0, 0, 0].tolist()
+
+
+def test_digits_are_scikit_learns_with_0_to_16_spread_over_0_to_255():
+    store, digits = opened("digits", channels=1), load_digits()
+    assert store.images.shape == (1797, 8, 8, 1) and store.images.dtype == np.uint8
+    assert np.array_equal(np.round(store.images[..., 0] * (16 / 255)), digits.images)
+    assert np.array_equal(store.labels, digits.target)
+
+
+def test_a_folder_its_zip_and_its_tars_give_the_same_images_in_the_same_order(image_folder):
+    folder = opened(image_folder)
+    assert [item.name for item in open_source(str(image_folder)).items()] == NAMES
+    assert folder.manifest["passed_over"] == {".txt": 1, "hidden": 2}
+    archives = [
+        zipped(image_folder),
+        tarred(image_folder),
+        tarred(image_folder, "w:gz", ".tar.gz"),
+        tarred(image_folder, "w:xz", ".tar.xz"),
+    ]
+    for path in archives:
+        assert [item.name for item in open_source(str(path)).items()] == NAMES
+        store = opened(path)
+        assert np.array_equal(store.images, folder.images)
+        assert store.labels.tolist() == folder.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert store.manifest["class_names"] == folder.manifest["class_names"] == ["cat", "dog"]
+        assert store.manifest["passed_over"] == folder.manifest["passed_over"]
+
+
+def test_folders_that_all_images_share_are_no_classes(image_folder):
+    store = opened(zipped(image_folder, "top/train/"))
+    assert store.manifest["class_names"] == ["cat", "dog"]
+    flat = opened(image_folder / "cat")
+    assert flat.labels is None and flat.manifest["class_names"] == []
+
+
+def test_images_beside_class_folders_mean_no_labels(image_folder):
+    shutil.copy(image_folder / "cat" / "a.png", image_folder / "stray.png")
+    store = opened(image_folder)
+    assert store.labels is None and store.manifest["class_names"] == []
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_label_files_come_before_folders(image_folder, packed):
+    def source() -> Path:
+        return zipped(image_folder) if packed else image_folder
+
+    lines = [{"file_name": name, "label": name[4]} for name in NAMES]
+    (image_folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    store = opened(source())
+    assert store.manifest["class_names"] == ["a", "b", "c"]
+    assert store.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    (image_folder / "metadata.jsonl").unlink()
+
+    below = [{"file_name": name[4:], "label": "low"} for name in NAMES[:3]]  # relative to itself
+    (image_folder / "cat" / "metadata.jsonl").write_text("\n".join(map(json.dumps, below)))
+    assert opened(source()).labels is None  # the dogs have none
+    (image_folder / "cat" / "metadata.jsonl").unlink()
+
+    numbers = {"labels": [[name, 5 - i] for i, name in enumerate(NAMES)]}
+    (image_folder / "dataset.json").write_text(json.dumps(numbers))
+    store = opened(source())
+    assert store.labels.tolist() == [5, 4, 3, 2, 1, 0]
+    assert store.manifest["class_names"] == ["0", "1", "2", "3", "4", "5"]
+
+    (image_folder / "dataset.json").write_text('{"labels": null}')
+    assert opened(source()).manifest["class_names"] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metadata.jsonl", '{"name": "a.png"}', "'file_name' is missing; expected lines like"),
+        ("metadata.jsonl", '{"file_name": "a.png", "label": [1]}', "neither a name nor a number"),
+        ("metadata.jsonl", "no json", "metadata.jsonl: Expecting value"),
+        ("dataset.json", '{"labels": [["cat/a.png"]]}', "dataset.json: not enough values"),
+        ("dataset.json", "[]", r'expected \{"labels": \[\["x.png", 0\]'),
+    ],
+)
+def test_label_files_of_another_form_are_refused(image_folder, name, text, message):
+    (image_folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        opened(image_folder)
+
+
+def test_class_numbers_must_be_class_numbers(image_folder):
+    for number, message in ((-1, "labels go from -1 to 0"), (10**9, "labels go from 0 to 10000")):
+        labels = [[name, 0] for name in NAMES[1:]] + [[NAMES[0], number]]
+        (image_folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+        with pytest.raises(ValueError, match=message):
+            opened(image_folder)
+
+
+def test_links_are_followed_once_and_dangling_ones_are_unreadable_images(image_folder, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "cats").symlink_to(image_folder / "cat")
+    (linked / "loop").symlink_to(linked)
+    (linked / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (linked / "round.png").symlink_to(linked / "round.png")
+    os.mkfifo(linked / "pipe.png")  # would be waited for, for ever
+    store = opened(linked, on_bad="skip")
+    assert len(store) == 3
+    assert store.manifest["left_out"] == [
+        ["gone.png", "no such file or directory"],
+        ["pipe.png", "not a regular file"],
+        ["round.png", "too many levels of symbolic links"],
+    ]
+
+
+@contextlib.contextmanager
+def without_rights(*folders: Path):
+    """As a user who may read no more than the files' modes say, where the tests run as root."""
+    if os.geteuid():
+        yield
+        return
+    for folder in folders:
+        for path in (folder, *folder.parents):
+            path.chmod(path.stat().st_mode | 0o055)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_what_may_not_be_read_is_told(tmp_path, monkeypatch):
+    folder, cache = tmp_path / "images", tmp_path / "cache"
+    for path in (folder, cache):
+        path.mkdir()
+        path.chmod(0o777)
+    monkeypatch.setenv("MASKDM_CACHE", str(cache))
+    for i in range(2):
+        (folder / f"{i}.png").write_bytes(png(i))
+    (folder / "1.png").chmod(0)
+    with without_rights(folder):
+        store = opened(folder, on_bad="skip")
+    assert shown(store) == [0] and store.manifest["left_out"] == [["1.png", "permission denied"]]
+    (folder / "closed").mkdir(mode=0)
+    with (
+        pytest.raises(ValueError, match="cannot read folder .*closed: Permission denied"),
+        without_rights(folder),
+    ):
+        opened(folder, on_bad="skip")
+
+
+def test_names_may_hold_any_bytes(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    names = ["ä ö.png", "日本語.png", "a\nb.png", "🙂.png", os.fsdecode(b"\xff\xfe.png")]
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(png(i))
+    (folder / os.fsdecode(b"bad\xff.png")).write_text("no image")
+    store = opened(folder, on_bad="skip")
+    assert sorted(shown(store)) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"bad\\udcff.png \(not an image\)") as caught:
+        opened(folder, on_bad="error")
+    str(caught.value).encode("utf-8")  # can be printed anywhere
+
+
+def test_shards_are_read_in_order_with_their_labels(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / ".DS_Store").write_bytes(b"litter")
+    for shard in range(3):
+        files = {}
+        for i in range(2):
+            key = f"{shard:03d}{i}"
+            files |= {f"{key}.cls": str(1 - i).encode(), f"{key}.png": png(10 * shard + i)}
+            files |= {f"{key}.mask.png": png(200), f"{key}.txt": b"caption"}
+        write_tar(folder / f"train-{shard:02d}.tar", files)
+    order, labels = [0, 1, 10, 11, 20, 21], [1, 0, 1, 0, 1, 0]
+    for name in (folder, f"{folder}/train-*.tar", f"{folder}/train-{{00..02}}.tar"):
+        store = opened(name)
+        assert shown(store) == order and store.labels.tolist() == labels
+    assert shown(opened(f"{folder}/train-{{00,02}}.tar")) == [0, 1, 20, 21]
+    with pytest.raises(ValueError, match=r"there is no file .*train-03.tar"):
+        opened(f"{folder}/train-{{00..03}}.tar")
+    with pytest.raises(ValueError, match=r"no\*.tar: there is no file"):
+        opened(f"{folder}/no*.tar")
+
+
+def test_labels_in_samples_are_names_numbers_or_json(tmp_path):
+    files = {"a.png": png(1), "a.json": b'{"label": "zebra"}', "b.json": b'{"label": "ape"}'}
+    store = opened(write_tar(tmp_path / "named.tar", {**files, "b.png": png(2)}))
+    assert store.labels.tolist() == [1, 0] and store.manifest["class_names"] == ["ape", "zebra"]
+    plain = write_tar(tmp_path / "plain.tar", {"x/a.one.png": png(1), "x/a.two.png": png(2)})
+    assert shown(opened(plain)) == [1, 2]
+    with pytest.raises(ValueError, match=r"b.json is no label"):
+        opened(write_tar(tmp_path / "bad.tar", {"b.png": png(1), "b.json": b"{"}))
+
+
+@contextlib.contextmanager
+def served(folder: Path):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            return
+
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_shards_at_urls_are_read_without_a_copy(tmp_path):
+    for i in range(2):
+        write_tar(tmp_path / f"s-{i}.tar", {f"{i}.png": png(i), f"{i}.cls": b"7"})
+    with served(tmp_path) as url:
+        store = opened(url + "/s-{0..1}.tar")
+        assert shown(store) == [0, 1] and store.labels.tolist() == [7, 7]
+        with pytest.raises(ValueError, match="can't be reached: .*s-2.tar"):
+            opened(url + "/s-{0..2}.tar")
+    with pytest.raises(ValueError, match="nosuch://x.tar.*[Pp]rotocol"):
+        opened("nosuch://x.tar")
+
+
+@pytest.mark.parametrize("keys", [("arr_0", "arr_1"), ("images", "labels"), ("x", "y")])
+def test_arrays_as_samplers_write_them(tmp_path, keys):
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", **dict(zip(keys, (images, np.arange(5)), strict=True)))
+    np.savez_compressed(tmp_path / "b.npz", **{keys[0]: images})
+    np.save(tmp_path / "c.npy", images)
+    stores = [opened(tmp_path / name, crop="none") for name in ("a.npz", "b.npz", "c.npy")]
+    assert all(np.array_equal(store.images, images) for store in stores)
+    assert stores[0].labels.tolist() == [0, 1, 2, 3, 4]
+    assert stores[1].labels is None
+
+
+def test_arrays_of_every_number_of_channels(tmp_path):
+    generator = np.random.default_rng(0)
+    for channels in (1, 2, 3, 4):
+        images = generator.integers(0, 256, (3, 8, 8, channels), dtype=np.uint8)
+        if channels in (2, 4):
+            images[..., -1] = 255
+        np.save(tmp_path / f"{channels}.npy", images)
+        store = opened(tmp_path / f"{channels}.npy", channels=channels, crop="none")
+        assert np.array_equal(store.images, images)
+    deep = generator.integers(0, 65536, (3, 8, 8), dtype=np.uint16)
+    np.save(tmp_path / "deep.npy", deep)
+    store = opened(tmp_path / "deep.npy", channels=1, crop="none")
+    assert np.array_equal(store.images[..., 0], np.round(deep / 257))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 8, 8, 3), np.float32), "its type is float32: save uint8"),
+        (np.zeros((2, 3, 8, 8), np.uint8), r"is \(N, C, H, W\): transpose it"),
+        (np.zeros((8, 8), np.uint8), r"its shape is \(8, 8\)"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "it is empty"),
+        (np.zeros((2, 8, 8, 3), np.uint16), "16-bit images must be grey"),
+        (np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8)), "Fortran order"),
+        (np.array([{}, {}]), "its type is object"),
+    ],
+)
+def test_other_arrays_are_refused(tmp_path, array, message):
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    np.savez(tmp_path / "b.npz", arr_0=array, allow_pickle=True)
+    for name in ("a.npy", "b.npz"):
+        with pytest.raises(ValueError, match=f"{name} is no array of images: .*{message}"):
+            opened(tmp_path / name)
+
+
+def test_arrays_that_are_none_or_end_early_are_refused(tmp_path):
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "keys.npz", pictures=images)
+    np.savez(tmp_path / "labels.npz", arr_0=images, arr_1=np.zeros(3, np.int64))
+    np.save(tmp_path / "short.npy", images)
+    content = (tmp_path / "short.npy").read_bytes()
+    (tmp_path / "short.npy").write_bytes(content[:-100])
+    (tmp_path / "text.npy").write_text("text")
+    (tmp_path / "text.npz").write_text("text")
+    for name, message in (
+        ("keys.npz", "it has no arr_0, images, x among pictures"),
+        ("labels.npz", r"its labels are int64 \(3,\), not whole numbers \(4,\)"),
+        ("short.npy", "ends early"),
+        ("text.npy", "is no array of images"),
+        ("text.npz", "is no array of images"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} {message}|{name} is no array.*{message}"):
+            opened(tmp_path / name)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """Hugging Face's library, with a cache of its own and no network."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    return datasets
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+def test_hugging_face_data_sets_of_a_folder(image_folder, tmp_path, offline):
+    folder = opened(image_folder)
+    (image_folder / "cat" / "._a.png").unlink()  # which they take for an image
+    streamed = opened(f"hf:{image_folder}")
+    assert np.array_equal(streamed.images[:], folder.images)
+    assert streamed.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert streamed.manifest["class_names"] == ["cat", "dog"]
+
+    loaded = offline.load_dataset(str(image_folder), split="train")
+    loaded.to_parquet(tmp_path / "parquet" / "test-0.parquet")
+    loaded.save_to_disk(tmp_path / "saved")
+    offline.DatasetDict(test=loaded).save_to_disk(tmp_path / "splits")
+    for name in (f"hf:{tmp_path}/parquet:test", f"hf:{tmp_path}/saved", f"{tmp_path}/saved",
+                 f"hf:{tmp_path}/splits:test"):  # fmt: skip
+        store = opened(name)
+        assert np.array_equal(store.images, streamed.images)
+        assert store.manifest["class_names"] == ["cat", "dog"]
+    with pytest.raises(ValueError, match="it has no split train: there is test"):
+        opened(f"hf:{tmp_path}/splits")
+    with pytest.raises(ValueError, match=r"Bad split: nope. Available splits: \['test'\]"):
+        opened(f"hf:{tmp_path}/parquet:nope")
+    with pytest.raises(ValueError, match=r"nobody/nothing can't be opened: .*nobody/nothing"):
+        opened("hf:nobody/nothing")
+    with pytest.raises(ValueError, match="expected hf:NAME"):
+        opened("hf:a:b:c:d")
+    numbers = offline.Dataset.from_dict({"number": [1, 2]})
+    numbers.save_to_disk(tmp_path / "numbers")
+    with pytest.raises(ValueError, match="has no images among number"):
+        opened(tmp_path / "numbers")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+def test_a_changed_data_set_is_another(image_folder, offline):
+    (image_folder / "cat" / "._a.png").unlink()
+    before = opened(f"hf:{image_folder}")
+    (image_folder / "dog" / "b.png").write_bytes(png(5))
+    os.utime(image_folder / "dog" / "b.png", (1, 1))
+    after = opened(f"hf:{image_folder}")
+    assert before.manifest["fingerprint"] != after.manifest["fingerprint"]
+    assert (after.images[4] == 5).all()
+
+
+def test_sources_without_images_are_refused(tmp_path):
+    def refused(source: Path, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            opened(source, on_bad="skip")
+
+    refused(tmp_path / "nowhere", "does not exist: name a folder, zip, tar, .npz or .npy")
+    refused(tmp_path, r"no images in folder .*it is empty")
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.heic").write_text("x")
+    refused(tmp_path, r"no images in folder .*other files: 1 .txt, 1 .heic")
+    refused(tmp_path / "a.txt", "is a file, but no zip, tar")
+    refused(write_tar(tmp_path / "c.tar", {"a.txt": b"x"}), "no images in .*c.tar")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    (tmp_path / "e.png").write_bytes(b"")
+    refused(tmp_path, r"none of its 2 images can be read: b.png \(not an image\), e.png")
+
+
+def test_known_sets_say_where_they_are_to_be_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASKDM_DATA", str(tmp_path))
+    with pytest.raises(ValueError) as caught:
+        opened("celeba")
+    message = str(caught.value)
+    assert "mmlab.ie.cuhk.edu.hk" in message and f"not at {tmp_path}/celeba" in message
+    assert "202,599 images" in message and "--data.source FOLDER" in message
+    pixels = np.zeros((218, 178, 3), np.uint8)
+    pixels[121 - 64 : 121 + 64, 89 - 64 : 89 + 64] = 255
+    with zipfile.ZipFile(tmp_path / "celeba.zip", "w") as archive:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        archive.writestr("img_align_celeba/000001.png", file.getvalue())
+    store = opened("celeba", size=64)
+    assert store.manifest["crop"] == "celeba" and (store.images[:] == 255).all()
+    assert (opened("celeba", size=64, crop="center").images[:] == 0).any()
+
+
+@pytest.mark.parametrize("cut", [0.2, 0.5, 0.7])
+def test_archives_that_end_early_are_refused(image_folder, cut):
+    for path in (zipped(image_folder), tarred(image_folder), tarred(image_folder, "w:gz", ".tgz")):
+        content = path.read_bytes()
+        path.write_bytes(content[: int(cut * len(content))])
+        with pytest.raises(ValueError, match="is damaged or ends early"):
+            opened(path, on_bad="skip")
+
+
+def test_a_tar_cut_between_two_files_is_refused(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"a.png": png(1), "b.png": png(2)})
+    with tarfile.open(path) as archive:
+        start = archive.getmembers()[1].offset
+    path.write_bytes(path.read_bytes()[:start])
+    with pytest.raises(ValueError, match=r"ends early, after [01] images: empty header"):
+        opened(path)
+
+
+def test_nothing_is_written_outside_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
+    files = {"../../up.png": png(1), "/abs.png": png(2), "ok/../../x.png": png(3), "a.png": png(4)}
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    write_tar(tmp_path / "evil.tar", files)
+    before = {path for path in tmp_path.parent.rglob("*") if "cache" not in path.parts}
+    for name in ("evil.zip", "evil.tar"):
+        store = opened(tmp_path / name)
+        assert set(shown(store)) <= {1, 2, 3, 4} and 4 in shown(store)
+    after = {path for path in tmp_path.parent.rglob("*") if "cache" not in path.parts}
+    assert after - before <= {tmp_path / "cache"} | set((tmp_path / "cache").rglob("*"))
+    assert not Path("/abs.png").exists()
+
+
+def test_files_that_unpack_to_too_much_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("maskdm.images.archives.MAX_FILE_BYTES", 10_000)
+    files = {"a.png": png(1), "bomb.png": bytes(20_000)}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    write_tar(tmp_path / "a.tar", files)
+    for name in ("a.zip", "a.tar"):
+        store = opened(tmp_path / name, on_bad="skip")
+        bomb = ["bomb.png", "decompression bomb: 20,000 bytes unpacked"]
+        assert shown(store) == [1] and store.manifest["left_out"] == [bomb]
+
+
+def test_a_damaged_file_in_a_zip_is_a_bad_image(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", png(1))
+        archive.writestr("b.png", png(2))
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    content[content.find(png(2)) + 50] ^= 255
+    (tmp_path / "a.zip").write_bytes(content)
+    store = opened(tmp_path / "a.zip", on_bad="skip")
+    assert shown(store) == [1] and "Bad CRC-32" in store.manifest["left_out"][0][1]
+
+
+def test_items_hold_what_can_be_decoded(image_folder):
+    (item, *_) = open_source(str(zipped(image_folder))).items()
+    assert open_image(item.content).size == (8, 8)

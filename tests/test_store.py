@@ -1,0 +1,378 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskdm import cli
+from maskdm.images import build, open, store, workers
+from maskdm.images.store import cache_dir, open_store, pack
+from maskdm.recipe import Data
+
+
+def opened(source: Path | str, **data: object):
+    return open_store(Data(source=str(source), **{"size": 8, **data}), progress=False)
+
+
+def stores() -> set[Path]:
+    return set(cache_dir().glob("store-*"))
+
+
+def textures(folder: Path, num: int, size: int = 8) -> Path:
+    """A folder of so many random images in two classes."""
+    generator = np.random.default_rng(0)
+    for i in range(num):
+        path = folder / "ab"[i % 2] / f"{i:05d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_store_is_built_once_and_again_when_the_source_changes(image_folder, own_cache):
+    before = opened(image_folder)
+    assert np.array_equal(opened(image_folder).images, before.images)
+    assert len(stores()) == 1
+    (image_folder / "dog" / "b.png").unlink()
+    after = opened(image_folder)
+    assert len(after) == 5 and len(before) == 6 and len(stores()) == 2
+    os.utime(image_folder / "cat" / "a.png", (1, 1))
+    assert np.array_equal(opened(image_folder).images, after.images)
+    assert len(stores()) == 3
+    (image_folder / "metadata.jsonl").write_text('{"file_name": "cat/a.png", "label": "x"}')
+    assert opened(image_folder).labels is None
+    assert {path.name[:6] for path in own_cache.iterdir()} == {"store-"}  # no lock, no litter
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"size": 4}, {"size": (8, 4)}, {"channels": 1}, {"crop": "resize"}, {"background": "red"},
+     {"draft": False}],
+)  # fmt: skip
+def test_other_settings_make_another_store(image_folder, own_cache, other):
+    opened(image_folder)
+    opened(image_folder, flip=True, on_bad="skip", fraction=0.5, resident="on")  # the same
+    assert len(stores()) == 1
+    assert opened(image_folder, **other).images.shape[1:] == Data(**{"size": 8, **other}).shape
+    assert len(stores()) == 2
+
+
+def test_the_manifest_tells_all_about_the_images(image_folder):
+    (image_folder / "dog" / "z.png").write_text("no image")
+    made = opened(image_folder, on_bad="skip", size=(8, 12), channels=1)
+    folder = max(stores(), key=lambda path: path.stat().st_mtime)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest == made.manifest
+    content = (folder / "images.bin").read_bytes()
+    assert content == made.images.tobytes()
+    expected = {
+        "source": str(image_folder),
+        "kind": "folder",
+        "shape": [6, 8, 12, 1],
+        "crop": "center",
+        "class_names": ["cat", "dog"],
+        "num_seen": 7,
+        "left_out": [["dog/z.png", "not an image"]],
+        "passed_over": {".txt": 1, "hidden": 2},
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    assert expected.items() <= manifest.items()
+
+
+def test_bad_images_are_left_out_up_to_one_in_a_hundred(tmp_path, own_cache):
+    folder = textures(tmp_path / "images", 199)
+    (folder / "a" / "00000.png").write_text("no image")  # 1 of 199
+    made = opened(folder)
+    assert len(made) == 198 and made.labels.tolist()[:2] == [0, 0]
+    with pytest.raises(ValueError, match=r"1 of 199 .* a/00000.png \(not an image\)\. Mend"):
+        opened(folder, on_bad="error")  # also of the store that is there
+    (folder / "b" / "00001.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"2 or more of 199 .*maskdm check\), or .*on-bad skip"):
+        opened(folder)
+    made = opened(folder, on_bad="skip")
+    assert len(made) == 197 and len(made.manifest["left_out"]) == 2
+    with pytest.raises(ValueError, match="2 of 199 images cannot be read"):
+        opened(folder)  # the store that skip has built helps no one else
+    assert len(made.labels) == 197
+
+
+def test_all_images_bad_is_an_error_always(tmp_path):
+    (tmp_path / "a.png").write_text("x")
+    with pytest.raises(ValueError, match="none of its 1 images can be read"):
+        opened(tmp_path, on_bad="skip")
+
+
+def digest_of(made) -> tuple[str, list[int], list[str]]:
+    return made.manifest["sha256"], made.labels.tolist(), made.manifest["class_names"]
+
+
+def test_the_same_source_gives_the_same_bytes_everywhere(tmp_path, monkeypatch):
+    folder = textures(tmp_path / "one", 400)
+    (folder / "a" / "00002.png").write_text("no image")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    random.Random(0).shuffle(files)
+    for path in files:  # another order on disk, other times, other inodes
+        other = tmp_path / "two" / path.relative_to(folder)
+        other.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, other)
+    results, walk = [], os.walk
+
+    def backwards(*args: object, **kwargs: object):
+        for top, folders, names in walk(*args, **kwargs):
+            folders.reverse()
+            yield top, folders, names[::-1]
+
+    for number, name in ((1, "one"), (2, "two"), (5, "two")):
+        monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / f"cache-{number}"))
+        monkeypatch.setattr(workers, "num_cores", lambda number=number: number)
+        monkeypatch.setattr(os, "walk", backwards if name == "two" else walk)
+        results.append(digest_of(opened(tmp_path / name)))
+    assert results[0] == results[1] == results[2]
+    labels = [0] * 199 + [1] * 200
+    assert results[0][1] == labels and results[0][2] == ["a", "b"]
+
+
+def test_workers_give_results_in_order_and_hold_few_at_a_time(tmp_path, monkeypatch):
+    read = []
+    source = open.open_source(str(textures(tmp_path, 40)))
+
+    def watched():
+        for item in source.items():
+            read.append(item.name)
+            yield item
+
+    monkeypatch.setattr(workers, "CHUNK_IMAGES", 2)
+    names, ahead = [], []
+    for items, lengths in workers.map_chunks(_lengths, watched(), 1, num_workers=2):
+        names += [item.name for item in items]
+        ahead.append(len(read) - len(names))
+        assert lengths == [len(str(tmp_path / item.name)) for item in items]
+        assert all(item.content == b"" for item in items)
+    assert names == read and len(names) == 40
+    assert max(ahead) <= 2 * (2 * 2 + 1)
+
+
+def _lengths(contents: list) -> list[int]:
+    return [len(str(content)) for content in contents]
+
+
+def _die(contents: list) -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_decoder_that_crashes_is_an_error_not_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "CHUNK_IMAGES", 2)
+    source = open.open_source(str(textures(tmp_path, 20)))
+    with pytest.raises(ValueError, match=r"a worker died .* from a/00000.png on"):
+        list(workers.map_chunks(_die, source.items(), 1, num_workers=2))
+
+
+def test_several_processes_that_want_one_store_build_it_once(tmp_path, own_cache, capfd):
+    folder, built = textures(tmp_path / "images", 30), []
+    write = build._write_images
+
+    def slow(*args: object):
+        built.append(1)
+        time.sleep(0.3)
+        return write(*args)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(build, "_write_images", slow)  # flock is by open file: threads will do
+        made = list(pool.map(opened, [folder] * 4))
+    assert len(built) == 1 and len({digest_of(one)[0] for one in made}) == 1
+    assert "another process is packing" in capfd.readouterr().err
+
+
+BUILD = """
+import sys
+from maskdm.images import workers
+from maskdm.images.store import open_store
+from maskdm.recipe import Data
+workers.num_cores = lambda: int(sys.argv[2])
+workers.CHUNK_IMAGES = 16
+open_store(Data(source=sys.argv[1], size=32), progress=False)
+print("done", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_builds_killed_at_any_moment_leave_no_wrong_store(tmp_path, own_cache):
+    folder = textures(tmp_path / "images", 300, size=64)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in sorted(folder.rglob("*.png")):
+            archive.write(path, path.relative_to(folder).as_posix())
+
+    def start(cores: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", BUILD, str(tmp_path / "images.zip"), str(cores)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    begin = time.monotonic()
+    assert start(1).communicate()[0] == "done\n"
+    whole = time.monotonic() - begin
+    (right,) = stores()
+    expected = {path.name: path.read_bytes() for path in right.iterdir()}
+    generator, killed, seen_half = random.Random(0), 0, 0
+    for turn in range(20):
+        shutil.rmtree(right, ignore_errors=True)
+        process = start(1 + turn % 2)
+        time.sleep(generator.uniform(0.5, 1.0) * whole)
+        process.kill()
+        killed += "done" not in process.communicate()[0]
+        seen_half += any(own_cache.glob("building-*/images.bin"))
+        if right.exists():
+            assert {path.name: path.read_bytes() for path in right.iterdir()} == expected
+    assert killed >= 5 and seen_half >= 1  # else the moments were badly chosen
+    shutil.rmtree(right, ignore_errors=True)
+    assert start(2).communicate()[0] == "done\n"
+    assert {path.name: path.read_bytes() for path in right.iterdir()} == expected
+    assert [path.name for path in own_cache.iterdir()] == [right.name]  # and nothing else
+
+
+def test_what_a_killed_build_left_is_cleared_away_but_not_another_stores(image_folder, own_cache):
+    made = opened(image_folder)
+    (folder,) = stores()
+    shutil.rmtree(folder)
+    left = own_cache / f"building-{folder.name}.12345678"
+    others = [own_cache / f"building-{folder.name}x.12345678", own_cache / "building-y.12345678"]
+    for path in (left, *others):
+        path.mkdir()
+        (path / "images.bin").write_bytes(b"half")
+    assert np.array_equal(opened(image_folder).images, made.images)
+    assert not left.exists() and all(path.exists() for path in others)
+
+
+def test_a_failed_build_leaves_nothing(tmp_path, own_cache):
+    folder = textures(tmp_path / "images", 20)
+    (folder / "a" / "00000.png").write_text("no image")
+    with pytest.raises(ValueError, match="cannot be read"):
+        opened(folder)
+    assert not stores() and not list(own_cache.glob("building-*"))
+
+
+def test_a_full_disk_is_told_before_the_work(image_folder, monkeypatch):
+    usage = shutil.disk_usage(image_folder)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match=r"needs 1.15e-06 GB, but .* has 1e-06 GB free.*MASKDM_CA"):
+        opened(image_folder)
+
+
+def test_a_damaged_or_older_store_is_refused(image_folder, own_cache):
+    opened(image_folder)
+    (folder,) = stores()
+    images, manifest = folder / "images.bin", folder / "manifest.json"
+    images.write_bytes(images.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is damaged: remove it"):
+        opened(image_folder)
+    images.unlink()
+    with pytest.raises(ValueError, match="is damaged: remove it"):
+        opened(image_folder)
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 1}))
+    with pytest.raises(ValueError, match="of another version: pack it again"):
+        opened(image_folder)
+
+
+def run(*arguments: object) -> int:
+    return cli.main(["pack", *map(str, arguments)])
+
+
+def test_a_packed_store_is_a_source(image_folder, tmp_path, capsys):
+    out = tmp_path / "packed"
+    assert run(image_folder, out, "--size", 8, 12, "--crop", "resize") == 0
+    assert "6 images 8x12x3" in capsys.readouterr().out
+    made = opened(out, size=(8, 12))
+    direct = opened(image_folder, size=(8, 12), crop="resize")
+    assert np.array_equal(made.images, direct.images) and digest_of(made) == digest_of(direct)
+    changed = (out / "images.bin").stat().st_mtime_ns
+    assert run(image_folder, out, "--size", 8, 12, "--crop", "resize", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == made.manifest
+    assert (out / "images.bin").stat().st_mtime_ns == changed  # left as it was
+    for other in ({"size": 8}, {"size": (8, 12), "channels": 1}):
+        with pytest.raises(ValueError, match="use --data.size 8 12 --data.channels 3"):
+            opened(out, **other)
+    with pytest.raises(ValueError, match="packed by crop resize, .* use --data.crop auto"):
+        opened(out, size=(8, 12), crop="center")
+
+
+def test_parts_that_are_packed_apart_make_the_whole(tmp_path, capsys):
+    folder = textures(tmp_path / "images", 23)
+    (folder / "a" / "00004.png").write_text("no image")
+    whole = opened(folder, on_bad="skip")
+    out = tmp_path / "parts"
+    for i in (3, 0, 2, 1):
+        assert run(folder, out, "--size", 8, "--on-bad", "skip", "--shard", f"{i}/4") == 0
+    made = opened(out, on_bad="skip")
+    assert np.array_equal(made.images[:], whole.images) and len(made) == 22
+    assert digest_of(made)[1:] == digest_of(whole)[1:]
+    assert made.manifest["left_out"] == [["a/00004.png", "not an image"]]
+    some = np.array([21, 0, 5, 5, 17, 11])
+    assert np.array_equal(made.images[some], whole.images[some])
+    assert np.array_equal(made.images[3], whole.images[3])
+    assert np.array_equal(made.images[-5:], whole.images[-5:])
+    shutil.rmtree(out / "part-00002-of-00004")
+    with pytest.raises(ValueError, match="lacks part-00002-of-00004: pack what is missing"):
+        opened(out)
+    assert run(folder, out, "--size", 4, "--on-bad", "skip", "--shard", "2/4") == 0
+    with pytest.raises(ValueError, match="are of other sources or settings"):
+        opened(out)
+    assert run(folder, out, "--size", 4, "--on-bad", "skip", "--shard", "2/3") == 0
+    with pytest.raises(ValueError, match="holds parts of several stores|lacks part"):
+        opened(out)
+
+
+def test_parts_of_shards_number_their_classes_together(tmp_path):
+    from test_sources import png, write_tar
+
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    names = [b"owl", b"ape", b"ape", b"cow"]
+    for i, name in enumerate(names):
+        write_tar(shards / f"{i}.tar", {f"{i}.png": png(i), f"{i}.cls": name})
+    for i in range(2):
+        pack(Data(source=str(shards), size=8), tmp_path / "out", (i, 2), progress=False)
+    made, whole = opened(tmp_path / "out"), opened(shards)
+    assert made.labels.tolist() == whole.labels.tolist() == [2, 0, 0, 1]
+    assert made.manifest["class_names"] == ["ape", "cow", "owl"]
+    with pytest.raises(ValueError, match="4 tar archives can't be cut into 5 parts"):
+        pack(Data(source=str(shards), size=8), tmp_path / "more", (0, 5), progress=False)
+
+
+def test_packing_refuses_what_would_mix_or_overwrite(image_folder, tmp_path, capsys):
+    def refused(*arguments: object) -> str:
+        assert run(*arguments) == 2
+        return capsys.readouterr().err
+
+    out = tmp_path / "out"
+    assert run(image_folder, out, "--size", 8) == 0
+    assert "of another source, or of other settings" in refused(image_folder, out, "--size", 4)
+    assert "is a packed store: pack the images" in refused(out, tmp_path / "again", "--size", 8)
+    assert "exists and is no store" in refused(image_folder, image_folder, "--size", 8)
+    for shard in ("4/4", "1", "-1/4", "a/b"):
+        error = refused(image_folder, tmp_path / "x", "--size", 8, f"--shard={shard}")
+        assert "expected I/N with I from 0 to N - 1" in error
+    assert "--size" in refused(image_folder, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_stores_are_known_by_their_files(image_folder, tmp_path):
+    assert not store.is_store(image_folder) and not store.is_store(tmp_path / "nowhere")
+    pack(Data(source=str(image_folder), size=8), tmp_path / "out", progress=False)
+    assert store.is_store(tmp_path / "out")
