@@ -3,7 +3,7 @@
 # No postponed annotations here: diffusers reads a pipeline's signature to know its components.
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -137,7 +137,7 @@ def make_pipeline(trained: TrainedModel, sampling: Sampling) -> MaskDMPipeline:
     diffusion = trained.diffusion
     return MaskDMPipeline(
         trained.model,
-        diffusers_scheduler(diffusion, trained.model.config.image_size),
+        diffusers_scheduler(diffusion, trained.model.image_shape[:2]),
         schedule=diffusion.schedule,
         base_size=diffusion.base_size,
         prediction=diffusion.prediction,
@@ -150,7 +150,9 @@ def pipeline_of_run(model: ModelMixin, recipe: Recipe) -> MaskDMPipeline:
     return make_pipeline(TrainedModel(model, recipe.final_diffusion), recipe.sampling)
 
 
-def diffusers_scheduler(diffusion: Diffusion, image_size: int) -> SchedulerMixin | None:
+def diffusers_scheduler(
+    diffusion: Diffusion, image_size: int | Sequence[int]
+) -> SchedulerMixin | None:
     """A diffusion in diffusers' terms, or None where diffusers has no words for it.
 
     Its timestep i is our time t = i / 999 (of flows i / 1000).

@@ -68,7 +68,8 @@ def inpaint(
     refuse_output(out)
     strong, weak = load(run, settings)
     config = strong.trained.model.config
-    data = Data(size=config.image_size, channels=config.channels)
+    height, width, channels = strong.trained.model.image_shape
+    data = Data(size=(height, width), channels=channels)
     if strong.found.run is not None:
         data = strong.found.recipe.data
     picture, unknown = read_image_and_mask(image, mask, data)

@@ -6,6 +6,7 @@ ones alone. Masked pre-training works so for any network, but saves no compute.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskdm.models.uvit import TIME_SCALE
-from maskdm.tokens import gather_patches, grid_shape, patchify, scatter_patches, unpatchify
+from maskdm.tokens import (
+    gather_patches,
+    grid_shape,
+    height_and_width,
+    patchify,
+    scatter_patches,
+    unpatchify,
+)
 
 
 class GridDenoiser(ModelMixin, ConfigMixin):
@@ -24,13 +32,17 @@ class GridDenoiser(ModelMixin, ConfigMixin):
 
     Args:
         kind: `dit` = DiTTransformer2DModel, `unet2d` = UNet2DModel.
-        image_size: side of the square image, in pixels.
+        image_size: side of the square image, in pixels; of `unet2d` also its height and width.
         patch_size: side of what masks hide, in pixels; also the patch size of `dit`.
         channels: channels of the image.
         embed_dim, depth, num_heads: width, blocks and heads of `dit`.
         num_classes: classes of a conditional model; 0 = unconditional.
         label_dropout: above 0 the model also knows "no class", label num_classes.
         options: further arguments of diffusers' class.
+
+    Attributes:
+        image_shape: height, width and channels of its images.
+        grid: rows and columns of patches.
 
     Raises ValueError for an unknown kind, sizes that don't fit, or options that diffusers' class
     doesn't take.
@@ -42,7 +54,7 @@ class GridDenoiser(ModelMixin, ConfigMixin):
     def __init__(
         self,
         kind: str = "dit",
-        image_size: int = 64,
+        image_size: int | Sequence[int] = 64,
         patch_size: int = 4,
         channels: int = 3,
         embed_dim: int = 512,
@@ -55,12 +67,18 @@ class GridDenoiser(ModelMixin, ConfigMixin):
         super().__init__()
         if kind not in NETWORKS:
             raise ValueError(f"unknown kind of network {kind!r}: known are {', '.join(NETWORKS)}")
-        self.grid = grid_shape(image_size, image_size, patch_size)
+        height, width = height_and_width(image_size)
+        self.image_shape = (height, width, channels)
+        if kind == "dit" and height != width:
+            raise ValueError(
+                f"kind dit takes square images only, not {height}x{width}: use uvit or unet2d"
+            )
+        self.grid = grid_shape(height, width, patch_size)
         self.patch_size = patch_size
         self.num_patches = self.grid[0] * self.grid[1]
         num_labels = num_classes + (label_dropout > 0) if num_classes else 0
         arguments: dict[str, Any] = {
-            "sample_size": image_size,
+            "sample_size": height if height == width else (height, width),
             "in_channels": channels,
             "out_channels": channels,
         }
@@ -92,8 +110,8 @@ class GridDenoiser(ModelMixin, ConfigMixin):
         except Exception as error:  # its authors' own checks, or the shapes of its layers
             text = " ".join(str(error).split())
             raise ValueError(
-                f"{NETWORKS[kind].__name__} can't be made so for images of {image_size} pixels "
-                f"(model, model.options): {text}"
+                f"{NETWORKS[kind].__name__} can't be made so for images of {height}x{width} "
+                f"pixels (model, model.options): {text}"
             ) from None
         for module in self.net.modules():
             if isinstance(module, LabelEmbedding):
@@ -128,10 +146,10 @@ class GridDenoiser(ModelMixin, ConfigMixin):
 
         Raises whatever the network raises, and ValueError for an answer of another shape.
         """
-        size, channels = self.config.image_size, self.config.channels
+        height, width, channels = self.image_shape
         with torch.device("meta"):
             copy = type(self.net).from_config(self.net.config)
-            image = torch.zeros(1, channels, size, size)
+            image = torch.zeros(1, channels, height, width)
             label = torch.zeros(1, dtype=torch.int64) if self._takes_labels() else None
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 answer = copy(image, torch.zeros(1), class_labels=label).sample

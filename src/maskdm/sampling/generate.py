@@ -67,7 +67,7 @@ def generate(
     if labels is None and (in_turn := default_labels(model, indices)) is not None:
         labels = torch.from_numpy(in_turn)
     _refuse_labels(model, labels)
-    shape = (model.config.image_size, model.config.image_size, model.config.channels)
+    shape = model.image_shape
     device = next(model.parameters()).device
     levels = sampling_levels(trained.schedule, settings)
     done = [np.empty((0, *shape), np.uint8)]

@@ -86,8 +86,13 @@ def refuse_weak(trained: TrainedModel, weak: TrainedModel | None) -> None:
     """Raises ValueError where a model can't guide another."""
     if weak is None:
         raise ValueError("autoguidance needs a weak model: name one with guidance_weak")
-    for name in ("image_size", "patch_size", "channels", "num_classes"):
-        strong_value, weak_value = (getattr(m.model.config, name) for m in (trained, weak))
+    strong, other = trained.model, weak.model
+    traits = {
+        "image_shape": (strong.image_shape, other.image_shape),
+        "patch_size": (strong.patch_size, other.patch_size),
+        "num_classes": (strong.config.num_classes, other.config.num_classes),
+    }
+    for name, (strong_value, weak_value) in traits.items():
         if strong_value != weak_value:
             raise ValueError(
                 f"the weak model has {name} {weak_value}, the guided one {strong_value}: they "

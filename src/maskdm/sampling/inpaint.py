@@ -51,8 +51,7 @@ def inpaint(
     Raises:
         ValueError: image or mask don't have the model's size, or there is nothing to draw.
     """
-    config = trained.model.config
-    shape = (config.image_size, config.image_size, config.channels)
+    shape = trained.model.image_shape
     if image.shape != shape or unknown.shape != shape[:2]:
         raise ValueError(
             f"the model's images are {shape}, but the image is {image.shape} and the mask "
@@ -136,7 +135,7 @@ def read_image_and_mask(image: Path, mask: Path, data: Data) -> tuple[np.ndarray
     """An image prepared as settings say, and its unknown pixels: the mask's light ones.
 
     Returns:
-        uint8 (size, size, C); bool (size, size), cut and resized like the image.
+        uint8 (H, W, C); bool (H, W), cut and resized like the image.
 
     Raises:
         ValueError: a file that is no picture, or a mask of another shape than the image's.

@@ -86,7 +86,7 @@ def train(
         OSError: the disk refused; the last good checkpoint stays.
     """
     # Refuse what cannot work before anything is written.
-    grid = grid_shape(recipe.data.size, recipe.data.size, recipe.model.patch_size)
+    grid = grid_shape(*recipe.data.shape[:2], recipe.model.patch_size)
     visible_counts = [num_visible(stage.mask, grid) for stage in recipe.stages]
     refuse_run_among_images(recipe.data.source, run_dir)
     accelerator, precision, reason = make_accelerator(recipe.precision)
