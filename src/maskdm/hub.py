@@ -111,7 +111,8 @@ class MaskDMPipeline(DiffusionPipeline):
             labels: classes, int64 (num_images,); None = 0, 1, 2, ... in turn.
             settings: sampler, guidance and the rest; None = the saved ones.
             weak: the weak model of autoguidance.
-            output_type: `pil`, or `np` for uint8 (num_images, H, W, C).
+            output_type: `pil` for Pillow images of mode L, LA, RGB or RGBA; `np` for uint8
+                (num_images, H, W, C), whose last axis is grey, grey and alpha, RGB or RGBA.
 
         Raises:
             ValueError: an unknown output type, or settings that the model can't follow.

@@ -63,7 +63,7 @@ def inpaint(
 
     from maskdm.images.output import refuse_output, save_images
     from maskdm.sampling.generate import default_labels
-    from maskdm.sampling.inpaint import inpaint, read_image_and_mask
+    from maskdm.sampling.inpaint import inpaint, read_image_and_mask, with_hole
 
     refuse_output(out)
     strong, weak = load(run, settings)
@@ -93,8 +93,7 @@ def inpaint(
         return DONE
     given = default_labels(strong.trained.model, range(num)) if labels is None else labels.numpy()
     if out.suffix == ".png":
-        hole = np.where(unknown[..., None], np.uint8(128), picture)
-        images = np.concatenate([hole[None], images])
+        images = np.concatenate([with_hole(picture, unknown)[None], images])
     save_images(images, out, given)
     times = f"{resamplings} times {sampling_text(settings)}"
     print(f"{num} results from {strong.found.folder}, seed {seed}, {times}")

@@ -52,7 +52,8 @@ def generate(
             the number of classes.
         weak: the weak model of autoguidance.
         visible: indices of the patches to draw, int64 (n, V): a sample of the marginal that they
-            select (Section 3.1). The others come out mid-grey. None = all.
+            select (Section 3.1). The others come out mid-grey, and half transparent where there
+            is alpha. None = all.
         progress: show a bar.
         solve: what turns noise into patches; None = the sampler of the settings.
 

@@ -131,6 +131,13 @@ def repaint(
     return x
 
 
+def with_hole(image: np.ndarray, unknown: np.ndarray) -> np.ndarray:
+    """The image with opaque mid-grey where it is unknown, to be looked at: uint8 (H, W, C)."""
+    opaque = [255] if image.shape[-1] in (2, 4) else []
+    grey = np.array([128] * (image.shape[-1] - len(opaque)) + opaque, np.uint8)
+    return np.where(unknown[..., None], grey, image)
+
+
 def read_image_and_mask(image: Path, mask: Path, data: Data) -> tuple[np.ndarray, np.ndarray]:
     """An image prepared as settings say, and its unknown pixels: the mask's light ones.
 
