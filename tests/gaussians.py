@@ -22,7 +22,9 @@ class ClosedForm(nn.Module):
     def __init__(self, diffusion: Diffusion, image_size: int):
         super().__init__()
         self.diffusion, self.schedule = diffusion, schedule_of(diffusion, image_size)
-        self.config = SimpleNamespace(patch_size=1, channels=1, num_classes=0, label_dropout=0.0)
+        self.config = SimpleNamespace(
+            patch_size=1, channels=1, num_classes=0, label_dropout=0.0, class_names=None
+        )
         self.patch_size, self.grid = 1, (image_size, image_size)
         self.image_shape = (image_size, image_size, 1)
         self.num_patches = image_size**2

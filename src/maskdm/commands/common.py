@@ -20,6 +20,7 @@ quiet = functools.partial(tyro.conf.arg, help_behavior_hint="")
 RecipeName = Annotated[str, tyro.conf.Positional, quiet(metavar="RECIPE")]
 Run = Annotated[str, tyro.conf.Positional, quiet(metavar="RUN")]
 OptionalInt = Annotated[int | None, quiet(metavar="INT")]
+OptionalClass = Annotated[str | None, quiet(metavar="CLASS")]
 SamplingFlags = Annotated[Sampling, tyro.conf.arg(name="")]
 
 

@@ -16,6 +16,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskdm.models.class_names import refuse_class_names
 from maskdm.models.uvit import TIME_SCALE
 from maskdm.tokens import (
     gather_patches,
@@ -39,6 +40,7 @@ class GridDenoiser(ModelMixin, ConfigMixin):
         num_classes: classes of a conditional model; 0 = unconditional.
         label_dropout: above 0 the model also knows "no class", label num_classes.
         options: further arguments of diffusers' class.
+        class_names: name of each class, in the order of their numbers; None = unknown.
 
     Attributes:
         image_shape: height, width and channels of its images.
@@ -63,8 +65,10 @@ class GridDenoiser(ModelMixin, ConfigMixin):
         num_classes: int = 0,
         label_dropout: float = 0.1,
         options: dict[str, Any] | None = None,
+        class_names: list[str] | None = None,
     ):
         super().__init__()
+        refuse_class_names(class_names, num_classes)
         if kind not in NETWORKS:
             raise ValueError(f"unknown kind of network {kind!r}: known are {', '.join(NETWORKS)}")
         height, width = height_and_width(image_size)
@@ -93,17 +97,7 @@ class GridDenoiser(ModelMixin, ConfigMixin):
         else:
             arguments |= {"num_class_embeds": num_labels or None}
         arguments |= options or {}
-        known = {*NETWORKS[kind]._get_init_keys(NETWORKS[kind])} - {"self"}
-        if unknown := set(arguments) - known:
-            raise ValueError(
-                f"model.options: {NETWORKS[kind].__name__} takes no {', '.join(sorted(unknown))}; "
-                f"known are {', '.join(sorted(known))}"
-            )
-        if arguments.get("dropout"):
-            raise ValueError(
-                "model.options: dropout draws numbers that a resumed run would not repeat: "
-                "leave it 0"
-            )
+        _refuse_arguments(NETWORKS[kind], arguments)
         try:
             self.net = NETWORKS[kind](**arguments)
             self._flops = self._try_on_nothing()
@@ -159,6 +153,20 @@ class GridDenoiser(ModelMixin, ConfigMixin):
 
     def _takes_labels(self) -> bool:
         return self.config.kind == "dit" or bool(self.config.num_classes)
+
+
+def _refuse_arguments(network: type[Any], arguments: dict[str, Any]) -> None:
+    """Raises ValueError for arguments that diffusers' class doesn't know, or that draw numbers."""
+    known = {*network._get_init_keys(network)} - {"self"}
+    if unknown := set(arguments) - known:
+        raise ValueError(
+            f"model.options: {network.__name__} takes no {', '.join(sorted(unknown))}; "
+            f"known are {', '.join(sorted(known))}"
+        )
+    if arguments.get("dropout"):
+        raise ValueError(
+            "model.options: dropout draws numbers that a resumed run would not repeat: leave it 0"
+        )
 
 
 NETWORKS: dict[str, type[Any]] = {"dit": DiTTransformer2DModel, "unet2d": UNet2DModel}

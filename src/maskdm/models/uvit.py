@@ -16,6 +16,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from maskdm.models.class_names import refuse_class_names
 from maskdm.tokens import (
     gather_patches,
     grid_shape,
@@ -43,6 +44,7 @@ class UViT(ModelMixin, ConfigMixin):
         label_dropout: chance that training hides a class. Above 0 the model also knows "no
             class", label num_classes; hiding it is the training's work, not done here.
         final_conv: 3x3 convolution over the predicted image (hidden patches count as zeros).
+        class_names: name of each class, in the order of their numbers; None = unknown.
 
     The paper's MaskDM-S: UViT(image_size=64) with the defaults, 44.29 M parameters.
     MaskDM-B: image_size=256, embed_dim=768, num_heads=12, 102.42 M parameters.
@@ -51,7 +53,7 @@ class UViT(ModelMixin, ConfigMixin):
         image_shape: height, width and channels of its images.
         grid: rows and columns of patches.
 
-    Raises ValueError where the sizes do not fit.
+    Raises ValueError where the sizes or the number of names do not fit.
     """
 
     _supports_gradient_checkpointing = True
@@ -69,8 +71,10 @@ class UViT(ModelMixin, ConfigMixin):
         num_classes: int = 0,
         label_dropout: float = 0.1,
         final_conv: bool = False,
+        class_names: list[str] | None = None,
     ):
         super().__init__()
+        refuse_class_names(class_names, num_classes)
         if depth % 2 == 0:
             raise ValueError(f"depth {depth} is even: use {depth - 1} or {depth + 1}")
         if embed_dim % (2 * num_heads):

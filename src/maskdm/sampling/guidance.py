@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from maskdm.models.build import Backbone
+from maskdm.models.class_names import some_names
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Sampling
 from maskdm.sampling.denoise import sparse_denoiser, x0_denoiser
@@ -98,6 +99,12 @@ def refuse_weak(trained: TrainedModel, weak: TrainedModel | None) -> None:
                 f"the weak model has {name} {weak_value}, the guided one {strong_value}: they "
                 "must be equal"
             )
+    names, weak_names = strong.config.class_names, other.config.class_names
+    if names and weak_names and names != weak_names:
+        raise ValueError(
+            f"the weak model's classes are {some_names(weak_names)}, the guided one's "
+            f"{some_names(names)}: they must be equal"
+        )
     config = trained.model.config
     if config.num_classes and config.label_dropout and not weak.model.config.label_dropout:
         raise ValueError("the weak model was never shown images of no class, the guided one was")
