@@ -23,9 +23,10 @@ class ClosedForm(nn.Module):
         super().__init__()
         self.diffusion, self.schedule = diffusion, schedule_of(diffusion, image_size)
         self.config = SimpleNamespace(
-            image_size=image_size, patch_size=1, channels=1, num_classes=0, label_dropout=0.0
+            patch_size=1, channels=1, num_classes=0, label_dropout=0.0, class_names=None
         )
         self.patch_size, self.grid = 1, (image_size, image_size)
+        self.image_shape = (image_size, image_size, 1)
         self.num_patches = image_size**2
         self.place = nn.Parameter(torch.zeros(1))  # tells the device
         self.calls: list[tuple[Tensor, float]] = []

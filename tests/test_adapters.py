@@ -88,11 +88,11 @@ def test_options_that_diffusers_does_not_take_are_refused(changed, tiny):
         network("unet2d", options={"blocks": 3})
     with pytest.raises(ValueError, match="dropout draws numbers that a resumed run"):
         network("dit", options={"dropout": 0.1})
-    with pytest.raises(ValueError, match="UNet2DModel can't be made so for images of 8 pixels"):
+    with pytest.raises(ValueError, match="UNet2DModel can't be made so for images of 8x8 pixels"):
         network("unet2d", options={**UNET, "block_out_channels": [8]})
     with pytest.raises(ValueError, match=r"it turns \(1, 1, 8, 8\) into \(1, 2, 8, 8\)"):
         network("dit", options={"out_channels": 2})
-    with pytest.raises(ValueError, match="UNet2DModel can't be made so for images of 6 pixels"):
+    with pytest.raises(ValueError, match="UNet2DModel can't be made so for images of 6x6 pixels"):
         network(
             "unet2d",
             image_size=6,

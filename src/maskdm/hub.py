@@ -3,7 +3,7 @@
 # No postponed annotations here: diffusers reads a pipeline's signature to know its components.
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from maskdm.diffusion.schedule import NUM_STEPS, log_snr_shift, schedule_of
 from maskdm.images.output import to_pil
+from maskdm.models.class_names import class_numbers
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Diffusion, Recipe, Sampling
 from maskdm.sampling.generate import generate
@@ -97,7 +98,7 @@ class MaskDMPipeline(DiffusionPipeline):
         num_images: int = 1,
         seed: int = 0,
         num_inference_steps: int | None = None,
-        labels: torch.Tensor | None = None,
+        labels: torch.Tensor | str | Sequence[str] | None = None,
         settings: Sampling | None = None,
         weak: "MaskDMPipeline | None" = None,
         output_type: str = "pil",
@@ -108,16 +109,20 @@ class MaskDMPipeline(DiffusionPipeline):
             num_images: how many.
             seed: names the sequence of images.
             num_inference_steps: solver steps; None = as the settings say.
-            labels: classes, int64 (num_images,); None = 0, 1, 2, ... in turn.
+            labels: classes, int64 (num_images,); or the name of one for all images, or a name
+                for each; None = 0, 1, 2, ... in turn.
             settings: sampler, guidance and the rest; None = the saved ones.
             weak: the weak model of autoguidance.
-            output_type: `pil`, or `np` for uint8 (num_images, H, W, C).
+            output_type: `pil` for Pillow images of mode L, LA, RGB or RGBA; `np` for uint8
+                (num_images, H, W, C), whose last axis is grey, grey and alpha, RGB or RGBA.
 
         Raises:
-            ValueError: an unknown output type, or settings that the model can't follow.
+            ValueError: an unknown output type or class, or settings that the model can't follow.
         """
         if output_type not in ("pil", "np"):
             raise ValueError(f"unknown output_type {output_type!r}: known are pil, np")
+        if labels is not None and not isinstance(labels, torch.Tensor):
+            labels = class_numbers(self.denoiser.config, labels, num_images)
         settings = settings or self.settings
         if num_inference_steps is not None:
             settings = Sampling(**{**settings.model_dump(), "steps": num_inference_steps})
@@ -137,7 +142,7 @@ def make_pipeline(trained: TrainedModel, sampling: Sampling) -> MaskDMPipeline:
     diffusion = trained.diffusion
     return MaskDMPipeline(
         trained.model,
-        diffusers_scheduler(diffusion, trained.model.config.image_size),
+        diffusers_scheduler(diffusion, trained.model.image_shape[:2]),
         schedule=diffusion.schedule,
         base_size=diffusion.base_size,
         prediction=diffusion.prediction,
@@ -150,7 +155,9 @@ def pipeline_of_run(model: ModelMixin, recipe: Recipe) -> MaskDMPipeline:
     return make_pipeline(TrainedModel(model, recipe.final_diffusion), recipe.sampling)
 
 
-def diffusers_scheduler(diffusion: Diffusion, image_size: int) -> SchedulerMixin | None:
+def diffusers_scheduler(
+    diffusion: Diffusion, image_size: int | Sequence[int]
+) -> SchedulerMixin | None:
     """A diffusion in diffusers' terms, or None where diffusers has no words for it.
 
     Its timestep i is our time t = i / 999 (of flows i / 1000).

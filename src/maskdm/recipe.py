@@ -69,7 +69,8 @@ class Diffusion(Settings):
     masking, Appendix C), the continuous VP-SDE or VP-cosine, or the straight line of flows."""
     base_size: int | None = Field(None, gt=0)
     """Image size at which the schedule is as written; at others its log-SNR is shifted by
-    2 ln(base_size / size). None = never shifted; 64 is usual."""
+    2 ln(base_size / size), of rectangles 2 ln(base_size / sqrt(height x width)). None = never
+    shifted; 64 is usual."""
     prediction: Literal["eps", "x0", "v", "flow"] = "eps"
     """What the network predicts: the noise, the clean image, the velocity, or noise - image."""
     loss_space: Literal["same", "eps", "x0", "v", "flow"] = "same"
@@ -262,6 +263,11 @@ class Recipe(Settings):
                     f"data.size {side} is not a multiple of model.patch_size {patch}: "
                     f"use {ways_out}"
                 )
+        if self.model.kind == "dit" and isinstance(self.data.size, tuple):
+            raise ValueError(
+                f"model.kind dit takes square images only, not {self.data.shape[0]}x"
+                f"{self.data.shape[1]}: use uvit or unet2d, or data.size {min(self.data.size)}"
+            )
         asked = {self.diffusion_of(stage).schedule: self.preview_steps for stage in self.stages}
         last = self.final_diffusion.schedule
         asked[last] = max(asked[last], self.sampling.steps)

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
+
+
+def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Both sides, in pixels, of images whose size is given as the side of a square or as both.
+
+    Raises ValueError for anything but one or two whole numbers above 0.
+    """
+    sides = [image_size] if isinstance(image_size, int) else list(image_size)
+    if not 1 <= len(sides) <= 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(
+            f"image_size {image_size!r} must be a number of pixels above 0, or height and width"
+        )
+    return sides[0], sides[-1]
 
 
 def grid_shape(height: int, width: int, patch_size: int) -> tuple[int, int]:

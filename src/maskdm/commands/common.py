@@ -21,6 +21,7 @@ RecipeName = Annotated[str, tyro.conf.Positional, quiet(metavar="RECIPE")]
 Source = Annotated[str, tyro.conf.Positional, quiet(metavar="SOURCE")]
 Run = Annotated[str, tyro.conf.Positional, quiet(metavar="RUN")]
 OptionalInt = Annotated[int | None, quiet(metavar="INT")]
+OptionalClass = Annotated[str | None, quiet(metavar="CLASS")]
 SamplingFlags = Annotated[Sampling, tyro.conf.arg(name="")]
 
 

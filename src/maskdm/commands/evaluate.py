@@ -66,8 +66,8 @@ def evaluate(
     from maskdm.images.store import open_store
 
     strong, weak = load(run, sampling)
-    config = strong.trained.model.config
-    data, wanted = Data(size=config.image_size, channels=config.channels), Evaluation()
+    height, width, channels = strong.trained.model.image_shape
+    data, wanted = Data(size=(height, width), channels=channels), Evaluation()
     if found.run is not None:
         data, wanted = found.recipe.data, found.recipe.evaluation
     data = changed(data, source=reference)

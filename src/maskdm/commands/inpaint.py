@@ -10,7 +10,7 @@ import tyro
 
 from maskdm.commands.common import (
     DONE,
-    OptionalInt,
+    OptionalClass,
     Run,
     SamplingFlags,
     is_main_process,
@@ -32,7 +32,7 @@ def inpaint(
     out: Path = Path("inpainted.png"),
     num: int = 4,
     seed: int = 0,
-    label: OptionalInt = None,
+    label: OptionalClass = None,
     resamplings: int = 10,
     jump: int = 5,
 ) -> int:
@@ -48,7 +48,8 @@ def inpaint(
             (N, H, W, C) under arr_0; any other name = a new folder of PNG files.
         num: number of results.
         seed: another seed, other results.
-        label: class of the results; default: no class, or all in turn if the model knows none such.
+        label: class of the results, by its name or else its number; default: no class, or all in
+            turn if the model knows none such.
         resamplings: times that each stretch of steps is taken, so that old and new come to fit.
         jump: steps in a stretch.
     """
@@ -62,19 +63,22 @@ def inpaint(
     import torch
 
     from maskdm.images.output import refuse_output, save_images
+    from maskdm.models.class_names import class_number
     from maskdm.sampling.generate import default_labels
-    from maskdm.sampling.inpaint import inpaint, read_image_and_mask
+    from maskdm.sampling.inpaint import inpaint, read_image_and_mask, with_hole
 
     refuse_output(out)
     strong, weak = load(run, settings)
     config = strong.trained.model.config
-    data = Data(size=config.image_size, channels=config.channels)
+    height, width, channels = strong.trained.model.image_shape
+    data = Data(size=(height, width), channels=channels)
     if strong.found.run is not None:
         data = strong.found.recipe.data
     picture, unknown = read_image_and_mask(image, mask, data)
-    if label is None and config.num_classes and config.label_dropout:
-        label = config.num_classes  # no class
-    labels = None if label is None else torch.full((num,), label)
+    number = None if label is None else class_number(config, label)
+    if number is None and config.num_classes and config.label_dropout:
+        number = config.num_classes  # no class
+    labels = None if number is None else torch.full((num,), number)
     images = inpaint(
         strong.trained,
         settings,
@@ -92,8 +96,7 @@ def inpaint(
         return DONE
     given = default_labels(strong.trained.model, range(num)) if labels is None else labels.numpy()
     if out.suffix == ".png":
-        hole = np.where(unknown[..., None], np.uint8(128), picture)
-        images = np.concatenate([hole[None], images])
+        images = np.concatenate([with_hole(picture, unknown)[None], images])
     save_images(images, out, given)
     times = f"{resamplings} times {sampling_text(settings)}"
     print(f"{num} results from {strong.found.folder}, seed {seed}, {times}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from maskdm.commands.common import (
     DONE,
-    OptionalInt,
+    OptionalClass,
     Run,
     SamplingFlags,
     is_main_process,
@@ -28,7 +28,7 @@ def sample(
     settings: SamplingFlags,
     num: int = 64,
     seed: int = 0,
-    label: OptionalInt = None,
+    label: OptionalClass = None,
     mask: Mask = WHOLE,
     mask_image: Annotated[Path | None, quiet(metavar="PNG")] = None,
 ) -> int:
@@ -41,7 +41,7 @@ def sample(
             conditional model under arr_1); any other name = a new folder of PNG files.
         num: number of images.
         seed: another seed, other images.
-        label: class of all images; default: all classes in turn.
+        label: class of all images, by its name or else its number; default: all in turn.
         mask: draw only the patches that such a mask leaves visible: the marginal that it selects.
         mask_image: draw only the patches that are white in this picture.
     """
@@ -49,9 +49,8 @@ def sample(
     if num < 1:
         raise ValueError(f"--num {num}: at least one image")
 
-    import torch
-
     from maskdm.images.output import refuse_output, save_images
+    from maskdm.models.class_names import class_numbers, class_text
     from maskdm.sampling.generate import default_labels, generate_on_all_ranks
     from maskdm.sampling.marginal import masks_of_images, patches_of_picture, read_picture
 
@@ -67,11 +66,11 @@ def sample(
     model = strong.trained.model
     visible = None
     if mask_image is not None:
-        picture = read_picture(mask_image, model.config.image_size)
+        picture = read_picture(mask_image, *model.image_shape[:2])
         visible = patches_of_picture(picture, model.patch_size).expand(num, -1)
     elif mask.rate:
         visible = masks_of_images(mask, model.grid, range(num), seed)
-    labels = None if label is None else torch.full((num,), label)
+    labels = None if label is None else class_numbers(model.config, label, num)
     images = generate_on_all_ranks(
         strong.trained,
         settings,
@@ -86,6 +85,7 @@ def sample(
         return DONE
     given = default_labels(model, range(num)) if labels is None else labels.numpy()
     save_images(images, out, given)
-    print(f"{num} images from {strong.found.folder}, seed {seed}, {sampling_text(settings)}")
+    of = "" if labels is None else f", class {class_text(model.config, int(labels[0]))}"
+    print(f"{num} images from {strong.found.folder}, seed {seed}, {sampling_text(settings)}{of}")
     print(f"-> {out}")
     return DONE

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from maskdm.recipe import Diffusion
+from maskdm.tokens import height_and_width
 
 NUM_STEPS = 1000  # the paper's T (Section 4.1)
 MAX_LOG_SNR = 20.0  # of continuous schedules: a scale of 4.5e-5 where it would vanish at an end
@@ -242,15 +243,17 @@ def make_schedule(name: str, shift: float = 0.0) -> Schedule:
     return SCHEDULES[name](shift)
 
 
-def schedule_of(diffusion: Diffusion, image_size: int) -> Schedule:
-    """The schedule that settings ask for, for images of that side in pixels."""
+def schedule_of(diffusion: Diffusion, image_size: int | Sequence[int]) -> Schedule:
+    """The schedule that settings ask for, for images of that side (or height and width)."""
     return make_schedule(diffusion.schedule, log_snr_shift(diffusion.base_size, image_size))
 
 
-def log_snr_shift(base_size: int | None, image_size: int) -> float:
+def log_snr_shift(base_size: int | None, image_size: int | Sequence[int]) -> float:
     """2 ln(base_size / size): the log-SNR that keeps the noise on downsampled images the same.
 
     Averaging blocks of pixels takes noise away, but not the image: larger images need more noise
-    (Hoogeboom et al. 2023, Section 2.1). 0 where base_size is None.
+    (Hoogeboom et al. 2023, Section 2.1). The size of a rectangle is the side of the square of
+    its area. 0 where base_size is None.
     """
-    return 2 * math.log(base_size / image_size) if base_size else 0.0
+    height, width = height_and_width(image_size)
+    return 2 * math.log(base_size / math.sqrt(height * width)) if base_size else 0.0

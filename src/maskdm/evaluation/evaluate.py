@@ -49,7 +49,7 @@ def evaluate(
     if len(store) < 4:
         raise ValueError(f"the reference has {len(store)} images: a distance needs at least 4")
     model = trained.model
-    shape = (model.config.image_size, model.config.image_size, model.config.channels)
+    shape = model.image_shape
     if store.images.shape[1:] != shape:
         raise ValueError(
             f"the model makes images of {shape}, but the reference has {store.images.shape[1:]}"

@@ -8,20 +8,31 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+# Grey levels and least side, in pixels, of the squares that show through transparent images.
+CHECKER_DARK, CHECKER_LIGHT, CHECKER_SIDE = 102, 153, 8
+
 
 def image_grid(images: np.ndarray, min_side: int = 64, gap: int = 2) -> Image.Image:
     """Lays images out on a near-square sheet, row by row, over a mid-grey ground.
 
+    Transparent images are laid on a checkerboard, so that the sheet itself has no alpha.
+
     Args:
-        images: uint8 (N, H, W, C), C = 1 or 3, N > 0.
+        images: uint8 (N, H, W, C), N > 0; the last axis is grey, grey and alpha, RGB or RGBA.
         min_side: smaller images are enlarged, pixel by pixel without smoothing, by the least
             whole factor that makes their sides at least this long.
         gap: pixels between images.
+
+    Raises:
+        ValueError: another number of channels.
     """
+    refuse_channels(images)
     num, height, width, channels = images.shape
     factor = max(1, math.ceil(min_side / min(height, width)))
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    height, width = height * factor, width * factor
+    if channels in (2, 4):
+        images = on_checkerboard(images, max(CHECKER_SIDE, factor))
+    _, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(num))
     rows = math.ceil(num / columns)
     shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, channels)
@@ -32,6 +43,17 @@ def image_grid(images: np.ndarray, min_side: int = 64, gap: int = 2) -> Image.Im
     return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
 
 
+def on_checkerboard(images: np.ndarray, side: int) -> np.ndarray:
+    """Lays images whose last channel is alpha on grey squares of `side` pixels.
+
+    uint8 (N, H, W, 2 or 4) -> uint8 (N, H, W, 1 or 3).
+    """
+    rows, columns = np.indices(images.shape[1:3]) // side
+    ground = np.where((rows + columns) % 2, CHECKER_DARK, CHECKER_LIGHT)[..., None]  # (H, W, 1)
+    colours, alpha = images[..., :-1].astype(np.uint32), images[..., -1:].astype(np.uint32)
+    return ((colours * alpha + ground * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
 def save_grid(images: np.ndarray, path: Path, min_side: int = 64) -> None:
     """Writes `image_grid(images)` to a PNG file, making its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,8 +61,21 @@ def save_grid(images: np.ndarray, path: Path, min_side: int = 64) -> None:
 
 
 def to_pil(images: np.ndarray) -> list[Image.Image]:
-    """uint8 (N, H, W, C), C = 1 or 3, as Pillow images of mode L or RGB."""
+    """uint8 (N, H, W, C) as Pillow images of mode L, LA, RGB or RGBA for C = 1, 2, 3 or 4.
+
+    Raises ValueError for another number of channels.
+    """
+    refuse_channels(images)
     return [Image.fromarray(i[..., 0] if i.shape[-1] == 1 else i) for i in images]
+
+
+def refuse_channels(images: np.ndarray) -> None:
+    """Raises ValueError where the last axis isn't grey, grey and alpha, RGB or RGBA."""
+    if images.ndim != 4 or not 1 <= images.shape[-1] <= 4:
+        raise ValueError(
+            f"images of shape {images.shape} can't be shown: (N, H, W, C) with 1 channel (grey), "
+            "2 (grey and alpha), 3 (RGB) or 4 (RGBA) can; keep others in an .npz"
+        )
 
 
 def refuse_output(out: Path) -> None:
@@ -57,10 +92,14 @@ def save_images(images: np.ndarray, out: Path, labels: np.ndarray | None = None)
     """Writes images as the name says, making folders on the way.
 
     Args:
-        images: uint8 (N, H, W, C).
-        out: `.png` = one sheet; `.npz` = the array as `arr_0`; no suffix = a folder of PNG
-            files 000000.png, 000001.png, ...
+        images: uint8 (N, H, W, C); the last axis is grey, grey and alpha, RGB or RGBA.
+        out: `.png` = one sheet, transparent images on a checkerboard; `.npz` = the array as
+            `arr_0`; no suffix = a folder of PNG files 000000.png, 000001.png, ... with all
+            their channels.
         labels: int64 (N,), kept as `arr_1` of an `.npz`.
+
+    Raises:
+        ValueError: another number of channels, but in an `.npz`.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
@@ -68,6 +107,7 @@ def save_images(images: np.ndarray, out: Path, labels: np.ndarray | None = None)
     elif out.suffix == ".npz":
         np.savez(out, *[images] if labels is None else [images, labels])
     else:
+        pictures = to_pil(images)
         out.mkdir(exist_ok=True)
-        for i, image in enumerate(to_pil(images)):
+        for i, image in enumerate(pictures):
             image.save(out / f"{i:06d}.png")

@@ -6,6 +6,7 @@ ones alone. Masked pre-training works so for any network, but saves no compute.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,16 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskdm.models.class_names import refuse_class_names
 from maskdm.models.uvit import TIME_SCALE
-from maskdm.tokens import gather_patches, grid_shape, patchify, scatter_patches, unpatchify
+from maskdm.tokens import (
+    gather_patches,
+    grid_shape,
+    height_and_width,
+    patchify,
+    scatter_patches,
+    unpatchify,
+)
 
 
 class GridDenoiser(ModelMixin, ConfigMixin):
@@ -24,13 +33,18 @@ class GridDenoiser(ModelMixin, ConfigMixin):
 
     Args:
         kind: `dit` = DiTTransformer2DModel, `unet2d` = UNet2DModel.
-        image_size: side of the square image, in pixels.
+        image_size: side of the square image, in pixels; of `unet2d` also its height and width.
         patch_size: side of what masks hide, in pixels; also the patch size of `dit`.
         channels: channels of the image.
         embed_dim, depth, num_heads: width, blocks and heads of `dit`.
         num_classes: classes of a conditional model; 0 = unconditional.
         label_dropout: above 0 the model also knows "no class", label num_classes.
         options: further arguments of diffusers' class.
+        class_names: name of each class, in the order of their numbers; None = unknown.
+
+    Attributes:
+        image_shape: height, width and channels of its images.
+        grid: rows and columns of patches.
 
     Raises ValueError for an unknown kind, sizes that don't fit, or options that diffusers' class
     doesn't take.
@@ -42,7 +56,7 @@ class GridDenoiser(ModelMixin, ConfigMixin):
     def __init__(
         self,
         kind: str = "dit",
-        image_size: int = 64,
+        image_size: int | Sequence[int] = 64,
         patch_size: int = 4,
         channels: int = 3,
         embed_dim: int = 512,
@@ -51,16 +65,24 @@ class GridDenoiser(ModelMixin, ConfigMixin):
         num_classes: int = 0,
         label_dropout: float = 0.1,
         options: dict[str, Any] | None = None,
+        class_names: list[str] | None = None,
     ):
         super().__init__()
+        refuse_class_names(class_names, num_classes)
         if kind not in NETWORKS:
             raise ValueError(f"unknown kind of network {kind!r}: known are {', '.join(NETWORKS)}")
-        self.grid = grid_shape(image_size, image_size, patch_size)
+        height, width = height_and_width(image_size)
+        self.image_shape = (height, width, channels)
+        if kind == "dit" and height != width:
+            raise ValueError(
+                f"kind dit takes square images only, not {height}x{width}: use uvit or unet2d"
+            )
+        self.grid = grid_shape(height, width, patch_size)
         self.patch_size = patch_size
         self.num_patches = self.grid[0] * self.grid[1]
         num_labels = num_classes + (label_dropout > 0) if num_classes else 0
         arguments: dict[str, Any] = {
-            "sample_size": image_size,
+            "sample_size": height if height == width else (height, width),
             "in_channels": channels,
             "out_channels": channels,
         }
@@ -75,25 +97,15 @@ class GridDenoiser(ModelMixin, ConfigMixin):
         else:
             arguments |= {"num_class_embeds": num_labels or None}
         arguments |= options or {}
-        known = {*NETWORKS[kind]._get_init_keys(NETWORKS[kind])} - {"self"}
-        if unknown := set(arguments) - known:
-            raise ValueError(
-                f"model.options: {NETWORKS[kind].__name__} takes no {', '.join(sorted(unknown))}; "
-                f"known are {', '.join(sorted(known))}"
-            )
-        if arguments.get("dropout"):
-            raise ValueError(
-                "model.options: dropout draws numbers that a resumed run would not repeat: "
-                "leave it 0"
-            )
+        _refuse_arguments(NETWORKS[kind], arguments)
         try:
             self.net = NETWORKS[kind](**arguments)
             self._flops = self._try_on_nothing()
         except Exception as error:  # its authors' own checks, or the shapes of its layers
             text = " ".join(str(error).split())
             raise ValueError(
-                f"{NETWORKS[kind].__name__} can't be made so for images of {image_size} pixels "
-                f"(model, model.options): {text}"
+                f"{NETWORKS[kind].__name__} can't be made so for images of {height}x{width} "
+                f"pixels (model, model.options): {text}"
             ) from None
         for module in self.net.modules():
             if isinstance(module, LabelEmbedding):
@@ -128,10 +140,10 @@ class GridDenoiser(ModelMixin, ConfigMixin):
 
         Raises whatever the network raises, and ValueError for an answer of another shape.
         """
-        size, channels = self.config.image_size, self.config.channels
+        height, width, channels = self.image_shape
         with torch.device("meta"):
             copy = type(self.net).from_config(self.net.config)
-            image = torch.zeros(1, channels, size, size)
+            image = torch.zeros(1, channels, height, width)
             label = torch.zeros(1, dtype=torch.int64) if self._takes_labels() else None
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 answer = copy(image, torch.zeros(1), class_labels=label).sample
@@ -141,6 +153,20 @@ class GridDenoiser(ModelMixin, ConfigMixin):
 
     def _takes_labels(self) -> bool:
         return self.config.kind == "dit" or bool(self.config.num_classes)
+
+
+def _refuse_arguments(network: type[Any], arguments: dict[str, Any]) -> None:
+    """Raises ValueError for arguments that diffusers' class doesn't know, or that draw numbers."""
+    known = {*network._get_init_keys(network)} - {"self"}
+    if unknown := set(arguments) - known:
+        raise ValueError(
+            f"model.options: {network.__name__} takes no {', '.join(sorted(unknown))}; "
+            f"known are {', '.join(sorted(known))}"
+        )
+    if arguments.get("dropout"):
+        raise ValueError(
+            "model.options: dropout draws numbers that a resumed run would not repeat: leave it 0"
+        )
 
 
 NETWORKS: dict[str, type[Any]] = {"dit": DiTTransformer2DModel, "unet2d": UNet2DModel}

@@ -24,4 +24,4 @@ class TrainedModel:
     @property
     def schedule(self) -> Schedule:
         """Its noise schedule, for images of the model's size."""
-        return schedule_of(self.diffusion, self.model.config.image_size)
+        return schedule_of(self.diffusion, self.model.image_shape[:2])

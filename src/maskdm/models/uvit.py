@@ -8,6 +8,7 @@ positions come with them, so hidden patches cost nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,15 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from maskdm.tokens import gather_patches, grid_shape, patchify, scatter_patches, unpatchify
+from maskdm.models.class_names import refuse_class_names
+from maskdm.tokens import (
+    gather_patches,
+    grid_shape,
+    height_and_width,
+    patchify,
+    scatter_patches,
+    unpatchify,
+)
 
 TIME_SCALE = 999.0  # t in [0, 1] is embedded as the step number 0..999
 
@@ -24,8 +33,8 @@ class UViT(ModelMixin, ConfigMixin):
     """Predicts noise, image or velocity for any subset of an image's patches.
 
     Args:
-        image_size: side of the square image, in pixels.
-        patch_size: side of a patch, in pixels; it divides image_size.
+        image_size: side of the square image, in pixels; or its height and width.
+        patch_size: side of a patch, in pixels; it divides both.
         channels: channels of the image.
         embed_dim: width of the tokens, a multiple of 2 * num_heads.
         depth: number of all blocks, odd: 13 = 6 in + 1 middle + 6 out.
@@ -35,11 +44,16 @@ class UViT(ModelMixin, ConfigMixin):
         label_dropout: chance that training hides a class. Above 0 the model also knows "no
             class", label num_classes; hiding it is the training's work, not done here.
         final_conv: 3x3 convolution over the predicted image (hidden patches count as zeros).
+        class_names: name of each class, in the order of their numbers; None = unknown.
 
     The paper's MaskDM-S: UViT(image_size=64) with the defaults, 44.29 M parameters.
     MaskDM-B: image_size=256, embed_dim=768, num_heads=12, 102.42 M parameters.
 
-    Raises ValueError where the sizes do not fit.
+    Attributes:
+        image_shape: height, width and channels of its images.
+        grid: rows and columns of patches.
+
+    Raises ValueError where the sizes or the number of names do not fit.
     """
 
     _supports_gradient_checkpointing = True
@@ -47,7 +61,7 @@ class UViT(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        image_size: int = 64,
+        image_size: int | Sequence[int] = 64,
         patch_size: int = 4,
         channels: int = 3,
         embed_dim: int = 512,
@@ -57,13 +71,16 @@ class UViT(ModelMixin, ConfigMixin):
         num_classes: int = 0,
         label_dropout: float = 0.1,
         final_conv: bool = False,
+        class_names: list[str] | None = None,
     ):
         super().__init__()
+        refuse_class_names(class_names, num_classes)
         if depth % 2 == 0:
             raise ValueError(f"depth {depth} is even: use {depth - 1} or {depth + 1}")
         if embed_dim % (2 * num_heads):
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of 2 x {num_heads} heads")
-        self.grid = grid_shape(image_size, image_size, patch_size)
+        self.image_shape = (*height_and_width(image_size), channels)
+        self.grid = grid_shape(*self.image_shape[:2], patch_size)
         self.patch_size = patch_size
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_extras = 2 if num_classes else 1  # tokens before the patches
@@ -153,14 +170,15 @@ class UViT(ModelMixin, ConfigMixin):
         Matrix products only, two operations a multiply-add; a training step is three times it.
         """
         config = self.config
-        width, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
-        values = config.patch_size**2 * config.channels
+        height, width, channels = self.image_shape
+        dim, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+        values = config.patch_size**2 * channels
         tokens = self.num_extras + num_visible
-        per_token = config.depth * (4 * width * width + 2 * width * hidden)
-        per_token += config.depth // 2 * 2 * width * width  # skip connections
-        attention = config.depth * 2 * tokens * tokens * width
-        ends = num_visible * 2 * width * values
-        conv = 9 * config.channels**2 * config.image_size**2 if config.final_conv else 0
+        per_token = config.depth * (4 * dim * dim + 2 * dim * hidden)
+        per_token += config.depth // 2 * 2 * dim * dim  # skip connections
+        attention = config.depth * 2 * tokens * tokens * dim
+        ends = num_visible * 2 * dim * values
+        conv = 9 * channels**2 * height * width if config.final_conv else 0
         return 2 * (tokens * per_token + attention + ends + conv)
 
 

@@ -52,7 +52,8 @@ def generate(
             the number of classes.
         weak: the weak model of autoguidance.
         visible: indices of the patches to draw, int64 (n, V): a sample of the marginal that they
-            select (Section 3.1). The others come out mid-grey. None = all.
+            select (Section 3.1). The others come out mid-grey, and half transparent where there
+            is alpha. None = all.
         progress: show a bar.
         solve: what turns noise into patches; None = the sampler of the settings.
 
@@ -67,7 +68,7 @@ def generate(
     if labels is None and (in_turn := default_labels(model, indices)) is not None:
         labels = torch.from_numpy(in_turn)
     _refuse_labels(model, labels)
-    shape = (model.config.image_size, model.config.image_size, model.config.channels)
+    shape = model.image_shape
     device = next(model.parameters()).device
     levels = sampling_levels(trained.schedule, settings)
     done = [np.empty((0, *shape), np.uint8)]

@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from maskdm.models.build import Backbone
+from maskdm.models.class_names import some_names
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Sampling
 from maskdm.sampling.denoise import sparse_denoiser, x0_denoiser
@@ -86,13 +87,24 @@ def refuse_weak(trained: TrainedModel, weak: TrainedModel | None) -> None:
     """Raises ValueError where a model can't guide another."""
     if weak is None:
         raise ValueError("autoguidance needs a weak model: name one with guidance_weak")
-    for name in ("image_size", "patch_size", "channels", "num_classes"):
-        strong_value, weak_value = (getattr(m.model.config, name) for m in (trained, weak))
+    strong, other = trained.model, weak.model
+    traits = {
+        "image_shape": (strong.image_shape, other.image_shape),
+        "patch_size": (strong.patch_size, other.patch_size),
+        "num_classes": (strong.config.num_classes, other.config.num_classes),
+    }
+    for name, (strong_value, weak_value) in traits.items():
         if strong_value != weak_value:
             raise ValueError(
                 f"the weak model has {name} {weak_value}, the guided one {strong_value}: they "
                 "must be equal"
             )
+    names, weak_names = strong.config.class_names, other.config.class_names
+    if names and weak_names and names != weak_names:
+        raise ValueError(
+            f"the weak model's classes are {some_names(weak_names)}, the guided one's "
+            f"{some_names(names)}: they must be equal"
+        )
     config = trained.model.config
     if config.num_classes and config.label_dropout and not weak.model.config.label_dropout:
         raise ValueError("the weak model was never shown images of no class, the guided one was")

@@ -51,8 +51,7 @@ def inpaint(
     Raises:
         ValueError: image or mask don't have the model's size, or there is nothing to draw.
     """
-    config = trained.model.config
-    shape = (config.image_size, config.image_size, config.channels)
+    shape = trained.model.image_shape
     if image.shape != shape or unknown.shape != shape[:2]:
         raise ValueError(
             f"the model's images are {shape}, but the image is {image.shape} and the mask "
@@ -132,11 +131,18 @@ def repaint(
     return x
 
 
+def with_hole(image: np.ndarray, unknown: np.ndarray) -> np.ndarray:
+    """The image with opaque mid-grey where it is unknown, to be looked at: uint8 (H, W, C)."""
+    opaque = [255] if image.shape[-1] in (2, 4) else []
+    grey = np.array([128] * (image.shape[-1] - len(opaque)) + opaque, np.uint8)
+    return np.where(unknown[..., None], grey, image)
+
+
 def read_image_and_mask(image: Path, mask: Path, data: Data) -> tuple[np.ndarray, np.ndarray]:
     """An image prepared as settings say, and its unknown pixels: the mask's light ones.
 
     Returns:
-        uint8 (size, size, C); bool (size, size), cut and resized like the image.
+        uint8 (H, W, C); bool (H, W), cut and resized like the image.
 
     Raises:
         ValueError: a file that is no picture, or a mask of another shape than the image's.

@@ -51,8 +51,8 @@ def patches_of_picture(picture: np.ndarray, patch_size: int) -> Tensor:
     return torch.from_numpy(np.flatnonzero(whole))
 
 
-def read_picture(path: Path, size: int) -> np.ndarray:
-    """A black and white picture of exactly size x size pixels: bool, True where it is light.
+def read_picture(path: Path, height: int, width: int) -> np.ndarray:
+    """A black and white picture of exactly that size: bool (H, W), True where it is light.
 
     Raises ValueError where it isn't there, is no picture, or has another size.
     """
@@ -61,9 +61,9 @@ def read_picture(path: Path, size: int) -> np.ndarray:
             pixels = np.asarray(image.convert("L"))
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from None
-    if pixels.shape != (size, size):
+    if pixels.shape != (height, width):
         raise ValueError(
-            f"{path} is {pixels.shape[1]}x{pixels.shape[0]} pixels, but the model's images are "
-            f"{size}x{size}"
+            f"{path} is {pixels.shape[0]} pixels high and {pixels.shape[1]} wide, but the model's "
+            f"images are {height} high and {width} wide"
         )
     return pixels >= 128

@@ -16,6 +16,7 @@ from maskdm.models.trained import TrainedModel
 from maskdm.models.uvit import UViT
 from maskdm.recipe import Diffusion, Sampling
 from maskdm.training.find import Found, Note, find_model, read_index
+from maskdm.training.run_folder import read_class_names
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def _progress(found: Found) -> dict[str, Any]:
 
 def _checkpoint(found: Found) -> tuple[Backbone, Diffusion]:
     recipe = found.recipe
-    model = build_model(recipe)
+    assert found.run is not None  # else there is no recipe
+    model = build_model(recipe, read_class_names(found.run))
     model.load_state_dict(load_file(found.folder / "ema.safetensors"))
     return model, recipe.diffusion_of(recipe.stages[_progress(found)["stage"]])

@@ -14,10 +14,16 @@ from typing import Any
 from maskdm.recipe import Recipe
 from maskdm.recipe_files import differences, load_recipe
 
+CLASSES = "classes.json"
+
 
 @contextlib.contextmanager
 def claimed_run_folder(
-    run_dir: Path, recipe: Recipe, resume: str, environment: dict[str, Any]
+    run_dir: Path,
+    recipe: Recipe,
+    resume: str,
+    environment: dict[str, Any],
+    class_names: list[str] | None = None,
 ) -> Iterator[None]:
     """Makes RUN with its recipe.yaml, or checks that the run in it has an equal recipe.
 
@@ -27,11 +33,13 @@ def claimed_run_folder(
         resume: `auto` accepts a folder with a run of an equal recipe; `never` accepts none.
         environment: appended to environment.json, one entry for each start. Its
             `images_sha256` must be that of the start before.
+        class_names: names of the model's classes, kept in classes.json; they must be those of
+            the start before.
 
     Raises:
         ValueError: the folder can't be made, is in use, or holds another recipe's run (its
-            differences are listed), a run on other images, or a run where `never` was asked.
-            Nothing is changed.
+            differences are listed), a run on other images or classes, or a run where `never` was
+            asked. Nothing is changed.
     """
     path = run_dir / "recipe.yaml"
     starts_path = run_dir / "environment.json"
@@ -44,10 +52,16 @@ def claimed_run_folder(
                 f"{run_dir} holds a run of another recipe ({'; '.join(changed)}): "
                 "give the same settings to continue it, or name a new folder with --out"
             )
+        changed_data = []
         if starts and starts[-1]["images_sha256"] != environment["images_sha256"]:
+            changed_data.append("images")
+        if read_class_names(run_dir) not in (None, class_names):
+            changed_data.append("names of the classes")
+        if changed_data:
             raise ValueError(
-                f"the images of {recipe.data.source} have changed since the run in {run_dir} "
-                "began: bring them back to continue it, or name a new folder with --out"
+                f"the {' and '.join(changed_data)} of {recipe.data.source} have changed since the "
+                f"run in {run_dir} began: bring them back to continue it, or name a new folder "
+                "with --out"
             )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -56,8 +70,25 @@ def claimed_run_folder(
     with _locked(run_dir):
         if not path.is_file():
             _write(path, recipe.to_yaml())
+        if class_names is not None:
+            _write(run_dir / CLASSES, json.dumps(class_names, ensure_ascii=False, indent=1) + "\n")
         _write(starts_path, json.dumps([*starts, environment], indent=1) + "\n")
         yield
+
+
+def read_class_names(run_dir: Path) -> list[str] | None:
+    """Names of the classes of a run's model; None where it has none, or kept none.
+
+    Raises ValueError where the file is damaged.
+    """
+    path = run_dir / CLASSES
+    if not path.is_file():
+        return None
+    try:
+        names: list[str] = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it") from None
+    return names
 
 
 @contextlib.contextmanager

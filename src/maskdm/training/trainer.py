@@ -86,7 +86,7 @@ def train(
         OSError: the disk refused; the last good checkpoint stays.
     """
     # Refuse what cannot work before anything is written.
-    grid = grid_shape(recipe.data.size, recipe.data.size, recipe.model.patch_size)
+    grid = grid_shape(*recipe.data.shape[:2], recipe.model.patch_size)
     visible_counts = [num_visible(stage.mask, grid) for stage in recipe.stages]
     refuse_run_among_images(recipe.data.source, run_dir)
     accelerator, precision, reason = make_accelerator(recipe.precision)
@@ -94,13 +94,14 @@ def train(
     with accelerator.main_process_first():
         store = open_store(recipe.data, progress=show and accelerator.is_main_process)
     refuse_unfit_labels(recipe, store)
-    model = build_model(recipe)  # the same weights on every rank and in every run
+    class_names = store.manifest["class_names"] if recipe.model.num_classes else None
+    model = build_model(recipe, class_names)  # the same weights on every rank and in every run
     transferred = _start_from(recipe, run_dir, model)
     stack = contextlib.ExitStack()
     if accelerator.is_main_process:
         facts = environment(accelerator.device, accelerator.num_processes)
         facts |= {"precision": precision, "images_sha256": store.manifest["sha256"]}
-        stack.enter_context(claimed_run_folder(run_dir, recipe, resume, facts))
+        stack.enter_context(claimed_run_folder(run_dir, recipe, resume, facts, class_names))
     accelerator.wait_for_everyone()
 
     # Give the model its place and its average.

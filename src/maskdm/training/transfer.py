@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskdm.models.build import Backbone
+from maskdm.models.class_names import some_names
 from maskdm.models.uvit import UViT
 
 
@@ -60,6 +61,7 @@ def transfer_weights(source: Backbone, target: Backbone) -> list[str]:
     if not_copied:
         counts = [model.config.num_classes for model in (source, target)]
         lines.append(f"classes left fresh, but for no class: {counts[0]} -> {counts[1]}")
+    lines += _renamed(source, target)
     heads = [model.config.num_heads for model in (source, target)]
     if heads[0] != heads[1]:
         lines.append(f"note: trained with {heads[0]} attention heads, now read as {heads[1]}")
@@ -100,6 +102,15 @@ def _labels(source: UViT, target: UViT) -> Tensor | None:
         return None
     new[-1] = old[-1]
     return new
+
+
+def _renamed(source: Backbone, target: Backbone) -> list[str]:
+    """A note where as many classes have other names, so that their numbers mean others."""
+    old, new = (model.config.class_names or [] for model in (source, target))
+    if len(old) != len(new):
+        return []
+    changes = [f"{i} {a} -> {b}" for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
+    return [f"note: class numbers mean others now: {some_names(changes)}"] if changes else []
 
 
 def _sizes(model: Backbone) -> str:
