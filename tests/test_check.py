@@ -148,7 +148,7 @@ def test_the_report_tells_sizes_as_they_are_seen(report):
     assert "1 image is smaller than what is asked for and will be enlarged" in (
         texts(report, "warning")
     )
-    assert "of 1 image crop center cuts away more than half" in texts(report, "warning")
+    assert "crop center cuts away more than half of 1 image" in texts(report, "warning")
 
 
 def test_the_report_tells_formats_modes_and_what_is_special(report):
@@ -205,13 +205,13 @@ def test_it_is_printed_in_lines_of_a_terminals_width(mixed, monkeypatch, capsys)
     text = printed(capsys, "photos", "--size", "16", code=2)
     assert all(len(line) <= 80 for line in text.splitlines())
     text = " ".join(text.split())
-    assert text.startswith("photos: folder, 22 images classes 2: cat 8, dog 8 sizes width 4 to 400")
+    assert text.startswith("photos: folder, 22 images, 16 readable prepared as 16x16, 3 channels")
+    assert "on white, crop center; on-bad auto classes 2: cat (8), dog (8) sizes" in text
     assert "cat/latin-\\udce9.png: not an image" in text
     assert "dog/cut.jpg: truncated: the file ends early" in text
     assert "and 1 more; --json lists all" in text  # of six unreadable ones
-    assert "passed over .heic 1, .txt 1, hidden 1" in text
+    assert "passed over .heic (1), .txt (1), hidden (1)" in text
     assert "equal cat/one.png, dog/one-again.bmp" in text
-    assert "to be 16x16, 3 channels, crop center, on bad auto" in text
     assert text.endswith("not usable: 1 error")
 
 

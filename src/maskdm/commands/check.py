@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from maskdm.commands.common import DONE, WRONG_USAGE, Source, changed, quiet
-from maskdm.recipe import Data, Recipe
+from maskdm.recipe import Recipe
 from maskdm.recipe_files import load_recipe
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 WIDTH = 80
 NUM_LISTED = 5  # of names, groups, classes
 NUM_ON_SHEET = 36
+UNBROKEN = "\u00a0"  # a space at which no line is broken
 Crop = Literal["auto", "center", "resize", "celeba", "celeba140", "none"]
 Size = Annotated[int | tuple[int, int] | None, quiet(metavar="INT|INT INT")]
 Channels = Annotated[Literal[1, 2, 3, 4] | None, quiet(metavar="{1,2,3,4}")]
@@ -85,7 +86,7 @@ def check(
     if json_output:
         print(json.dumps({**dataclasses.asdict(report), "usable": report.usable}))
     else:
-        _print(report, data)
+        _print(report)
         if sheet is not None and report.num_readable:
             print(f"-> {sheet}")
     return DONE if report.usable else WRONG_USAGE
@@ -98,48 +99,52 @@ def _draw(path: Path, images: list[np.ndarray], recipe: Recipe) -> None:
     draw_sheet(images, recipe).save(path)
 
 
-def _print(report: Report, data: Data) -> None:
+def _print(report: Report) -> None:
     """The report in lines of at most 80 columns (but for long names): facts, then findings."""
     from maskdm.images.diagnosis import counted
     from maskdm.images.problems import printable
 
-    print(f"{printable(report.source)}: {report.kind}, {counted(report.num_images, 'image')}")
-    for title, lines in _facts(report, data).items():
+    images = counted(report.num_images, "image")
+    if report.unreadable:
+        images += f", {report.num_readable:,} readable"
+    print(f"{printable(report.source)}: {report.kind}, {images}")
+    for title, lines in _facts(report).items():
         for i, line in enumerate(lines):
             _print_wrapped(line, f"  {'' if i else title:12}")
     if report.findings:
         print()
     for level, text in report.findings:
-        _print_wrapped(text, f"{level:9}")
+        _print_wrapped(f"{text}.", f"{level:9}")
     errors = sum(level == "error" for level, _ in report.findings)
     print(f"\n{'usable' if report.usable else 'not usable: ' + counted(errors, 'error')}")
 
 
 def _print_wrapped(text: str, start: str) -> None:
-    print(
-        textwrap.fill(
-            text,
-            WIDTH,
-            initial_indent=start,
-            subsequent_indent=" " * len(start),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    )
+    """Prints text after `start`, further lines below its own beginning."""
+    wrapper = textwrap.TextWrapper(WIDTH, start, " " * len(start))
+    wrapper.break_long_words = wrapper.break_on_hyphens = False  # names stay whole
+    print(wrapper.fill(text).replace(UNBROKEN, " "))
 
 
-def _facts(report: Report, data: Data) -> dict[str, list[str]]:
+def _facts(report: Report) -> dict[str, list[str]]:
     """Lines of the report's first part, by title."""
-    from maskdm.images.diagnosis import size_text, some
+    from maskdm.images.diagnosis import counted, size_text, some
 
     height, width, channels = report.shape
-    facts = {"classes": [f"none: {report.no_classes or report.bad_labels}"]}
+    ground = f", on {report.background}" if channels in (1, 3) else ""
+    facts = {
+        "prepared as": [
+            f"{width}x{height}, {counted(channels, 'channel')}{ground}, crop {report.crop}; "
+            f"on-bad {report.on_bad}"
+        ],
+        "classes": [f"none: {report.no_classes or report.bad_labels}"],
+    }
     if report.classes:
         facts["classes"] = [f"{len(report.classes):,}: {_counts(report.classes)}"]
     if report.width and report.height:
-        sizes = [f"{w}x{h} ({num:,})" for w, h, num in report.sizes]
+        sizes = [f"{w}x{h}{UNBROKEN}({num:,})" for w, h, num in report.sizes]
         facts["sizes"] = [
-            f"{name} {least:,} to {most:,}, median {median:,}"
+            f"{name} {least:,}" + (f" to {most:,}, median {median:,}" if most > least else "")
             for name, (least, median, most) in (("width", report.width), ("height", report.height))
         ] + [f"commonest: {', '.join(sizes)}"]
         facts["formats"] = [_counts(report.formats)]
@@ -157,19 +162,20 @@ def _facts(report: Report, data: Data) -> dict[str, list[str]]:
     for title, names in (("enlarged", report.enlarged), ("extreme", report.extreme)):
         if names:
             facts[title] = [f"{len(names):,}: {some(names)}"]
-    facts["to be"] = [
-        f"{width}x{height}, {channels} channel{'s' if channels > 1 else ''}, "
-        f"crop {report.crop}, on bad {report.on_bad}"
-    ]
     facts["store"] = [
-        f"{size_text(report.store_bytes)}, built in about {_time_text(report.build_sec)} on "
-        f"{report.num_cores} core{'s' if report.num_cores > 1 else ''}"
+        f"{size_text(report.store_bytes)}, built in {_time_text(report.build_sec)} on "
+        f"{counted(report.num_cores, 'core')}"
     ]
     return facts
 
 
 def _counts(counts: dict[str, int]) -> str:
-    shown = [f"{name} {num:,}" for name, num in list(counts.items())[: 2 * NUM_LISTED]]
+    from maskdm.images.problems import printable
+
+    shown = [
+        f"{printable(name)}{UNBROKEN}({num:,})"
+        for name, num in list(counts.items())[: 2 * NUM_LISTED]
+    ]
     return ", ".join(shown) + _more(len(counts) - len(shown))
 
 
@@ -183,7 +189,9 @@ def _more(num: int) -> str:
 
 
 def _time_text(sec: float) -> str:
-    """`3 s`, `12 min`, `1.5 h`."""
+    """`about 3 s`, `about 12 min`, `about 1.5 h`."""
+    if sec < 1:
+        return "less than 1 s"
     if sec < 100:
-        return f"{max(1, round(sec))} s"
-    return f"{sec / 60:.0f} min" if sec < 6000 else f"{sec / 3600:.1f} h"
+        return f"about {sec:.0f} s"
+    return f"about {sec / 60:.0f} min" if sec < 6000 else f"about {sec / 3600:.1f} h"

@@ -268,7 +268,7 @@ def _shapes(report: Report) -> Iterator[Finding]:
             text = f"{images} squeezed to less than half in one direction: crop center cuts instead"
         else:
             text = (
-                f"of {counted(num, 'image')} crop center cuts away more than half: crop resize "
+                f"crop center cuts away more than half of {counted(num, 'image')}: crop resize "
                 "squeezes instead; or cut them yourself, or remove them"
             )
         yield Finding("warning", text)
