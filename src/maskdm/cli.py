@@ -15,6 +15,7 @@ from typing import Any
 import tyro
 
 import maskdm
+from maskdm.commands.check import check
 from maskdm.commands.common import DONE, FAILED, WRONG_USAGE, changed, say_note
 from maskdm.commands.evaluate import evaluate
 from maskdm.commands.inpaint import inpaint
@@ -36,6 +37,7 @@ usage: maskdm COMMAND ...
 Train raw-pixel diffusion models cheaply: masked pre-training, then denoising fine-tuning.
 
   recipes [NAME]              list the packaged recipes, or print one
+  check SOURCE                look images through before training on them
   pack SOURCE OUT --size 64   decode images ahead of time, into a store
   train RECIPE --out RUN      run a recipe's stages; the same command again continues them
   sample RUN --out FILE       draw images: a grid (.png), an array (.npz), or a folder of PNGs
@@ -50,6 +52,7 @@ Train raw-pixel diffusion models cheaply: masked pre-training, then denoising fi
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "recipes": recipes,
+    "check": check,
     "pack": pack,
     "train": train,
     "sample": sample,
@@ -58,7 +61,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 }
 
 
-NEEDS_NO_RUN = ("recipes", "pack")
+NEEDS_NO_RUN = ("recipes", "check", "pack")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import os
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +47,15 @@ def prepare_contents(contents: Sequence[Content], data: Data) -> tuple[np.ndarra
 
 def reason(error: Exception) -> str:
     """What went wrong with an image, in one line."""
+    if isinstance(error, FileNotFoundError) and os.path.islink(error.filename or ""):
+        return "dangling link: what it points to isn't there"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
+    if isinstance(error, Image.DecompressionBombError):
+        return f"decompression bomb: more than {MAX_PIXELS:,} pixels"
     text = " ".join(str(error).split()) or type(error).__name__
+    if "truncated" in text.lower():
+        return "truncated: the file ends early"
     return "not an image" if text.startswith("cannot identify image file") else text
 
 
@@ -62,16 +70,7 @@ def open_image(content: Content, data: Data | None = None) -> Image.Image:
         Exception: of whatever kind the decoder raises, where it can't be decoded; ValueError for
             more than 179 million pixels.
     """
-    if isinstance(content, Exception):
-        raise content
-    if isinstance(content, np.ndarray):
-        return Image.fromarray(content[..., 0] if content.shape[2:] == (1,) else content)
-    if isinstance(content, Path) and not stat.S_ISREG(content.stat().st_mode):
-        raise ValueError("not a regular file")
-    file = content if isinstance(content, Path) else io.BytesIO(content)
-    with Image.open(file, formats=_formats()) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"decompression bomb: {image.width}x{image.height} pixels")
+    with opened(content) as image:
         factor = draft_factor(image, data) if data is not None and data.draft else 1
         size = image.size
         if factor > 1:
@@ -82,6 +81,28 @@ def open_image(content: Content, data: Data | None = None) -> Image.Image:
         smaller = (size[0] // factor, size[1] // factor)
         image = image.resize(smaller, Image.Resampling.BILINEAR, box)
     return image
+
+
+@contextlib.contextmanager
+def opened(content: Content) -> Iterator[Image.Image]:
+    """An image of which only the header is read so far; its `load` reads the pixels.
+
+    Raises what `open_image` does.
+    """
+    if isinstance(content, Exception):
+        raise content
+    if isinstance(content, np.ndarray):
+        yield Image.fromarray(content[..., 0] if content.shape[2:] == (1,) else content)
+        return
+    if isinstance(content, Path) and not stat.S_ISREG(content.stat().st_mode):
+        raise ValueError("not a regular file")
+    if not (content.stat().st_size if isinstance(content, Path) else content):
+        raise ValueError("empty file")
+    file = content if isinstance(content, Path) else io.BytesIO(content)
+    with Image.open(file, formats=_formats()) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"decompression bomb: {image.width}x{image.height} pixels")
+        yield image
 
 
 @functools.cache
