@@ -1,7 +1,4 @@
-"""What leaves the program: sheets, folders of PNGs, arrays; grey or colour, with or without alpha.
-
-To be added when stores can have 2 and 4 channels: `maskdm inpaint` of a transparent picture.
-"""
+"""What leaves the program: sheets, folders of PNGs, arrays; grey or colour, with or without alpha."""
 
 from __future__ import annotations
 
@@ -105,3 +102,12 @@ def test_arrays_that_are_no_pictures_are_refused(shape, tmp_path):
     assert not (tmp_path / "folder").exists()
     save_images(images, tmp_path / "a.npz")
     assert np.load(tmp_path / "a.npz")["arr_0"].shape == shape
+
+
+def test_a_grid_enlarges_small_images_without_smoothing():
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    sheet = np.asarray(image_grid(images, min_side=20, gap=2))
+    assert sheet.shape == (2 * 26 + 2, 3 * 26 + 2, 3)
+    assert np.array_equal(sheet[2:26:3, 28:52:3], images[1])
+    assert np.array_equal(sheet[4:28:3, 30:54:3], images[1])
+    assert np.asarray(image_grid(images[..., :1])).ndim == 2

@@ -1,8 +1,4 @@
-"""Images higher than wide or wider than high, from the first step to what a model is used for.
-
-To be added when stores can be rectangular: `maskdm train --data.size 8 12` from a folder (with
-previews, resume, `maskdm evaluate` and `maskdm inpaint` on the run), and every crop's own cut.
-"""
+"""Images higher than wide or wider than high, from the first step to what a model is used for."""
 
 from __future__ import annotations
 

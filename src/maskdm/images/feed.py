@@ -79,7 +79,7 @@ class Feed:
             self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._ahead: dict[Place, Future[Fetched]] = {}
-        self._num_slow = 0
+        self._num_slow, self._is_told = 0, False
 
     def next(self, position: int, batch_size: int) -> tuple[Tensor, Tensor | None]:
         """This rank's share of the global batch that starts at `position` of the order.
@@ -111,9 +111,9 @@ class Feed:
         A single slow stretch, such as a cold start, goes without a word.
         """
         self._num_slow = self._num_slow + 1 if share > MOST_WAITING else 0
-        if self._num_slow != 2:
+        if self._num_slow < 2 or self._is_told:
             return None
-        self._num_slow = 3  # never 2 again while it lasts
+        self._is_told = True
         advice = "name a faster disk with the environment variable MASKDM_CACHE"
         if not self.is_resident:
             advice += ", or keep the images in memory with --data.resident on"
