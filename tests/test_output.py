@@ -1,4 +1,4 @@
-"""What leaves the program: sheets, folders of PNGs, arrays; grey or colour, with or without alpha."""
+"""What leaves the program: sheets, folders of PNGs, arrays; one to four channels."""
 
 from __future__ import annotations
 
