@@ -371,6 +371,9 @@ def test_squeezed_images_are_extreme_where_nothing_is_cut(tmp_path):
     assert "squeezed to less than half in one direction" in texts(report, "warning")
     report = examine(Data(source=str(tmp_path), size=(16, 80)), progress=False)
     assert report.extreme == []  # what is asked for has that shape itself
+    assert report.enlarged == []
+    report = examine(Data(source=str(tmp_path), size=24), progress=False)
+    assert report.enlarged == ["wide.png"]  # in height only
 
 
 def groups_of(contents: list[bytes], size: int = 32) -> list[list[int]]:
@@ -412,6 +415,18 @@ def test_flat_images_do_not_match_because_their_hash_is_empty(levels, noise):
         flat = np.clip(level + grain, 0, 255).astype(np.uint8)
         contents.append(encoded(Image.fromarray(flat), "PNG"))
     assert groups_of(contents) == []
+
+
+def test_faint_images_must_be_nearer_to_be_alike():
+    rng = np.random.default_rng(0)
+    signs = rng.choice([-1, 1], 256)
+    other = signs * rng.choice([1, -1], 256, p=[0.8, 0.2])  # a fifth of the pixels differs
+    hashes = np.zeros(2, np.uint64)
+    faint = np.stack([128 + 4 * signs, 128 + 4 * other])  # by 1.6 levels in the mean
+    assert duplicates.near_groups(hashes, faint.astype(np.uint8)) == ([], True)
+    strong = np.stack([128 + 60 * signs, 128 + 60 * signs + 2])
+    groups, _ = duplicates.near_groups(hashes, strong.astype(np.uint8))
+    assert [group.tolist() for group in groups] == [[0, 1]]
 
 
 @given(st.integers(0, 2**64 - 1), st.sets(st.integers(0, 63), max_size=5))
