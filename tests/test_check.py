@@ -26,7 +26,7 @@ from maskdm.images import check, duplicates
 from maskdm.images.check import Samples, examine
 from maskdm.images.diagnosis import Report
 from maskdm.images.known import KNOWN
-from maskdm.images.look import look_at
+from maskdm.images.look import look_at, on_grey
 from maskdm.images.prepare import reason
 from maskdm.masks import effective_rate
 from maskdm.recipe import Data, Mask, Recipe
@@ -371,6 +371,9 @@ def test_squeezed_images_are_extreme_where_nothing_is_cut(tmp_path):
     assert "squeezed to less than half in one direction" in texts(report, "warning")
     report = examine(Data(source=str(tmp_path), size=(16, 80)), progress=False)
     assert report.extreme == []  # what is asked for has that shape itself
+    assert report.enlarged == []
+    report = examine(Data(source=str(tmp_path), size=24), progress=False)
+    assert report.enlarged == ["wide.png"]  # in height only
 
 
 def groups_of(contents: list[bytes], size: int = 32) -> list[list[int]]:
@@ -383,12 +386,25 @@ def groups_of(contents: list[bytes], size: int = 32) -> list[list[int]]:
     return [group.tolist() for group in groups]
 
 
-@given(st.integers(0, 10**6), st.integers(75, 95), st.sampled_from([24, 32, 48, 64]))
-def test_a_new_encoding_is_found_and_another_picture_is_not(seed, quality, side):
-    original = encoded(picture(seed), "PNG")
-    copy = encoded(picture(seed).resize((side, side)), "JPEG", quality=quality)
-    other = encoded(picture(seed + 1), "PNG")
-    assert groups_of([other, original, copy]) == [[1, 2]]
+@pytest.mark.parametrize("side", [24, 32, 48])
+@pytest.mark.parametrize("quality", [75, 90])
+def test_nearly_all_new_encodings_are_found_and_no_other_pictures(quality, side):
+    originals = [picture(seed) for seed in range(60)]
+    copies = [image.resize((side, side)) for image in originals]
+    contents = [encoded(image, "PNG") for image in originals]
+    contents += [encoded(image, "JPEG", quality=quality) for image in copies]
+    found = groups_of(contents)
+    assert all(len(group) == 2 and group[1] == group[0] + 60 for group in found)
+    assert len(found) >= 54
+
+
+@given(st.integers(0, 10**6), st.integers(1, 10**6), st.booleans())
+def test_different_pictures_are_never_alike(seed, step, is_grainy):
+    images = [texture(seed), texture(seed + step)]
+    if is_grainy:
+        rng = np.random.default_rng(seed)
+        images = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in images]
+    assert groups_of([encoded(Image.fromarray(image), "PNG") for image in images]) == []
 
 
 @given(st.lists(st.integers(0, 255), min_size=2, max_size=4), st.integers(0, 2))
@@ -399,6 +415,18 @@ def test_flat_images_do_not_match_because_their_hash_is_empty(levels, noise):
         flat = np.clip(level + grain, 0, 255).astype(np.uint8)
         contents.append(encoded(Image.fromarray(flat), "PNG"))
     assert groups_of(contents) == []
+
+
+def test_faint_images_must_be_nearer_to_be_alike():
+    rng = np.random.default_rng(0)
+    signs = rng.choice([-1, 1], 256)
+    other = signs * rng.choice([1, -1], 256, p=[0.8, 0.2])  # a fifth of the pixels differs
+    hashes = np.zeros(2, np.uint64)
+    faint = np.stack([128 + 4 * signs, 128 + 4 * other])  # by 1.6 levels in the mean
+    assert duplicates.near_groups(hashes, faint.astype(np.uint8)) == ([], True)
+    strong = np.stack([128 + 60 * signs, 128 + 60 * signs + 2])
+    groups, _ = duplicates.near_groups(hashes, strong.astype(np.uint8))
+    assert [group.tolist() for group in groups] == [[0, 1]]
 
 
 @given(st.integers(0, 2**64 - 1), st.sets(st.integers(0, 63), max_size=5))
@@ -430,6 +458,23 @@ def test_where_too_many_images_look_alike_it_says_so(tmp_path, monkeypatch):
     report = examine(Data(source=str(tmp_path), size=8), progress=False)
     assert report.duplicates == [["0.png", "1.png"]]
     assert not report.near_duplicates_all and "too many images" in texts(report, "note")
+
+
+def test_equal_pixels_are_equal_whatever_the_palette(tmp_path):
+    for name, colours, places in (("a", [9, 200], [0, 1]), ("b", [200, 9], [1, 0])):
+        image = Image.fromarray(np.array([places] * 2, np.uint8)).convert("P")
+        image.putpalette([level for colour in colours for level in [colour] * 3])
+        image.save(tmp_path / f"{name}.png")
+    Image.fromarray(np.array([[9, 200]] * 2, np.uint8)).convert("RGB").save(tmp_path / "c.png")
+    report = examine(Data(source=str(tmp_path), size=8), progress=False)
+    assert report.duplicates == [["a.png", "b.png", "c.png"]]
+
+
+def test_transparent_parts_show_mid_grey_on_the_sheet():
+    pixels = np.array([[[10, 20, 30, 0], [10, 20, 30, 255]]], np.uint8)
+    assert on_grey(pixels[None]).tolist() == [[[[128, 128, 128], [10, 20, 30]]]]
+    grey = np.array([[[10, 0], [10, 255]]], np.uint8)
+    assert on_grey(grey[None]).tolist() == [[[[128] * 3, [10] * 3]]]
 
 
 @given(st.integers(0, 300), st.integers(1, 20), st.integers(1, 9))

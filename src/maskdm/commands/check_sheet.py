@@ -23,6 +23,7 @@ MIN_SIDE, MAX_SIDE = 96, 256  # of an image on the sheet: smaller ones are enlar
 GAP = 4
 HIDDEN = 128  # grey of hidden patches
 FONT_SIZE = 16
+GROUND = (232, 232, 232)  # neither an image's white nor the grey of what is hidden
 
 
 def draw_sheet(images: Sequence[np.ndarray], recipe: Recipe) -> Image.Image:
@@ -45,7 +46,7 @@ def draw_sheet(images: Sequence[np.ndarray], recipe: Recipe) -> Image.Image:
         masked = hide(few, stage.mask, patch_size, generator) if rate else few[:0]
         parts.append(_part(caption, masked))
     size = max(part.width for part in parts), sum(part.height for part in parts) + GAP
-    sheet = Image.new("RGB", size, "white")
+    sheet = Image.new("RGB", size, GROUND)
     top = 0
     for part in parts:
         sheet.paste(part, (0, top))
@@ -81,7 +82,7 @@ def _part(caption: str, images: np.ndarray) -> Image.Image:
     num_rows = math.ceil(len(tiles) / COLUMNS)
     across = max(COLUMNS * (width + GAP) + GAP, math.ceil(_font().getlength(caption)) + 4 * GAP)
     title = FONT_SIZE + 4 * GAP
-    part = Image.new("RGB", (across, title + num_rows * (height + GAP)), "white")
+    part = Image.new("RGB", (across, title + num_rows * (height + GAP)), GROUND)
     ImageDraw.Draw(part).text((GAP, 2 * GAP), caption, "black", _font())
     for i, tile in enumerate(tiles):
         row, column = divmod(i, COLUMNS)
