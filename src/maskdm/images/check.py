@@ -60,7 +60,7 @@ class Samples:
 def examine(data: Data, progress: bool = True, samples: Samples | None = None) -> Report:
     """Reads a source through, and tells what is in it; nothing is written.
 
-    An image costs about 400 bytes of memory while it runs (its name, its digest, its thumbnail);
+    An image costs some 300 bytes of memory besides its name (a digest, a thumbnail);
     of more than 1,048,576 near duplicates are not looked for.
 
     Args:
