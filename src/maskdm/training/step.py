@@ -97,12 +97,16 @@ def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
         images: uint8 (B, H, W, C).
         mirrored: bool (B,), which.
     """
-    # Seen as channels-last (B, C, H, W), torch has a fast path for this flip on a CPU; then whole
-    # rows are chosen: 4 times as fast as torch.where.
+    # Seen as channels-last (B, C, H, W), torch has a fast path for this flip on a CPU.
     flipped = images.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)
-    both = torch.cat([images, flipped]).flatten(1)  # (2B, H*W*C)
-    chosen = torch.arange(len(images), device=images.device) + len(images) * mirrored
-    return both.index_select(0, chosen).view(images.shape)
+    chosen = torch.where(mirrored[:, None], _words(flipped), _words(images))  # (B, H*W*C / 8)
+    return chosen.view(torch.uint8).view(images.shape)
+
+
+def _words(images: Tensor) -> Tensor:
+    """Images as rows of 8-byte words where they divide so: copied 4 times as fast as bytes."""
+    rows = images.flatten(1)
+    return rows.view(torch.int64) if rows.shape[1] % 8 == 0 else rows
 
 
 def backward(
