@@ -538,3 +538,27 @@ def test_a_sheet_can_be_looked_at_whatever_the_size(shape, side):
 def test_transparency_is_kept_where_it_is_asked_for(mixed):
     report = examine(Data(source=str(mixed), size=16, channels=4), progress=False)
     assert "transparent parts, and 4 channels keep them" in texts(report, "note")
+
+
+@pytest.mark.parametrize(("channels", "background"), [(3, "navy"), (4, "white")])
+def test_a_folder_of_everything_trains(mixed, tmp_path, capsys, channels, background):
+    settings = json.loads(json.dumps(tiny_settings()))
+    settings["data"] = {
+        "source": str(mixed), "size": 16, "channels": channels, "background": background,
+        "on_bad": "skip", "flip": True,
+    }  # fmt: skip
+    settings["model"]["num_classes"] = 2
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    run = tmp_path / "run"
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--out", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert f"data    16 images 16x16x{channels}" in printed and "6 unreadable left out" in printed
+    assert "left out: cat/latin-\\udce9.png (not an image), dog/bomb.png" in printed
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line["loss"]) for line in lines) and lines[-1]["step"] == 11
+    out = tmp_path / "cats.npz"
+    assert main(["sample", str(run), "--num", "2", "--label", "cat", "--out", str(out)]) == 0
+    assert np.load(out)["arr_0"].shape == (2, 16, 16, channels)
+    strict = ["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "no")]
+    assert main([*strict, "--data.on-bad", "auto"]) == 2
+    assert "6 of 22 images cannot be read" in capsys.readouterr().err

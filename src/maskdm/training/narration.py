@@ -6,6 +6,7 @@ from accelerate import Accelerator
 
 from maskdm.engine import device_name
 from maskdm.images.order import training_subset
+from maskdm.images.problems import listed
 from maskdm.images.store import Store
 from maskdm.masks import Grid
 from maskdm.models.build import Backbone
@@ -30,13 +31,15 @@ def introduce(
     num, height, width, channels = store.images.shape
     num_used = len(training_subset(num, recipe.data))
     of = "" if num_used == num else f" of {num:,}"
-    num_bad = len(store.manifest["left_out"])
-    left_out = f", {num_bad} unreadable left out" if num_bad else ""
+    bad = store.manifest["left_out"]
+    left_out = f", {len(bad):,} unreadable left out" if bad else ""
     params = sum(parameter.numel() for parameter in model.parameters())
     monitor.say(
         f"data    {num_used:,}{of} images {height}x{width}x{channels} from {recipe.data.source}"
         f"{left_out}"
     )
+    if bad:
+        monitor.say(f"  left out: {listed(bad, most=3)}")
     name = NAMES[recipe.model.kind]
     monitor.say(f"model   {name}, {params / 1e6:.2f} M parameters, {model.num_patches} patches")
     if not isinstance(model, UViT) and any(stage.mask.rate for stage in recipe.stages):
