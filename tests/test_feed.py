@@ -185,3 +185,18 @@ def test_mirroring_turns_those_that_are_chosen(num, height, width, channels):
         [image.flip(1) if turn else image for image, turn in zip(images, chosen, strict=True)]
     )
     assert torch.equal(mirror(images, chosen), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("resident", ["on", "off"])
+def test_a_gpu_gets_the_same_batches(store, resident):
+    order = ImageOrder(50, 3)
+    subset, gpu = np.arange(50), torch.device("cuda", 0)
+    feed = Feed(store, subset, order, 0, 1, gpu, resident, with_labels=True)
+    for i in range(20):
+        images, labels = feed.next(8 * i, 8)
+        assert images.device == labels.device == gpu
+        wanted = order.indices(8 * i, 8)
+        assert np.array_equal((images + 0).cpu(), store.images[wanted])
+        assert np.array_equal(labels.cpu(), wanted * 7)
+    feed.close()
