@@ -360,7 +360,7 @@ def test_a_store_that_the_disk_has_no_room_for_is_told(tmp_path, monkeypatch):
     full = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     report = examine(Data(source=str(tmp_path), size=64), progress=False)
-    assert "the store needs 1.23e-05 GB" in texts(report, "error")
+    assert "the store needs 12.3 kB" in texts(report, "error")
     assert "MASKDM_CACHE" in texts(report, "error")
 
 

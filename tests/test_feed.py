@@ -155,7 +155,7 @@ def test_a_run_that_waits_for_images_says_what_to_do(tiny, tmp_path, monkeypatch
     train(tiny, tmp_path / "run")
     printed = capsys.readouterr().out
     assert printed.count("of the time goes into waiting for images") == 1
-    assert "feed    0.000115 GB memory-mapped, 2 batches ahead" in printed
+    assert "feed    115 kB memory-mapped, 2 batches ahead" in printed
 
 
 def test_resident_and_mapped_images_train_the_same_model(changed, tmp_path):

@@ -271,7 +271,7 @@ def test_a_failed_build_leaves_nothing(tmp_path, own_cache):
 def test_a_full_disk_is_told_before_the_work(image_folder, monkeypatch):
     usage = shutil.disk_usage(image_folder)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match=r"needs 1.15e-06 GB, but .* has 1e-06 GB free.*MASKDM_CA"):
+    with pytest.raises(ValueError, match=r"needs 1.15 kB, but .* has 1 kB free.*MASKDM_CA"):
         opened(image_folder)
 
 

@@ -128,7 +128,8 @@ def _print_wrapped(text: str, start: str) -> None:
 
 def _facts(report: Report) -> dict[str, list[str]]:
     """Lines of the report's first part, by title."""
-    from maskdm.images.diagnosis import counted, size_text, some
+    from maskdm.images.diagnosis import counted, some
+    from maskdm.images.problems import size_text
 
     height, width, channels = report.shape
     ground = f", on {report.background}" if channels in (1, 3) else ""

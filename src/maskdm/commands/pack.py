@@ -60,6 +60,7 @@ def pack(
     part = None if shard is None else _part(shard)
 
     from maskdm.images import store
+    from maskdm.images.problems import size_text
 
     if store.is_store(Path(source).expanduser()):
         raise ValueError(f"{source} is a packed store: pack the images that it was made from")
@@ -69,8 +70,8 @@ def pack(
         print(json.dumps(manifest))
         return DONE
     num, height, width, channels = manifest["shape"]
-    gigabytes = num * height * width * channels / 1e9
-    print(f"{num:,} images {height}x{width}x{channels}, {gigabytes:.3g} GB")
+    size_of_all = size_text(num * height * width * channels)
+    print(f"{num:,} images {height}x{width}x{channels}, {size_of_all}")
     if manifest["left_out"]:
         print(f"{len(manifest['left_out']):,} unreadable left out: see {out}/manifest.json")
     print(f"-> {out}" + (f", part {shard}" if shard else ""))

@@ -27,7 +27,7 @@ import maskdm
 from maskdm.images.known import crop_of
 from maskdm.images.labels import Label, number_labels
 from maskdm.images.prepare import prepare_contents
-from maskdm.images.problems import refuse_bad
+from maskdm.images.problems import refuse_bad, size_text
 from maskdm.images.source import Source, piece
 from maskdm.images.workers import map_chunks
 from maskdm.recipe import Data
@@ -196,8 +196,8 @@ def _refuse_full_disk(folder: Path, num_images: int | None, image_bytes: int) ->
     needed, free = (num_images or 0) * image_bytes, shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"the image store needs {needed / 1e9:.3g} GB, but {folder.parent} has "
-            f"{free / 1e9:.3g} GB free: make room, or name another place with the environment "
+            f"the image store needs {size_text(needed)}, but {folder.parent} has "
+            f"{size_text(free)} free: make room, or name another place with the environment "
             "variable MASKDM_CACHE"
         )
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from maskdm.images.known import KNOWN
-from maskdm.images.problems import TOLERATED, printable, refuse_bad
+from maskdm.images.problems import TOLERATED, printable, refuse_bad, size_text
 from maskdm.images.store import cache_dir
 from maskdm.recipe import Data
 
@@ -184,8 +183,8 @@ def _room(report: Report) -> Iterator[Finding]:
     if report.store_bytes > free:
         yield Finding(
             "error",
-            f"the store needs {report.store_bytes / 1e9:.3g} GB, but {cache_dir()} has "
-            f"{free / 1e9:.3g} GB free: make room, or name another place with the environment "
+            f"the store needs {size_text(report.store_bytes)}, but {cache_dir()} has "
+            f"{size_text(free)} free: make room, or name another place with the environment "
             "variable MASKDM_CACHE",
         )
 
@@ -315,9 +314,3 @@ def lengths(values: list[int]) -> Spread | None:
     if not ordered:
         return None
     return Spread(ordered[0], ordered[(len(ordered) - 1) // 2], ordered[-1])
-
-
-def size_text(num_bytes: float) -> str:
-    """`12.3 MB`."""
-    power = min(4, int(math.log10(max(1, num_bytes))) // 3)
-    return f"{num_bytes / 1000**power:.3g} {['bytes', 'kB', 'MB', 'GB', 'TB'][power]}"

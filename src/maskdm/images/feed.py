@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from maskdm.images.order import ImageOrder
+from maskdm.images.problems import size_text
 from maskdm.images.store import Images, Store
 
 NUM_AHEAD = 2  # batches fetched before they are asked for
@@ -149,13 +150,13 @@ def residence(num_bytes: int, device: torch.device, wanted: str) -> tuple[bool, 
     By itself only onto a GPU, where they take at most a quarter of its memory: the rest is for
     the model, its gradients and the activations.
     """
-    size = f"{num_bytes / 1e9:.3g} GB"
+    size = size_text(num_bytes)
     if wanted == "on":
         return True, f"{size} resident in the memory of {device}, as the recipe says"
     if wanted == "off" or device.type != "cuda":
         return False, f"{size} memory-mapped, {NUM_AHEAD} batches ahead"
     total = torch.cuda.get_device_properties(device).total_memory
-    room = f"a quarter of its {total / 1e9:.3g} GB"
+    room = f"a quarter of its {size_text(total)}"
     if num_bytes <= RESIDENT_SHARE * total:
         return True, f"{size} resident in the memory of {device} (at most {room})"
     return False, f"{size} memory-mapped, {NUM_AHEAD} batches ahead (more than {room} of {device})"

@@ -1,7 +1,8 @@
-"""What is told of images that can't be read, and when they are too many."""
+"""What people are told of images: what is wrong, when it is too much, how large they are."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 TOLERATED = 0.01  # share of unreadable images that `auto` leaves out without a word of refusal
@@ -44,3 +45,9 @@ def listed(bad: Sequence[Sequence[str]], most: int = NUM_SHOWN) -> str:
 def printable(name: str) -> str:
     """A file's name for a terminal: bytes that are no UTF-8 become escapes."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def size_text(num_bytes: float) -> str:
+    """`12.3 MB`."""
+    power = min(4, int(math.log10(max(1, num_bytes))) // 3)
+    return f"{num_bytes / 1000**power:.3g} {['bytes', 'kB', 'MB', 'GB', 'TB'][power]}"
