@@ -109,7 +109,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 BAD = {
     "cat/latin-\udce9.png": "not an image",
-    "dog/bomb.png": "decompression bomb: more than 178,956,970 pixels",
+    "dog/bomb.png": "decompression bomb: far too many pixels",
     "dog/cut.jpg": "truncated: the file ends early",
     "dog/empty.jpg": "empty file",
     "dog/gone.png": "dangling link: what it points to isn't there",

@@ -285,7 +285,7 @@ def test_bad_images_and_folders_exit_with_2(image_folder, recipe_file, run, tmp_
 
     (image_folder / "cat" / "b.png").write_bytes(b"no image")
     error = train_on(image_folder)
-    assert "1 or more of 6 images cannot be read: cat/b.png (not an image)" in error
+    assert "at least 1 of 6 images cannot be read: cat/b.png (not an image)" in error
     among = ("train", recipe_file, "--data.source", str(image_folder), "--out")
     for out in (image_folder, image_folder / "runs" / "a"):
         assert "lies in the image folder" in failure(capsys, *among, str(out))

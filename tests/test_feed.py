@@ -134,6 +134,14 @@ def test_images_live_on_a_gpu_where_they_leave_room(monkeypatch):
     assert residence(1, CPU, "on")[0] and not residence(1, CPU, "auto")[0]
 
 
+def test_batches_go_to_any_kind_of_device(store):
+    nowhere = torch.device("meta")  # as to one that has no streams of CUDA's
+    feed = Feed(store, np.arange(50), ImageOrder(50, 0), 0, 1, nowhere, "off", with_labels=True)
+    images, labels = feed.next(0, 4)
+    feed.close()
+    assert images.device == labels.device == nowhere
+
+
 def test_waiting_is_told_once_and_not_for_a_cold_start(store, feeds):
     feed = feeds(store)
     notes = [feed.note_waiting(share) for share in (0.9, 0.04, 0.06, 0.3, 0.9, 0, 0.9, 0.9)]

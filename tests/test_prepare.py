@@ -191,11 +191,12 @@ def test_what_cannot_be_decoded_is_told_apart():
     jpeg, png = encoded(photo(64, 64), "JPEG"), encoded(photo(64, 64))
     contents = {
         b"no image": "not an image",
-        b"": "not an image",
+        b"": "empty file",
         jpeg[: len(jpeg) // 2]: "truncated",
         png[: len(png) // 2]: "truncated",
         png_claiming(20_000, 20_000): "decompression bomb",
-        png_claiming(13_000, 13_000): "truncated",  # Pillow only warns of this size
+        png_claiming(13_000, 13_000): "decompression bomb: 13000x13000 pixels",
+        png_claiming(9_000, 9_000): "truncated",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n": "not an image",  # would be run
     }
     images, bad = prepare_contents([*contents, png], Data(size=16))

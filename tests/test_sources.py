@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from maskdm.cli import main
 from maskdm.images.open import open_source
 from maskdm.images.prepare import open_image
 from maskdm.images.store import open_store
@@ -167,7 +168,7 @@ def test_links_are_followed_once_and_dangling_ones_are_unreadable_images(image_f
     store = opened(linked, on_bad="skip")
     assert len(store) == 3
     assert store.manifest["left_out"] == [
-        ["gone.png", "no such file or directory"],
+        ["gone.png", "dangling link: what it points to isn't there"],
         ["pipe.png", "not a regular file"],
         ["round.png", "too many levels of symbolic links"],
     ]
@@ -238,11 +239,18 @@ def test_shards_are_read_in_order_with_their_labels(tmp_path):
     for name in (folder, f"{folder}/train-*.tar", f"{folder}/train-{{00..02}}.tar"):
         store = opened(name)
         assert shown(store) == order and store.labels.tolist() == labels
+        assert store.manifest["passed_over"] == {".mask.png": 6, ".txt": 6}
     assert shown(opened(f"{folder}/train-{{00,02}}.tar")) == [0, 1, 20, 21]
     with pytest.raises(ValueError, match=r"there is no file .*train-03.tar"):
         opened(f"{folder}/train-{{00..03}}.tar")
+    assert shown(opened(f"{folder}/train-{{02,00}}.tar")) == [20, 21, 0, 1]  # as it was said
     with pytest.raises(ValueError, match=r"no\*.tar: there is no file"):
         opened(f"{folder}/no*.tar")
+    (folder / "a.png").write_bytes(png(1))
+    with pytest.raises(ValueError, match="patterns name tars, and .*a.png is none"):
+        opened(f"{folder}/*.png")
+    with pytest.raises(ValueError, match="more than 1,000,000 files"):
+        opened(f"{folder}/{{0..9999999}}.tar")
 
 
 def test_labels_in_samples_are_names_numbers_or_json(tmp_path):
@@ -498,3 +506,112 @@ def test_a_damaged_file_in_a_zip_is_a_bad_image(tmp_path):
 def test_items_hold_what_can_be_decoded(image_folder):
     (item, *_) = open_source(str(zipped(image_folder))).items()
     assert open_image(item.content).size == (8, 8)
+
+
+def test_a_tar_that_holds_a_zip_is_read_as_a_tar(tmp_path):
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as archive:
+        archive.writestr("inner.png", png(9))
+    path = write_tar(tmp_path / "a.tar", {"a.png": png(1), "extra.zip": inner.getvalue()})
+    assert shown(opened(path)) == [1]
+    assert shown(opened(path.rename(tmp_path / "nameless"))) == [1]
+
+
+def test_names_that_begin_alike_are_no_sample(tmp_path):
+    names = ["cat.png", "cat.2.png", *(f"film.{i:04d}.png" for i in range(200))]
+    path = write_tar(tmp_path / "a.tar", {name: png(i) for i, name in enumerate(names)})
+    assert shown(opened(path)) == list(range(202))
+
+
+def test_numbers_and_names_are_not_mixed(tmp_path):
+    files = {"a.png": png(1), "a.cls": b"1", "b.png": png(2), "b.cls": b"unknown"}
+    with pytest.raises(ValueError, match=r"some labels are numbers \(1\) and some names \(unknown"):
+        opened(write_tar(tmp_path / "a.tar", files))
+    files |= {"a.cls": b"01", "b.cls": b"1x"}  # 01 is a name
+    assert opened(write_tar(tmp_path / "b.tar", files)).manifest["class_names"] == ["01", "1x"]
+
+
+def test_folders_come_before_links_to_them(tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(png(1))
+    (tmp_path / "a").symlink_to(tmp_path / "x")
+    (tmp_path / "z").symlink_to(tmp_path / "x")
+    assert [item.name for item in open_source(str(tmp_path)).items()] == ["x/a.png", "y/a.png"]
+
+
+def test_damaged_files_are_errors_in_a_line_never_a_crash(tmp_path):
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    files = {f"{i}.png": png(i) for i in range(3)}
+    whole = {}
+    for suffix, method in (("zip", zipfile.ZIP_LZMA), ("ZIP", zipfile.ZIP_BZIP2)):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
+            archive.writestr("metadata.jsonl", '{"file_name": "0.png", "label": "x"}')
+            for name, content in files.items():
+                archive.writestr(name, content)
+        whole[f"{suffix}.zip"] = (tmp_path / "a.zip").read_bytes()
+    np.savez_compressed(tmp_path / "a.npz", arr_0=images, arr_1=np.arange(3))
+    np.save(tmp_path / "a.npy", images)
+    write_tar(tmp_path / "a.tar", files)
+    whole |= {name: (tmp_path / name).read_bytes() for name in ("a.npz", "a.npy", "a.tar")}
+    refused = 0
+    for turn in range(60):
+        for name, content in whole.items():
+            damaged = bytearray(content)
+            for place in generator.integers(0, len(damaged), 1 + turn % 4):
+                damaged[place] = generator.integers(256)
+            (tmp_path / name).write_bytes(damaged)
+            try:
+                for item in open_source(str(tmp_path / name)).items():
+                    assert isinstance(item.content, bytes | np.ndarray | Exception)
+            except ValueError as error:
+                refused += 1
+                assert "\n" not in str(error)
+    assert refused > 20
+
+
+def test_label_files_that_do_not_fit_are_told(image_folder, capsys):
+    def notes() -> list[str]:
+        return opened(image_folder).manifest["notes"]
+
+    file = image_folder / "metadata.jsonl"
+    assert notes() == []
+    file.write_text('{"file_name": "cat/a.png", "text": "a cat"}')
+    assert notes() == ["metadata.jsonl tells no labels, so class folders count"]
+    lines = [{"file_name": name, "label": "x"} for name in [*NAMES[1:], "cat/zz.png"]]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    some, absent = notes()
+    assert some == "metadata.jsonl labels 5 of 6 images, not cat/a.png, so there are no classes"
+    assert absent == "metadata.jsonl names 1 that are no images here, such as cat/zz.png"
+    assert ".jsonl" not in opened(image_folder).manifest["passed_over"]
+    main(["check", str(image_folder), "--size", "8"])
+    assert "warning  metadata.jsonl labels 5 of 6 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.tar", r"name the tars by a pattern in quotes, 'FOLDER/\*.tar'"),
+        ("a.zip", "name the zip itself"),
+        ("a.parquet", "say hf:FOLDER"),
+        ("sub/data-0.arrow", "name the folder that save_to_disk wrote"),
+    ],
+)
+def test_folders_of_something_else_say_what_to_name(tmp_path, name, message):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "README.md").write_text("x")
+    with pytest.raises(ValueError, match=f"no images in folder.*{message}"):
+        opened(tmp_path)
+
+
+def test_files_of_something_else_say_what_to_name(tmp_path):
+    for name, message in {
+        "a.png": f"name its folder, {tmp_path}",
+        "a.parquet": f"say hf:{tmp_path}",
+        "a.mp4": "name one, or a folder",
+    }.items():
+        (tmp_path / name).write_bytes(b"x" * 600)
+        with pytest.raises(ValueError, match=f"is a file, but no zip, tar.*{message}"):
+            opened(tmp_path / name)

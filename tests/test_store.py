@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from PIL import Image
 
 from maskdm import cli
 from maskdm.images import build, open, store, workers
+from maskdm.images.source import Item
 from maskdm.images.store import cache_dir, open_store, pack
 from maskdm.recipe import Data
 
@@ -106,7 +108,7 @@ def test_bad_images_are_left_out_up_to_one_in_a_hundred(tmp_path, own_cache):
     with pytest.raises(ValueError, match=r"1 of 199 .* a/00000.png \(not an image\)\. Mend"):
         opened(folder, on_bad="error")  # also of the store that is there
     (folder / "b" / "00001.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"2 or more of 199 .*maskdm check\), or .*on-bad skip"):
+    with pytest.raises(ValueError, match=r"at least 2 of 199 .*check lists all\), or .*skip"):
         opened(folder)
     made = opened(folder, on_bad="skip")
     assert len(made) == 197 and len(made.manifest["left_out"]) == 2
@@ -251,13 +253,21 @@ def test_what_a_killed_build_left_is_cleared_away_but_not_another_stores(image_f
     made = opened(image_folder)
     (folder,) = stores()
     shutil.rmtree(folder)
-    left = own_cache / f"building-{folder.name}.12345678"
-    others = [own_cache / f"building-{folder.name}x.12345678", own_cache / "building-y.12345678"]
-    for path in (left, *others):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    here, dead, mine = socket.gethostname(), gone.pid, os.getpid()
+    left = [own_cache / f"building-{dead}@{here}@{name}" for name in (folder.name, "store-old")]
+    others = [own_cache / f"building-{mine}@{here}@x", own_cache / f"building-{dead}@elsewhere@x"]
+    for path in (*left, *others):
         path.mkdir()
         (path / "images.bin").write_bytes(b"half")
     assert np.array_equal(opened(image_folder).images, made.images)
-    assert not left.exists() and all(path.exists() for path in others)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+    shutil.rmtree(folder)
+    for path in (others[1], others[1] / "images.bin"):
+        os.utime(path, (1, 1))  # another machine's, untouched for years
+    opened(image_folder)
+    assert not others[1].exists() and others[0].exists()
 
 
 def test_a_failed_build_leaves_nothing(tmp_path, own_cache):
@@ -280,13 +290,28 @@ def test_a_damaged_or_older_store_is_refused(image_folder, own_cache):
     (folder,) = stores()
     images, manifest = folder / "images.bin", folder / "manifest.json"
     images.write_bytes(images.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="is damaged: remove it"):
+    with pytest.raises(ValueError, match="is damaged: remove it, and have"):
         opened(image_folder)
     images.unlink()
-    with pytest.raises(ValueError, match="is damaged: remove it"):
+    with pytest.raises(ValueError, match="is damaged: remove it, and have"):
+        opened(image_folder)
+    manifest.write_text(manifest.read_text()[:-50])
+    with pytest.raises(ValueError, match="is damaged"):
+        opened(image_folder)
+    shutil.rmtree(folder)
+    opened(image_folder)
+    for content in (b"", b"nonsense", None):
+        (folder / "labels.npy").unlink()
+        if content is not None:
+            (folder / "labels.npy").write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged"):
+            opened(image_folder)
+        (folder / "labels.npy").write_bytes(b"")
+    np.save(folder / "labels.npy", np.zeros(5, np.int64))
+    with pytest.raises(ValueError, match="is damaged"):
         opened(image_folder)
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 1}))
-    with pytest.raises(ValueError, match="of another version: pack it again"):
+    with pytest.raises(ValueError, match="of another version: remove it"):
         opened(image_folder)
 
 
@@ -351,8 +376,43 @@ def test_parts_of_shards_number_their_classes_together(tmp_path):
     made, whole = opened(tmp_path / "out"), opened(shards)
     assert made.labels.tolist() == whole.labels.tolist() == [2, 0, 0, 1]
     assert made.manifest["class_names"] == ["ape", "cow", "owl"]
+    write_tar(shards / "3.tar", {"3.txt": b"no image"})
+    for i in range(4):
+        pack(Data(source=str(shards), size=8), tmp_path / "four", (i, 4), progress=False)
+    assert opened(tmp_path / "four").labels.tolist() == [1, 0, 0]
     with pytest.raises(ValueError, match="4 tar archives can't be cut into 5 parts"):
         pack(Data(source=str(shards), size=8), tmp_path / "more", (0, 5), progress=False)
+
+
+def test_parts_may_be_empty_or_bad_and_the_whole_is_judged(tmp_path):
+    few = textures(tmp_path / "few", 2)
+    for i in range(4):
+        pack(Data(source=str(few), size=8), tmp_path / "out", (i, 4), progress=False)
+    assert np.array_equal(opened(tmp_path / "out").images[:], opened(few).images)
+    many = textures(tmp_path / "many", 200)
+    (many / "a" / "00000.png").write_text("no image")
+    for i in range(8):  # 1 of 25 in the first
+        pack(Data(source=str(many), size=8), tmp_path / "parts", (i, 8), progress=False)
+    assert len(opened(tmp_path / "parts")) == 199
+    with pytest.raises(ValueError, match="1 of 200 images cannot be read"):
+        opened(tmp_path / "parts", on_bad="error")
+    (few / "b" / "00001.png").write_text("no image")
+    with pytest.raises(ValueError, match="at least 1 of 2"):
+        opened(few)
+
+
+def test_encoded_images_are_read_ahead_by_bytes_too(monkeypatch):
+    ahead, done = [0], [0]
+
+    def large():
+        for i in range(30):
+            ahead[0] = max(ahead[0], i - done[0])
+            yield Item(f"{i}", bytes(2**22))
+
+    monkeypatch.setattr(workers, "PENDING_BYTES", 3 * 2**22)
+    for items, _ in workers.map_chunks(_lengths, large(), 1, num_workers=8):
+        done[0] += len(items)
+    assert done == [30] and ahead[0] <= 5
 
 
 def test_packing_refuses_what_would_mix_or_overwrite(image_folder, tmp_path, capsys):
@@ -364,7 +424,14 @@ def test_packing_refuses_what_would_mix_or_overwrite(image_folder, tmp_path, cap
     assert run(image_folder, out, "--size", 8) == 0
     assert "of another source, or of other settings" in refused(image_folder, out, "--size", 4)
     assert "is a packed store: pack the images" in refused(out, tmp_path / "again", "--size", 8)
-    assert "exists and is no store" in refused(image_folder, image_folder, "--size", 8)
+    for more in ([], ["--shard", "0/2"]):
+        assert "exists and is no store" in refused(image_folder, image_folder, "--size", 8, *more)
+        file = image_folder / "notes.txt"
+        assert "exists and is no store" in refused(image_folder, file, "--size", 8, *more)
+    (tmp_path / "link").symlink_to(tmp_path / "linked")
+    (tmp_path / "linked").mkdir()
+    assert run(image_folder, tmp_path / "link", "--size", 8) == 0
+    assert store.is_store(tmp_path / "linked")
     for shard in ("4/4", "1", "-1/4", "a/b"):
         error = refused(image_folder, tmp_path / "x", "--size", 8, f"--shard={shard}")
         assert "expected I/N with I from 0 to N - 1" in error

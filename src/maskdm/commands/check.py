@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -69,10 +70,11 @@ def check(
         background=background,
         on_bad=on_bad,
     )
-    if recipe or sheet:  # else its patches don't matter
-        settings = changed(settings, data=data)
+    settings = changed(settings, data=data)  # refuses what training would
     if sheet is not None and (sheet.suffix != ".png" or sheet.is_dir()):
         raise ValueError(f"--sheet {sheet}: name a file that ends in .png")
+    if sheet is not None and sheet.parent.exists() and not os.access(sheet.parent, os.W_OK):
+        raise ValueError(f"--sheet {sheet}: {sheet.parent} cannot be written to")
 
     from maskdm.images import store
     from maskdm.images.check import Samples, examine
@@ -132,10 +134,11 @@ def _facts(report: Report) -> dict[str, list[str]]:
     from maskdm.images.problems import size_text
 
     height, width, channels = report.shape
+    size = f"{width}x{height}" if width == height else f"{width} wide and {height} high"
     ground = f", on {report.background}" if channels in (1, 3) else ""
     facts = {
         "prepared as": [
-            f"{width}x{height}, {counted(channels, 'channel')}{ground}, crop {report.crop}; "
+            f"{size}, {counted(channels, 'channel')}{ground}, crop {report.crop}; "
             f"on-bad {report.on_bad}"
         ],
         "classes": [f"none: {report.no_classes or report.bad_labels}"],

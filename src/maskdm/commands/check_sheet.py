@@ -39,7 +39,7 @@ def draw_sheet(images: Sequence[np.ndarray], recipe: Recipe) -> Image.Image:
     how = f"{width}x{height} pixels, crop {crop_of(recipe.data)}"
     parts = [_part(f"As the model sees them ({how})", shown)]
     generator = torch.Generator().manual_seed(0)
-    few = shown[: COLUMNS * ROWS_MASKED]
+    few = shown[:: max(1, len(shown) // (COLUMNS * ROWS_MASKED))][: COLUMNS * ROWS_MASKED]
     for number, stage in enumerate(recipe.stages, 1):
         rate = effective_rate(stage.mask, grid_shape(height, width, patch_size))
         caption = f"Stage {number}, {stage.name}: {_mask_text(stage.mask, patch_size, rate)}"
@@ -68,7 +68,7 @@ def hide(images: np.ndarray, mask: Mask, patch_size: int, generator: torch.Gener
 def _mask_text(mask: Mask, patch_size: int, rate: float) -> str:
     """`blocks of 8x8 pixels, 50 % hidden`."""
     if rate == 0:
-        return "nothing hidden"
+        return "nothing hidden, as above"
     side = patch_size * (mask.block if mask.kind == "block" else 1)
     what = {"patch": "patches", "block": "blocks"}.get(mask.kind, "")
     kind = f"{what} of {side}x{side} pixels" if what else "all but one square"

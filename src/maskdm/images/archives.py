@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from maskdm.images.labels import Label, labels_of, listed_labels
+from maskdm.images.labels import Label, labels_of
 from maskdm.images.source import (
     IMAGE_SUFFIXES,
     Item,
@@ -25,7 +25,22 @@ from maskdm.images.source import (
     piece,
 )
 
-MAX_FILE_BYTES = 2**29  # a file in an archive that is larger unpacked is taken for a bomb
+MAX_FILE_BYTES = 2**28  # a file in an archive that is larger unpacked is taken for a bomb
+MAX_SAMPLE = 64  # files of one sample: more are no sample, but names that begin alike
+MAX_CHOICES = 1_000_000  # that a pattern's braces may stand for
+DAMAGED = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    NotImplementedError,
+    KeyError,
+    IndexError,
+    MemoryError,
+)  # what reading a damaged, encrypted or foreign archive may raise
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 EDGE_BYTES = 2**20  # of a tar's beginning and end that go into its fingerprint
 
@@ -34,20 +49,20 @@ class ZipSource(Source):
     """All images in a zip archive. Class folders inside, or a label file, give labels."""
 
     kind = "zip archive"
+    has_folders = True
 
     def __init__(self, path: Path):
         super().__init__()
         try:
             self._archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
+        except DAMAGED as error:
             raise ValueError(f"zip {path} is damaged or ends early: {error}") from None
-        self._infos = {info.filename: info for info in self._archive.infolist()}
+        self._infos = {info.filename: info for info in self._archive.infolist() if info.filename}
         files = [name for name, info in self._infos.items() if not info.is_dir()]
         self._names = images_among(files, f"zip {path}", self.passed_over)
-        listed = listed_labels(files, lambda name: self._archive.read(name).decode("utf-8"))
-        self._labels = labels_of(self._names, listed)
+        self._labels, self.notes = labels_of(self._names, files, self._text)
         self.num_images = len(self._names)
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(self.notes).encode("utf-8", "surrogatepass"))
         for name, label in zip(self._names, self._labels, strict=True):
             info = self._infos[name]
             facts = f"{name}\0{label}\0{info.file_size}\0{info.CRC}\n"
@@ -63,8 +78,14 @@ class ZipSource(Source):
             return ValueError(f"decompression bomb: {size:,} bytes unpacked")
         try:
             return self._archive.read(name)
-        except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, NotImplementedError) as bad:
-            return bad  # damaged, encrypted, or packed in a way that Python can't undo
+        except DAMAGED as bad:
+            return bad
+
+    def _text(self, name: str) -> str:
+        content = self._read(name)
+        if isinstance(content, Exception):
+            raise ValueError(f"it can't be read: {content}")
+        return content.decode("utf-8")
 
 
 class TarSource(Source):
@@ -74,6 +95,8 @@ class TarSource(Source):
     one another are one sample, as in WebDataset's shards: `.cls` (a number or a name) or the
     "label" in `.json` is the image's class. Without those, class folders give labels.
     """
+
+    has_folders = True
 
     def __init__(self, paths: list[str]):
         super().__init__()
@@ -87,7 +110,7 @@ class TarSource(Source):
     def items(self, part: tuple[int, int] = (0, 1)) -> Iterator[Item]:
         if part[1] > len(self._paths):
             raise ValueError(
-                f"{len(self._paths)} tar archives can't be cut into {part[1]} parts: use at most "
+                f"{self.kind} can't be cut into {part[1]} parts: tars are not split, use at most "
                 f"{len(self._paths)}"
             )
         num_images = 0
@@ -95,7 +118,7 @@ class TarSource(Source):
             for item in self._items_of(path):
                 num_images += 1
                 yield item
-        if not num_images:
+        if not num_images and part == (0, 1):
             raise ValueError(
                 f"no images in {', '.join(self._paths[:3])}: expected "
                 f"{' '.join(sorted(IMAGE_SUFFIXES))}"
@@ -109,19 +132,38 @@ class TarSource(Source):
                 folder, _, base = name.rpartition("/")
                 stem, _, suffix = base.partition(".")
                 if sample and key != f"{folder}/{stem}":
-                    yield from (found := list(_images_of(sample)))
+                    yield from (found := list(self._images_of(sample)))
                     num_images, sample = num_images + len(found), {}
                 key = f"{folder}/{stem}"
+                if len(sample) == MAX_SAMPLE:
+                    yield from (found := list(self._images_of(sample)))
+                    num_images, sample = num_images + len(found), {}
                 if content is None:
                     self.passed_over[f".{suffix}" if suffix else "no suffix"] += 1
                 else:
                     sample[name] = content
-            yield from _images_of(sample)
-        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            yield from self._images_of(sample)
+        except DAMAGED as error:
             text = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
                 f"{path} is damaged or ends early, after {num_images:,} images: {text}"
             ) from None
+
+    def _images_of(self, sample: dict[str, bytes | Exception]) -> Iterator[Item]:
+        """The images of a sample, with its label.
+
+        Of x.jpg, x.mask.png and x.cls only the first is one. Without `.cls` or `.json` it is no
+        sample, but names that begin alike.
+        """
+        images = [name for name in sample if _is_image(name)]
+        label = next((found for found in map(_label, sample.items()) if found is not None), None)
+        plain = [name for name in images if posixpath.basename(name).count(".") == 1]
+        if plain and len(images) < len(sample):
+            for name in set(images) - set(plain):
+                self.passed_over[f".{posixpath.basename(name).partition('.')[2]}"] += 1
+            images = plain
+        for name in images:
+            yield Item(name, sample[name], label)
 
     def _files(self, path: str) -> Iterator[tuple[str, bytes | Exception | None]]:
         """Name and content of each file, None for one that is of no use."""
@@ -175,18 +217,6 @@ def _is_image(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def _images_of(sample: dict[str, bytes | Exception]) -> Iterator[Item]:
-    """The images of a WebDataset sample, with its label.
-
-    Of x.jpg and x.mask.png only the first is one; of x.a.png and x.b.png both are.
-    """
-    images = [name for name in sample if _is_image(name)]
-    plain = [name for name in images if posixpath.basename(name).count(".") == 1]
-    label = next((found for found in map(_label, sample.items()) if found is not None), None)
-    for name in plain or images:
-        yield Item(name, sample[name], label)
-
-
 def _label(file: tuple[str, bytes | Exception]) -> Label:
     name, content = file
     if isinstance(content, Exception) or not name.endswith((".cls", ".json")):
@@ -194,22 +224,18 @@ def _label(file: tuple[str, bytes | Exception]) -> Label:
     try:
         text = content.decode("utf-8").strip()
         if name.endswith(".cls"):
-            return int(text) if re.fullmatch(r"\d+", text) else text
+            return int(text) if re.fullmatch(r"0|[1-9]\d{0,17}", text) else text
         found = json.loads(text)
         label = found.get("label") if isinstance(found, dict) else None
     except ValueError as error:
         raise ValueError(f"{name} is no label: {error}") from None
-    return label if isinstance(label, str | int) else None
+    return label if isinstance(label, str | int) and not isinstance(label, bool) else None
 
 
 def _tar_state(path: str) -> bytes:
     """What tells whether a tar has changed, without reading all of it."""
     if "://" not in path:
-        file = Path(path)
-        with file.open("rb") as opened:
-            start = opened.read(EDGE_BYTES)
-            opened.seek(max(0, file.stat().st_size - EDGE_BYTES))
-            return hashlib.sha256(start + opened.read()).digest() + file_state(file)
+        return edges_and_state(Path(path))
     import fsspec
 
     try:
@@ -218,27 +244,41 @@ def _tar_state(path: str) -> bytes:
     except ImportError as error:
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # each file system has its own
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = f"{type(error).__name__}, {' '.join(str(error).split())}"
         raise ValueError(f"{path} can't be reached: {text}") from None
 
 
-def expand_pattern(pattern: str) -> list[str]:
-    """Paths or URLs that a pattern names, sorted: `{000..063}`, `{a,b}`, and, locally, `*?[]`.
+def edges_and_state(path: Path) -> bytes:
+    """A digest of a file's beginning and end, with its size and time of change."""
+    with path.open("rb") as file:
+        start = file.read(EDGE_BYTES)
+        file.seek(max(0, path.stat().st_size - EDGE_BYTES))
+        return hashlib.sha256(start + file.read()).digest() + file_state(path)
 
-    Raises ValueError where there is none.
+
+def expand_pattern(pattern: str) -> list[str]:
+    """Paths or URLs of tars that a pattern names: `{000..063}`, `{a,b}` in their order, `*?[]`
+    sorted.
+
+    Raises ValueError where there is none, or none that is a tar.
     """
     found = []
     for path in _expand_braces(pattern):
         if "://" in path:
             found += _expand_remote(path)
         elif glob.has_magic(path):
-            found += glob.glob(str(Path(path).expanduser()))
+            found += sorted(glob.glob(str(Path(path).expanduser())))
         else:
             found.append(str(Path(path).expanduser()))
-    missing = [path for path in found if "://" not in path and not Path(path).is_file()]
+    local = [path for path in found if "://" not in path]
+    if others := [path for path in local if not path.endswith(TAR_SUFFIXES)]:
+        raise ValueError(
+            f"data.source {pattern}: patterns name tars, and {others[0]} is none: name the folder"
+        )
+    missing = [path for path in local if not Path(path).is_file()]
     if missing or not found:
         raise ValueError(f"data.source {pattern}: there is no file {(missing or [pattern])[0]}")
-    return sorted(found)
+    return found
 
 
 def _expand_remote(url: str) -> list[str]:
@@ -261,6 +301,8 @@ def _expand_braces(pattern: str) -> list[str]:
     if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
         first, last = numbers.groups()
         width = len(first) if first.startswith("0") else 0
+        if int(last) - int(first) >= MAX_CHOICES:
+            raise ValueError(f"data.source {pattern}: more than {MAX_CHOICES:,} files")
         choices = [f"{i:0{width}d}" for i in range(int(first), int(last) + 1)]
     else:
         choices = inside.split(",")

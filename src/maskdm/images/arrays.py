@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tokenize
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from maskdm.images.archives import EDGE_BYTES
-from maskdm.images.source import Item, Source, file_state
+from maskdm.images.archives import DAMAGED, edges_and_state
+from maskdm.images.prepare import MAX_PIXELS
+from maskdm.images.source import Item, Source
 
 IMAGE_KEYS = ("arr_0", "images", "x")
 LABEL_KEYS = ("arr_1", "labels", "y")
@@ -40,12 +42,10 @@ class ArraySource(Source):
             if label_key is not None:
                 with np.load(path, allow_pickle=False) as arrays:
                     self._labels = _class_numbers(arrays[label_key], self._shape[0])
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (*DAMAGED, ValueError, SyntaxError, OverflowError, tokenize.TokenError) as error:
             raise ValueError(f"{path} is no array of images: {error}") from None
         self.num_images = self._shape[0]
-        with path.open("rb") as opened:
-            digest = hashlib.sha256(opened.read(EDGE_BYTES))
-        self.fingerprint = hashlib.sha256(digest.digest() + file_state(path)).hexdigest()
+        self.fingerprint = hashlib.sha256(edges_and_state(path)).hexdigest()
 
     def items(self, part: tuple[int, int] = (0, 1)) -> Iterator[Item]:
         number, count = part
@@ -88,6 +88,8 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
         raise ValueError(f"its shape is {shape}: (N, H, W) or (N, H, W, C) is needed, C = 1 to 4")
     if 0 in shape:
         raise ValueError("it is empty")
+    if shape[1] * shape[2] > MAX_PIXELS:
+        raise ValueError(f"its images have {shape[1] * shape[2]:,} pixels each")
     if dtype.itemsize == 2 and shape[3:] not in ((), (1,)):
         raise ValueError("16-bit images must be grey: save colours as uint8")
     if is_fortran:
@@ -99,7 +101,7 @@ def _read(file: IO[bytes], num_bytes: int, path: Path) -> bytes:
     """Exactly so many bytes."""
     try:
         content = file.read(num_bytes)
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if len(content) != num_bytes:
         raise ValueError(f"{path} ends early")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import glob
 import hashlib
+import itertools
 import json
 import math
 import os
 import posixpath
 import shutil
+import socket
 import sys
-import uuid
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import PIL
+import psutil
 from tqdm import tqdm
 
 import maskdm
@@ -34,6 +36,7 @@ from maskdm.recipe import Data
 
 Seen = tuple[str, Label]
 """An image's folder and label, as its source tells."""
+ABANDONED_SEC = 3600  # without a change, for a build of another machine
 FORMAT = 4  # goes into a store's name: raise it when the same settings would give other bytes
 
 
@@ -54,14 +57,22 @@ def build_store(
     """
     if (folder / "manifest.json").is_file():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _only_builder(folder) as alone:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ValueError(
+            f"cannot write an image store into {folder.parent}: name another place (for training "
+            "with the environment variable MASKDM_CACHE)"
+        )
+    with _only_builder(folder):
         if (folder / "manifest.json").is_file():  # another process has built it
             return
-        if alone:  # what a killed build left is nobody's
-            for abandoned in folder.parent.glob(f"building-{glob.escape(folder.name)}.????????"):
-                shutil.rmtree(abandoned, ignore_errors=True)
-        building = folder.with_name(f"building-{folder.name}.{uuid.uuid4().hex[:8]}")
+        _remove_abandoned(folder.parent)
+        building = folder.with_name(f"building-{os.getpid()}@{_host()}@{folder.name}")
+        shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
         try:
             manifest = _write_images(source, data, building, progress, part)
@@ -69,18 +80,35 @@ def build_store(
             _write(building / "manifest.json", json.dumps(manifest, indent=1).encode())
             try:
                 building.rename(folder)
-            except OSError:  # without locks another process may have been faster
+            except OSError:  # where locks don't reach, another machine may have been faster
                 if not (folder / "manifest.json").is_file():
                     raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _only_builder(folder: Path) -> Iterator[bool]:
-    """Waits until no other process builds this store; gives False where that can't be known.
+def _host() -> str:
+    return socket.gethostname().replace("@", "-")
 
-    The system releases the lock however a process ends.
+
+def _remove_abandoned(parent: Path) -> None:
+    """Removes what killed builds left: of dead processes of this machine, or untouched for long."""
+    for path in itertools.islice(parent.glob("building-*@*@*"), 100):
+        pid, host, _ = path.name.removeprefix("building-").split("@", 2)
+        try:
+            changed = max(file.stat().st_mtime for file in [path, *path.iterdir()])
+        except OSError:  # its process has just finished it
+            continue
+        is_dead = host == _host() and pid.isdigit() and not psutil.pid_exists(int(pid))
+        if is_dead or time.time() - changed > ABANDONED_SEC:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _only_builder(folder: Path) -> Iterator[None]:
+    """Waits until no other process builds this store; the system releases the lock of a dead one.
+
+    It saves work, no more: without locks, or where they don't reach, builds don't meet.
     """
     path = folder.with_name(f".{folder.name}.lock")
     with path.open("w") as file:
@@ -92,18 +120,17 @@ def _only_builder(folder: Path) -> Iterator[bool]:
                 fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             warnings.warn(f"{folder.parent} has no locks: build only one store there", stacklevel=4)
-            yield False
-        else:
-            yield True
-        path.unlink(missing_ok=True)  # only now that the store is there: nobody needs it any more
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _write_images(
     source: Source, data: Data, building: Path, progress: bool, part: tuple[int, int]
 ) -> dict[str, Any]:
     """Writes images.bin and labels.npy; gives the manifest."""
-    image_bytes = math.prod(data.shape)
-    expected = None
+    image_bytes, whole, expected = math.prod(data.shape), part == (0, 1), None
     if source.num_images is not None:
         expected = len(piece(range(source.num_images), part))
     _refuse_full_disk(building, expected, image_bytes)
@@ -122,15 +149,16 @@ def _write_images(
             left_out += [(items[place].name, why) for place, why in bad.items()]
             kept += [len(seen) + place for place in range(len(items)) if place not in bad]
             seen += [(posixpath.dirname(item.name), item.label) for item in items]
-            if expected is not None or data.on_bad == "error":
+            if whole and (expected is not None or data.on_bad == "error"):
                 refuse_bad(data.source, left_out, expected or len(seen), data.on_bad, sure=False)
             bar.update(len(items))
         file.flush()
         os.fsync(file.fileno())  # the rename that follows must not overtake the content
-    if not seen:
-        raise ValueError(f"{data.source} has no images")
-    refuse_bad(data.source, left_out, len(seen), data.on_bad)
-    classes = _write_labels(building, seen, kept, source.class_names, part[1] > 1)
+    if whole:  # of a part the share of bad images says nothing
+        if not seen:
+            raise ValueError(f"{data.source} has no images")
+        refuse_bad(data.source, left_out, len(seen), data.on_bad)
+    classes = _write_labels(building, seen, kept, source.class_names, not whole)
     return {
         "format": FORMAT,
         "source": data.source,
@@ -143,6 +171,7 @@ def _write_images(
         **classes,
         "num_seen": len(seen),
         "left_out": left_out,
+        "notes": source.notes,
         "passed_over": dict(sorted(source.passed_over.items())),
         "sha256": digest.hexdigest(),
         "maskdm": maskdm.__version__,

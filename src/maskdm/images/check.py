@@ -171,6 +171,8 @@ class _Gathered:
         classes, no_classes, bad_labels = dict[str, int](), None, None
         try:
             classes, no_classes = _classes(groups, self._of_group, source.class_names)
+            if no_classes and not source.has_folders:
+                no_classes = "the source tells none"
         except ValueError as error:
             bad_labels = str(error)
         exact, near, is_whole = self._copies()
@@ -185,6 +187,7 @@ class _Gathered:
             num_images=self.num_images,
             num_readable=num_readable,
             broke_off=broke_off,
+            notes=source.notes,
             classes=classes,
             no_classes=no_classes,
             bad_labels=bad_labels,

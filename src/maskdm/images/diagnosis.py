@@ -50,6 +50,7 @@ class Report:
         num_images: all that the source holds, unreadable ones included.
         num_readable: those that can be decoded and prepared; all that follows is told of them.
         broke_off: why the source could not be read to its end, or None.
+        notes: what else is wrong with the source (its label files, say).
         classes: number of images by name of the class, in the order of their numbers.
         no_classes: why there are none, or None where there are.
         bad_labels: why labels can't be class numbers, or None.
@@ -78,6 +79,7 @@ class Report:
     num_images: int
     num_readable: int
     broke_off: str | None
+    notes: list[str]
     classes: dict[str, int]
     no_classes: str | None
     bad_labels: str | None
@@ -222,6 +224,14 @@ def _known_set(report: Report) -> Iterator[Finding]:
 
 
 def _lost_files(report: Report) -> Iterator[Finding]:
+    for note in report.notes:
+        yield Finding("warning", f"{printable(note)}: mend it if that isn't meant")
+    if empty := [name for name, num in report.classes.items() if not num]:
+        yield Finding(
+            "warning",
+            f"{counted(len(empty), 'class has', 'classes have')} no images ({some(empty)}): number "
+            "classes without gaps, and take such folders away",
+        )
     for suffix, what in UNREADABLE_FORMATS.items():
         if num := report.passed_over.get(suffix):
             files = counted(num, f"{suffix} file is", f"{suffix} files are")
@@ -259,7 +269,7 @@ def _shapes(report: Report) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"{images} smaller than what is asked for and will be enlarged, which blurs: ask for "
-            f"less than {width}x{height}, or remove the small ones",
+            f"less than {width}x{height} with --data.size, or remove the small ones",
         )
     if num := len(report.extreme):
         images = counted(num, "image is", "images are")

@@ -78,7 +78,7 @@ class Feed:
         else:
             self._images, self._subset = store.images, subset
             self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._thread = ThreadPoolExecutor(1, "feed", self._enter_thread)
         self._ahead: dict[Place, Future[Fetched]] = {}
         self._num_slow, self._is_told = 0, False
 
@@ -120,18 +120,26 @@ class Feed:
             advice += ", or keep the images in memory with --data.resident on"
         return f"note: {100 * share:.0f} % of the time goes into waiting for images: {advice}"
 
+    def _enter_thread(self) -> None:
+        """A new thread's device is GPU 0, whatever this one's is."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
     def _fetch(self, position: int, batch_size: int) -> Fetched:
         chosen = self._order.rank_indices(position, batch_size, self._rank, self._num_ranks)
         places = torch.from_numpy(chosen)
         if self.is_resident:
             assert isinstance(self._images, Tensor)
-            places = places.to(self._device)
+            if self._device.type == "cuda":
+                places = places.pin_memory()  # else the copy waits for the step to end
+            places = places.to(self._device, non_blocking=True)
             images = self._images.index_select(0, places)
             return Fetched(images, self._chosen_labels(places), None)
         assert not isinstance(self._images, Tensor)
         images, labels = _gather(self._images, self._subset[chosen]), self._chosen_labels(places)
         if self._stream is None:
-            return Fetched(images, labels, None)
+            labels = None if labels is None else labels.to(self._device)
+            return Fetched(images.to(self._device), labels, None)
         with torch.cuda.stream(self._stream):
             images = images.pin_memory().to(self._device, non_blocking=True)
             if labels is not None:

@@ -88,7 +88,9 @@ class HuggingFaceSource(Source):
 def _open(path: str, config: str | None, split: str) -> tuple[Any, str]:
     """A data set as a stream, and what changes when it does."""
     import datasets
+    import huggingface_hub
 
+    huggingface_hub.logging.set_verbosity_error()  # else a typo scrolls by in ten lines
     folder = Path(path).expanduser()
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(folder))
@@ -112,6 +114,8 @@ def _content(image: dict[str, Any] | None) -> Content:
     if image["bytes"]:
         return bytes(image["bytes"])
     path = image["path"]
+    if not path:
+        return ValueError("there is none in this row")
     if "://" not in path:
         return Path(path)
     import fsspec
@@ -124,4 +128,5 @@ def _content(image: dict[str, Any] | None) -> Content:
 
 
 def _known(label: object) -> Label:
-    return label if isinstance(label, str | int) else None
+    """A class's number or name; -1 is how data sets say that they don't tell."""
+    return label if isinstance(label, str | int) and label != -1 else None

@@ -37,13 +37,17 @@ def number_labels(
         labels = folder_labels(names)
     if not labels or any(label is None for label in labels):
         return None, []
-    if all(isinstance(label, int) for label in labels):
-        numbers = np.array(labels, dtype=np.int64)
-        if numbers.min() < 0 or numbers.max() >= MAX_CLASSES:
+    given = [label for label in labels if isinstance(label, int)]
+    if given and len(given) < len(labels):
+        name = next(label for label in labels if isinstance(label, str))
+        raise ValueError(f"some labels are numbers ({given[0]}) and some names ({name}): use one")
+    if given:
+        if min(given) < 0 or max(given) >= MAX_CLASSES:
             raise ValueError(
-                f"labels go from {numbers.min()} to {numbers.max()}: classes have numbers 0, 1, 2 "
+                f"labels go from {min(given)} to {max(given)}: classes have numbers 0, 1, 2 "
                 f"and so on, below {MAX_CLASSES:,}"
             )
+        numbers = np.array(given, dtype=np.int64)
         if class_names is None:
             class_names = [str(i) for i in range(int(numbers.max()) + 1)]
         if numbers.max() >= len(class_names):
@@ -54,11 +58,42 @@ def number_labels(
     return np.array([number[str(label)] for label in labels], dtype=np.int64), class_names
 
 
-def labels_of(names: Sequence[str], listed: dict[str, Label] | None) -> list[Label]:
-    """Each image's label: that of a label file where there is one, else its class folder."""
-    if listed is None:
-        return folder_labels(names)
-    return [listed.get(name) for name in names]
+def labels_of(
+    names: Sequence[str], files: Sequence[str], read: Callable[[str], str]
+) -> tuple[list[Label], list[str]]:
+    """Each image's label: that of a label file where there is one, else its class folder.
+
+    Args:
+        names: of the images.
+        files: all files of the source.
+        read: gives the text of one.
+
+    Returns:
+        Labels of the images, and what is wrong with the label files, in sentences.
+
+    Raises:
+        ValueError: a label file that is not of its form.
+    """
+    label_files = sorted(name for name in files if is_label_file(name))
+    listed = listed_labels(label_files, read)
+    if not any(label is not None for label in listed.values()):
+        notes = [f"{file} tells no labels, so class folders count" for file in label_files]
+        return folder_labels(names), notes
+    labels, which, known = [listed.get(name) for name in names], ", ".join(label_files), set(names)
+    notes = []
+    if without := [name for name, label in zip(names, labels, strict=True) if label is None]:
+        notes.append(
+            f"{which} labels {len(names) - len(without):,} of {len(names):,} images, not "
+            f"{without[0]}, so there are no classes"
+        )
+    if absent := [name for name in listed if name not in known]:
+        notes.append(f"{which} names {len(absent):,} that are no images here, such as {absent[0]}")
+    return labels, notes
+
+
+def is_label_file(name: str) -> bool:
+    """Whether a file, by its name, tells labels."""
+    return posixpath.basename(name) in (METADATA, DATASET)
 
 
 def folder_labels(names: Sequence[str]) -> list[Label]:
@@ -73,28 +108,27 @@ def folder_labels(names: Sequence[str]) -> list[Label]:
     return [folder[depth] for folder in folders]
 
 
-def listed_labels(names: Sequence[str], read: Callable[[str], str]) -> dict[str, Label] | None:
-    """Labels by image name from the label files among a source's files; None without such files.
+def listed_labels(files: Sequence[str], read: Callable[[str], str]) -> dict[str, Label]:
+    """Labels by image name from label files.
 
     `metadata.jsonl` (of Hugging Face's image folders): {"file_name": ..., "label": ...} a line,
     names relative to the file's folder. `dataset.json` (of NVIDIA's trainers):
     {"labels": [[name, number], ...]}.
 
     Args:
-        names: all files of the source.
+        files: names of the label files.
         read: gives the text of one.
 
     Raises:
         ValueError: a label file that is not of its form.
     """
     labels: dict[str, Label] = {}
-    files = [name for name in names if posixpath.basename(name) in (METADATA, DATASET)]
-    for file in sorted(files):
+    for file in files:
         is_metadata = posixpath.basename(file) == METADATA
         try:
             pairs = _metadata(read(file)) if is_metadata else _dataset(read(file))
             for name, label in pairs:
-                if label is not None and not isinstance(label, str | int):
+                if isinstance(label, bool) or not isinstance(label, str | int | None):
                     raise ValueError(f"the label of {name} is neither a name nor a number")
                 path = posixpath.normpath(posixpath.join(posixpath.dirname(file), name))
                 labels[path] = label
@@ -106,7 +140,7 @@ def listed_labels(names: Sequence[str], read: Callable[[str], str]) -> dict[str,
             )
             text = f"{error} is missing" if isinstance(error, KeyError) else error
             raise ValueError(f"{file}: {text}; expected {form}") from None
-    return labels if any(label is not None for label in labels.values()) else None
+    return labels
 
 
 def _metadata(text: str) -> list[tuple[str, Label]]:

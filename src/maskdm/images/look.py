@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from maskdm.images.prepare import Content, open_image, opened, prepare_image, reason
+from maskdm.images.prepare import Content, load, open_image, opened, prepare_image, reason
 from maskdm.recipe import Data
 
 THUMBNAIL = 16  # side of the grey thumbnails that are compared
@@ -90,7 +90,7 @@ def _look(content: Content, data: Data) -> tuple[Look, np.ndarray]:
     with opened(content) as image:
         mode, kind = image.mode, image.format or "array"
         traits = _header_traits(image)
-        image.load()
+        load(image)
     if image.getexif().get(ORIENTATION, 1) != 1:
         traits.append("EXIF rotation")
         image = ImageOps.exif_transpose(image)

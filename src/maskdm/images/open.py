@@ -11,7 +11,7 @@ from maskdm.images.archives import TAR_SUFFIXES, TarSource, ZipSource, expand_pa
 from maskdm.images.arrays import ArraySource
 from maskdm.images.huggingface import PREFIX, HuggingFaceSource
 from maskdm.images.known import KNOWN, locate
-from maskdm.images.source import DigitsSource, FolderSource, Source
+from maskdm.images.source import IMAGE_SUFFIXES, DigitsSource, FolderSource, Source
 
 
 def open_source(name: str) -> Source:
@@ -22,6 +22,13 @@ def open_source(name: str) -> Source:
 
     Raises ValueError where there is none, or no image in it.
     """
+    try:
+        return _open(name)
+    except PermissionError as error:
+        raise ValueError(f"data.source {name} cannot be read: {error.strerror or error}") from None
+
+
+def _open(name: str) -> Source:
     if name == "digits":
         return DigitsSource()
     if name.startswith(PREFIX):
@@ -41,13 +48,21 @@ def open_source(name: str) -> Source:
         )
     if path.suffix in (".npz", ".npy"):
         return ArraySource(path)
-    if zipfile.is_zipfile(path) or path.suffix == ".zip":
-        return ZipSource(path)
-    if path.is_file() and (path.name.endswith(TAR_SUFFIXES) or tarfile.is_tarfile(path)):
+    # The name decides where it can: a tar may hold, and so look like, a zip.
+    if path.name.endswith(TAR_SUFFIXES):
         return TarSource([str(path)])
-    raise ValueError(
-        f"data.source {name} is a file, but no zip, tar, .npz or .npy: name one, or a folder"
-    )
+    if path.suffix == ".zip":
+        return ZipSource(path)
+    if path.is_file() and tarfile.is_tarfile(path):
+        return TarSource([str(path)])
+    if zipfile.is_zipfile(path):
+        return ZipSource(path)
+    way_out = "name one, or a folder"
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        way_out = f"name its folder, {path.parent}"
+    elif path.suffix in (".parquet", ".arrow"):
+        way_out = f"say hf:{path.parent}, for Hugging Face's reader"
+    raise ValueError(f"data.source {name} is a file, but no zip, tar, .npz or .npy: {way_out}")
 
 
 def _is_pattern(name: str) -> bool:

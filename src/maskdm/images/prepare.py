@@ -23,7 +23,9 @@ Content = Path | bytes | np.ndarray | Exception
 
 FORMATS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM SGI TGA TIFF WEBP".split()
 # Pillow knows more; of those EPS runs another program on what the file says.
-MAX_PIXELS = 178_956_970  # more are taken for a decompression bomb, as Pillow does
+MAX_PIXELS = (
+    89_478_485  # more, when decoded, are taken for a decompression bomb: Pillow warns there
+)
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 Size = tuple[int, int]  # height, width
 
@@ -52,7 +54,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     if isinstance(error, Image.DecompressionBombError):
-        return f"decompression bomb: more than {MAX_PIXELS:,} pixels"
+        return "decompression bomb: far too many pixels"
     text = " ".join(str(error).split()) or type(error).__name__
     if "truncated" in text.lower():
         return "truncated: the file ends early"
@@ -68,14 +70,14 @@ def open_image(content: Content, data: Data | None = None) -> Image.Image:
 
     Raises:
         Exception: of whatever kind the decoder raises, where it can't be decoded; ValueError for
-            more than 179 million pixels.
+            more than 89 million pixels.
     """
     with opened(content) as image:
         factor = draft_factor(image, data) if data is not None and data.draft else 1
         size = image.size
         if factor > 1:
             image.draft(None, (size[0] // factor, size[1] // factor))
-        image.load()
+        load(image)
     if any(side % factor for side in size):  # JPEG rounds sizes up, halving rounds them down
         box = (0.0, 0.0, size[0] / factor, size[1] / factor)
         smaller = (size[0] // factor, size[1] // factor)
@@ -100,9 +102,14 @@ def opened(content: Content) -> Iterator[Image.Image]:
         raise ValueError("empty file")
     file = content if isinstance(content, Path) else io.BytesIO(content)
     with Image.open(file, formats=_formats()) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"decompression bomb: {image.width}x{image.height} pixels")
         yield image
+
+
+def load(image: Image.Image) -> None:
+    """Decodes the pixels of an image. Raises ValueError where they are too many."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"decompression bomb: {image.width}x{image.height} pixels")
+    image.load()
 
 
 @functools.cache
@@ -154,13 +161,13 @@ def convert(image: Image.Image, channels: int, background: str) -> Image.Image:
     colours, alpha = image, None
     if image.has_transparency_data:
         base = "L" if image.mode in ("L", "LA", "La") else "RGB"
-        colours = image.convert(f"{base}A")
+        colours = image if image.mode == f"{base}A" else image.convert(f"{base}A")
         alpha = colours.getchannel("A")
         colours = colours.convert(base)
     colours = _to_srgb(colours, image.info.get("icc_profile"))
     if alpha is None:
         return colours.convert(MODES[channels])
-    whole = colours.convert("RGB")
+    whole = colours if colours.mode == "RGB" else colours.convert("RGB")
     whole.putalpha(alpha)
     if channels in (1, 3):
         whole = Image.alpha_composite(Image.new("RGBA", image.size, background), whole)

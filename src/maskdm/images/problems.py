@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 TOLERATED = 0.01  # share of unreadable images that `auto` leaves out without a word of refusal
-NUM_SHOWN = 10
+NUM_SHOWN = 5
 
 
 def refuse_bad(
@@ -27,11 +27,11 @@ def refuse_bad(
         raise ValueError(f"{source}: none of its {num_images:,} images can be read: {listed(bad)}")
     allowed = {"error": 0, "auto": int(TOLERATED * num_images), "skip": num_images}[on_bad]
     if len(bad) > allowed:
-        more = "" if sure else " or more"
+        num = f"{'' if sure else 'at least '}{len(bad):,} of {num_images:,}"
         raise ValueError(
-            f"{source}: {len(bad):,}{more} of {num_images:,} images cannot be read: {listed(bad)}. "
-            f"Mend or remove them ({'' if sure else 'all are listed by '}maskdm check"
-            f"{' lists them all' if sure else ''}), or leave them out with --data.on-bad skip"
+            f"{source}: {num} images cannot be read: {listed(bad)}. Mend or remove them (maskdm "
+            "check lists all), or leave them out with --data.on-bad skip (of check and pack: "
+            "--on-bad skip)"
         )
 
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import features
 
-from maskdm.images.labels import Label, labels_of, listed_labels
+from maskdm.images.labels import Label, is_label_file, labels_of
 from maskdm.images.prepare import Content
 
 T = TypeVar("T")
@@ -25,6 +25,16 @@ IMAGE_SUFFIXES = frozenset(
 )
 if features.check("avif"):
     IMAGE_SUFFIXES |= {".avif"}
+
+
+OTHER_SOURCES = {
+    ".tar": "name the tars by a pattern in quotes, 'FOLDER/*.tar'",
+    ".zip": "name the zip itself",
+    ".npz": "name the .npz itself",
+    ".npy": "name the .npy itself",
+    ".parquet": "say hf:FOLDER, for Hugging Face's reader",
+    ".arrow": "name the folder that save_to_disk wrote, which holds state.json",
+}  # what to name instead of a folder that holds these, and no images
 
 
 @dataclass(frozen=True)
@@ -50,17 +60,21 @@ class Source(ABC):
         fingerprint: hexadecimal digest that changes when the images do; known before any is read.
         num_images: how many there are, or None where only reading it through can tell.
         class_names: names of class numbers, where the source gives numbers with names.
-        passed_over: how many files aren't images, by suffix.
+        has_folders: whether folders may tell classes.
+        passed_over: how many files are neither images nor label files, by suffix.
+        notes: what else a user should know of it, in sentences.
     """
 
     kind: str
     fingerprint: str
     num_images: int | None = None
     class_names: list[str] | None = None
+    has_folders: bool = False
     passed_over: Counter[str]
+    notes: list[str]
 
     def __init__(self) -> None:
-        self.passed_over = Counter()
+        self.passed_over, self.notes = Counter(), []
 
     @abstractmethod
     def items(self, part: tuple[int, int] = (0, 1)) -> Iterator[Item]:
@@ -95,18 +109,21 @@ class FolderSource(Source):
     """All images below a folder. Class folders (root/class/x.png) or a label file give labels."""
 
     kind = "folder"
+    has_folders = True
 
     def __init__(self, root: Path):
         super().__init__()
         self._root = root
         files = _files_below(root)
         self._names = images_among(files, f"folder {root}", self.passed_over)
-        listed = listed_labels(files, lambda name: (root / name).read_text("utf-8"))
-        self._labels = labels_of(self._names, listed)
+        self._labels, self.notes = labels_of(
+            self._names, files, lambda name: (root / name).read_text("utf-8")
+        )
         self.num_images = len(self._names)
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(self.notes).encode("utf-8", "surrogatepass"))
         for name, label in zip(self._names, self._labels, strict=True):
-            digest.update(os.fsencode(f"{name}\0{label}") + file_state(root / name))
+            facts = f"{name}\0{label}".encode("utf-8", "surrogatepass")
+            digest.update(facts + file_state(root / name))
         self.fingerprint = digest.hexdigest()
 
     def items(self, part: tuple[int, int] = (0, 1)) -> Iterator[Item]:
@@ -141,14 +158,18 @@ def images_among(names: list[str], where: str, passed_over: Counter[str]) -> lis
             others["hidden"] += 1
         elif suffix in IMAGE_SUFFIXES:
             images.append(name)
-        else:
+        elif not is_label_file(name):
             others[suffix or "no suffix"] += 1
     passed_over.update(others)
     if not images:
         found = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(5))
+        way_out = next(
+            (hint for suffix, hint in OTHER_SOURCES.items() if others[suffix]),
+            f"expected {' '.join(sorted(IMAGE_SUFFIXES))}",
+        )
         raise ValueError(
             f"no images in {where} ({f'other files: {found}' if found else 'it is empty'}): "
-            f"expected {' '.join(sorted(IMAGE_SUFFIXES))}"
+            f"{way_out}"
         )
     return images
 
@@ -164,8 +185,12 @@ def _files_below(root: Path) -> list[str]:
 
     names, seen = [], {root.resolve()}
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        # Folders themselves before links to them, else a link's name would be the class.
         real = {name: Path(folder, name).resolve() for name in subfolders}
-        subfolders[:] = [name for name in sorted(subfolders) if real[name] not in seen]
-        seen.update(real[name] for name in subfolders)
+        subfolders[:] = []
+        for name in sorted(real, key=lambda name: (Path(folder, name).is_symlink(), name)):
+            if real[name] not in seen:
+                seen.add(real[name])
+                subfolders.append(name)
         names += [Path(folder, file).relative_to(root).as_posix() for file in files]
     return names

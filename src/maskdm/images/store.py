@@ -26,6 +26,7 @@ from maskdm.images.problems import refuse_bad
 from maskdm.images.source import Source
 from maskdm.recipe import Data
 
+MAX_PARTS = 99_999
 PART = re.compile(r"part-(\d{5})-of-(\d{5})")
 
 
@@ -46,7 +47,10 @@ class JoinedImages:
 
     def __getitem__(self, where: int | slice | np.ndarray) -> np.ndarray:
         """uint8 (n, H, W, C), or (H, W, C) of a single index."""
-        indices = np.arange(len(self))[where] if not isinstance(where, np.ndarray) else where
+        if isinstance(where, np.ndarray):
+            indices = where
+        else:
+            indices = np.asarray(range(len(self))[where])
         flat = np.atleast_1d(indices)
         numbers = np.searchsorted(self._ends, flat, side="right")
         images = np.empty((len(flat), *self.shape[1:]), np.uint8)
@@ -120,12 +124,14 @@ def pack(
 
     Raises ValueError as `open_store`, and where the folder holds anything else.
     """
-    source = open_source(data.source)
+    source, folder = open_source(data.source), folder.resolve()
+    if folder.exists() and not _is_store_or_empty(folder, part is not None):
+        raise ValueError(f"{folder} exists and is no store: name a new folder")
     if part is not None:
+        if part[1] > MAX_PARTS:
+            raise ValueError(f"{part[1]} parts are too many: use at most {MAX_PARTS:,}")
         folder = folder / f"part-{part[0]:05d}-of-{part[1]:05d}"
     key = store_key(source, data, part)
-    if folder.exists() and not (folder / "manifest.json").is_file() and any(folder.iterdir()):
-        raise ValueError(f"{folder} exists and is no store: name a new folder")
     build_store(source, data, folder, progress, part or (0, 1), key)
     store = _load(folder)  # raises ValueError for a damaged one
     if store.manifest["key"] != key:
@@ -133,6 +139,16 @@ def pack(
             f"{folder} holds the store of another source, or of other settings: name a new folder"
         )
     return store
+
+
+def _is_store_or_empty(folder: Path, has_parts: bool) -> bool:
+    """Whether a store, or a part of one, may be built in a folder that is there already."""
+    if not folder.is_dir():
+        return False
+    names = [path.name for path in folder.iterdir()]
+    if has_parts:
+        return all(PART.fullmatch(name) or name.startswith(("building-", ".")) for name in names)
+    return not names or "manifest.json" in names
 
 
 def store_key(source: Source, data: Data, part: tuple[int, int] | None = None) -> str:
@@ -144,10 +160,11 @@ def store_key(source: Source, data: Data, part: tuple[int, int] | None = None) -
 
 def is_store(folder: Path) -> bool:
     """Whether a folder holds a packed store, or parts of one."""
-    return folder.is_dir() and (
-        ((folder / "manifest.json").is_file() and (folder / "images.bin").is_file())
-        or any(PART.fullmatch(path.name) for path in folder.iterdir())
-    )
+    if not folder.is_dir():
+        return False
+    if (folder / "manifest.json").is_file() and (folder / "images.bin").is_file():
+        return True
+    return any(PART.fullmatch(path.name) for path in folder.iterdir())
 
 
 def load_store(folder: Path) -> Store:
@@ -177,15 +194,26 @@ def load_store(folder: Path) -> Store:
 
 
 def _load(folder: Path) -> Store:
-    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"the image store {folder} is of another version: pack it again")
-    path, shape = folder / "images.bin", tuple(manifest["shape"])
-    if not path.is_file() or path.stat().st_size != math.prod(shape):
-        raise ValueError(f"the image store {folder} is damaged: remove it, to have it built again")
-    images = np.memmap(path, np.uint8, "c", shape=shape)  # "c": torch wants it writable
-    path = folder / "labels.npy"
-    labels = np.load(path) if path.is_file() else None
+    damaged = ValueError(f"the image store {folder} is damaged: remove it, and have it built again")
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        shape, version = tuple(manifest["shape"]), manifest["format"]
+    except (ValueError, OSError, KeyError, TypeError):
+        raise damaged from None
+    if version != FORMAT:
+        raise ValueError(f"the image store {folder} is of another version: remove it, pack again")
+    images, labels, path = np.empty((0, *shape[1:]), np.uint8), None, folder / "images.bin"
+    try:
+        if path.stat().st_size != math.prod(shape):
+            raise damaged
+        if shape[0]:  # a part may have none
+            images = np.memmap(path, np.uint8, "c", shape=shape)  # "c": torch wants it writable
+        if manifest["class_names"] or "groups" in manifest:
+            labels = np.load(folder / "labels.npy")
+    except (ValueError, OSError, EOFError):
+        raise damaged from None
+    if labels is not None and len(labels) != len(images):
+        raise damaged
     return Store(images, labels, manifest)
 
 
@@ -202,7 +230,9 @@ def _joined(folder: Path, parts: list[Store]) -> Store:
         raise ValueError(f"the parts in {folder} are of other sources or settings: pack them again")
     groups = [(folder, label) for m in manifests for folder, label in m["groups"]]
     before = np.cumsum([0] + [len(m["groups"]) for m in manifests[:-1]])
-    of_group = [part.labels + start for part, start in zip(parts, before, strict=True)]
+    of_group = [part.labels + i for part, i in zip(parts, before, strict=True)]
+    if not groups:
+        raise ValueError(f"the parts in {folder} hold no images")
     labels, class_names = number_groups(groups, np.concatenate(of_group), first["class_names"])
     digest = hashlib.sha256("".join(m["sha256"] for m in manifests).encode()).hexdigest()
     passed_over: dict[str, int] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -11,8 +12,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
+import loky
 import numpy as np
-from loky import ProcessPoolExecutor
 from loky.process_executor import TerminatedWorkerError
 
 from maskdm.images.prepare import Content
@@ -22,15 +23,14 @@ Result = TypeVar("Result")
 
 CHUNK_IMAGES = 64  # sent to a worker at once,
 CHUNK_BYTES = 2**22  # or fewer, where they are large before or after
+PENDING_BYTES = 2**27  # of encoded images that are read ahead, but for a single chunk
 NUM_INLINE = 4  # so few chunks are done here: workers take half a second to start
 WATCH_SEC = 0.5  # between two looks of a worker at whether we are still there
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use, a container's quota heeded."""
+    return int(loky.cpu_count())
 
 
 def map_chunks(
@@ -58,22 +58,35 @@ def map_chunks(
     """
     chunks = _chunks(items, max(1, min(CHUNK_IMAGES, CHUNK_BYTES // max(1, result_bytes))))
     first = list(itertools.islice(chunks, NUM_INLINE + 1))
-    chunks = itertools.chain(first, chunks)
+    is_little = len(first) <= NUM_INLINE
+    chunks = itertools.chain(iter(first), chunks)
+    del first
     num_workers = num_workers or num_cores()
-    if num_workers == 1 or len(first) <= NUM_INLINE:
+    if num_workers == 1 or is_little:
         for chunk in chunks:
             yield _emptied(chunk), function([item.content for item in chunk])
         return
-    pool = ProcessPoolExecutor(num_workers, initializer=_leave_with, initargs=(os.getpid(),))
-    pending: deque[tuple[list[Item], Future[Result]]] = deque()
+    pool = loky.ProcessPoolExecutor(num_workers, initializer=_leave_with, initargs=(os.getpid(),))
+    pending: deque[tuple[list[Item], int, Future[Result]]] = deque()
+    oldest, num_bytes = "", 0
     try:
-        for chunk in chunks:
-            future = pool.submit(function, [item.content for item in chunk])
-            pending.append((_emptied(chunk), future))
-            if len(pending) > 2 * num_workers:
-                yield _finished(*pending.popleft())
-        while pending:
-            yield _finished(*pending.popleft())
+        for chunk in itertools.chain(chunks, [[]]):
+            if chunk:
+                contents = [item.content for item in chunk]
+                size = sum(map(_num_bytes, contents))
+                pending.append((_emptied(chunk), size, pool.submit(function, contents)))
+                num_bytes += size
+            while pending and (
+                not chunk or len(pending) > 2 * num_workers or num_bytes > PENDING_BYTES
+            ):
+                items_done, size, future = pending.popleft()
+                oldest, num_bytes = items_done[0].name, num_bytes - size
+                yield items_done, future.result()
+    except TerminatedWorkerError:
+        raise ValueError(
+            "a worker died (a decoder that crashed, or too little memory) on one of the images "
+            f"from {oldest or 'the first'} on: take the bad one out"
+        ) from None
     finally:
         pool.shutdown(wait=True, kill_workers=True)
 
@@ -86,17 +99,8 @@ def _leave_with(parent: int) -> None:
             time.sleep(WATCH_SEC)
         os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which sends us home
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _finished(chunk: list[Item], future: Future[Result]) -> tuple[list[Item], Result]:
-    try:
-        return chunk, future.result()
-    except TerminatedWorkerError:
-        raise ValueError(
-            f"a worker died (a decoder that crashed, or too little memory) on one of the images "
-            f"from {chunk[0].name} on: take the bad one out"
-        ) from None
 
 
 def _chunks(items: Iterator[Item], most: int) -> Iterator[list[Item]]:

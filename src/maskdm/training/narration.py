@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from maskdm.engine import device_name
 from maskdm.images.order import training_subset
-from maskdm.images.problems import listed
+from maskdm.images.problems import listed, printable
 from maskdm.images.store import Store
 from maskdm.masks import Grid
 from maskdm.models.build import Backbone
@@ -38,6 +38,8 @@ def introduce(
         f"data    {num_used:,}{of} images {height}x{width}x{channels} from {recipe.data.source}"
         f"{left_out}"
     )
+    for note in store.manifest["notes"]:
+        monitor.say(f"  note: {printable(note)}")
     if bad:
         monitor.say(f"  left out: {listed(bad, most=3)}")
     name = NAMES[recipe.model.kind]

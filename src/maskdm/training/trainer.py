@@ -16,7 +16,7 @@ from maskdm.diffusion.schedule import schedule_of
 from maskdm.engine import make_accelerator
 from maskdm.images.feed import Feed
 from maskdm.images.order import ImageOrder, training_subset
-from maskdm.images.store import open_store
+from maskdm.images.store import Store, open_store
 from maskdm.masks import num_visible
 from maskdm.models.build import Backbone, build_model
 from maskdm.models.trained import TrainedModel
@@ -91,8 +91,7 @@ def train(
     refuse_run_among_images(recipe.data.source, run_dir)
     accelerator, precision, reason = make_accelerator(recipe.precision)
     refuse_uneven_batches(recipe, accelerator.num_processes)
-    with accelerator.main_process_first():
-        store = open_store(recipe.data, progress=show and accelerator.is_main_process)
+    store = _agreed_store(recipe, accelerator, show)
     refuse_unfit_labels(recipe, store)
     class_names = store.manifest["class_names"] if recipe.model.num_classes else None
     model = build_model(recipe, class_names)  # the same weights on every rank and in every run
@@ -237,6 +236,33 @@ def train(
                         trained = TrainedModel(average, diffusion)
                         preview(accelerator, trained, _sample_file(run_dir, progress.step))
             monitor.say(f"  done after {clock(progress.elapsed_sec)} of training")
+
+
+def _agreed_store(recipe: Recipe, accelerator: Accelerator, show: bool) -> Store:
+    """The images: the first rank builds their store if need be; all have the same, or all refuse.
+
+    Raises ValueError on every rank.
+    """
+    store, problem = None, None
+    if accelerator.is_main_process:
+        try:
+            store = open_store(recipe.data, progress=show)
+        except ValueError as error:
+            problem = error
+    told = [problem and str(problem), None if store is None else store.manifest["sha256"]]
+    refusal, sha256 = broadcast_object_list(told)
+    if problem is not None:
+        raise problem
+    if refusal is not None:
+        raise ValueError(refusal)
+    if store is None:
+        store = open_store(recipe.data, progress=False)
+    if store.manifest["sha256"] != sha256:
+        raise ValueError(
+            f"nodes have made different images of {recipe.data.source} (other versions of Pillow, "
+            "perhaps): pack them once with maskdm pack, to a disk that all can read"
+        )
+    return store
 
 
 def _start_from(recipe: Recipe, run_dir: Path, model: Backbone) -> list[str]:
