@@ -112,3 +112,16 @@ def test_a_batch_that_does_not_divide_is_refused(run, tmp_path):
     assert done.returncode != 0
     assert "stages.1.batch_size 7 does not divide among 2 devices: use 6 or 8" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_both_ranks_refuse_bad_images_with_the_same_words(run, image_folder, tmp_path):
+    (image_folder / "cat" / "b.png").write_text("no image")
+    recipe = str(run.parent / "tiny.yaml")
+    refused = launch(
+        "train", recipe, "--out", str(tmp_path / "x"), "--data.source", str(image_folder)
+    )
+    assert refused.returncode != 0 and not (tmp_path / "x").exists()
+    assert refused.stderr.count("images cannot be read: cat/b.png (not an image)") >= 1
+    assert "Traceback" not in refused.stderr.split("ChildFailedError")[0].replace(
+        'Traceback (most recent call last):\n  File "<frozen runpy>"', ""
+    )

@@ -25,7 +25,7 @@ from maskdm.images.source import (
     piece,
 )
 
-MAX_FILE_BYTES = 2**28  # a file in an archive that is larger unpacked is taken for a bomb
+MAX_FILE_BYTES = 2**27  # a file in an archive that is larger unpacked is taken for a bomb
 MAX_SAMPLE = 64  # files of one sample: more are no sample, but names that begin alike
 MAX_CHOICES = 1_000_000  # that a pattern's braces may stand for
 DAMAGED = (

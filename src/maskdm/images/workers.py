@@ -57,10 +57,7 @@ def map_chunks(
         ValueError: a decoder crashed.
     """
     chunks = _chunks(items, max(1, min(CHUNK_IMAGES, CHUNK_BYTES // max(1, result_bytes))))
-    first = list(itertools.islice(chunks, NUM_INLINE + 1))
-    is_little = len(first) <= NUM_INLINE
-    chunks = itertools.chain(iter(first), chunks)
-    del first
+    chunks, is_little = _peek(chunks)
     num_workers = num_workers or num_cores()
     if num_workers == 1 or is_little:
         for chunk in chunks:
@@ -73,7 +70,7 @@ def map_chunks(
         for chunk in itertools.chain(chunks, [[]]):
             if chunk:
                 contents = [item.content for item in chunk]
-                size = sum(map(_num_bytes, contents))
+                size = _chunk_bytes(chunk)
                 pending.append((_emptied(chunk), size, pool.submit(function, contents)))
                 num_bytes += size
             while pending and (
@@ -115,6 +112,20 @@ def _chunks(items: Iterator[Item], most: int) -> Iterator[list[Item]]:
             chunk, num_bytes = [], 0
     if chunk:
         yield chunk
+
+
+def _peek(chunks: Iterator[list[Item]]) -> tuple[Iterator[list[Item]], bool]:
+    """All chunks again, and whether they are so few and small that workers don't pay."""
+    first = list[list[Item]]()
+    for chunk in chunks:
+        first.append(chunk)
+        if len(first) > NUM_INLINE or sum(map(_chunk_bytes, first)) > PENDING_BYTES:
+            return itertools.chain(iter(first), chunks), False
+    return iter(first), True
+
+
+def _chunk_bytes(chunk: list[Item]) -> int:
+    return sum(_num_bytes(item.content) for item in chunk)
 
 
 def _num_bytes(content: Content) -> int:
