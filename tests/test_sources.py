@@ -22,6 +22,7 @@ from maskdm.images.open import open_source
 from maskdm.images.prepare import open_image
 from maskdm.images.store import open_store
 from maskdm.recipe import Data
+from maskdm.training.checks import refuse_run_among_images
 
 NAMES = ["cat/a.png", "cat/b.png", "cat/c.PNG", "dog/a.jpg", "dog/b.png", "dog/c.png"]
 
@@ -615,3 +616,11 @@ def test_files_of_something_else_say_what_to_name(tmp_path):
         (tmp_path / name).write_bytes(b"x" * 600)
         with pytest.raises(ValueError, match=f"is a file, but no zip, tar.*{message}"):
             opened(tmp_path / name)
+
+
+def test_runs_do_not_lie_among_the_images_of_a_known_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASKDM_DATA", str(tmp_path))
+    (tmp_path / "ffhq" / "00000").mkdir(parents=True)
+    with pytest.raises(ValueError, match="lies in the image folder ffhq"):
+        refuse_run_among_images("ffhq", tmp_path / "ffhq" / "run")
+    refuse_run_among_images("ffhq", tmp_path / "run")

@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,8 @@ class Store:
             left out and why, files passed over, the SHA-256 of images.bin.
     """
 
-    images: Images
-    labels: np.ndarray | None
+    images: Images = field(repr=False)
+    labels: np.ndarray | None = field(repr=False)
     manifest: dict[str, Any]
 
     def __len__(self) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from maskdm.images.known import KNOWN, locate
 from maskdm.images.store import Store
 from maskdm.recipe import Recipe
 
 
 def refuse_run_among_images(source: str, run_dir: Path) -> None:
     """Raises ValueError for a run's folder inside the images: its previews would become some."""
-    folder = Path(source).expanduser()
+    folder = locate(source) if source in KNOWN else Path(source).expanduser()
     if folder.is_dir() and run_dir.resolve().is_relative_to(folder.resolve()):
         raise ValueError(
             f"{run_dir} lies in the image folder {source}, so its previews would become images: "

@@ -33,10 +33,13 @@ def introduce(
     of = "" if num_used == num else f" of {num:,}"
     bad = store.manifest["left_out"]
     left_out = f", {len(bad):,} unreadable left out" if bad else ""
+    classes = ""
+    if num_classes := len(store.manifest["class_names"]):
+        classes = f", {num_classes:,} classes" + ("" if recipe.model.num_classes else " (unused)")
     params = sum(parameter.numel() for parameter in model.parameters())
     monitor.say(
         f"data    {num_used:,}{of} images {height}x{width}x{channels} from {recipe.data.source}"
-        f"{left_out}"
+        f"{classes}{left_out}"
     )
     for note in store.manifest["notes"]:
         monitor.say(f"  note: {printable(note)}")
