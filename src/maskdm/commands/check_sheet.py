@@ -21,9 +21,9 @@ COLUMNS = 6
 ROWS_MASKED = 2  # of images under each mask
 MIN_SIDE, MAX_SIDE = 96, 256  # of an image on the sheet: smaller ones are enlarged, others reduced
 GAP = 4
-HIDDEN = 128  # grey of hidden patches
+HIDDEN = np.array([118, 138, 176])  # hidden patches are slate blue: no grey image has it
 FONT_SIZE = 16
-GROUND = (232, 232, 232)  # neither an image's white nor the grey of what is hidden
+GROUND = (232, 232, 232)  # neither an image's white nor the blue of what is hidden
 
 
 def draw_sheet(images: Sequence[np.ndarray], recipe: Recipe) -> Image.Image:
@@ -55,14 +55,14 @@ def draw_sheet(images: Sequence[np.ndarray], recipe: Recipe) -> Image.Image:
 
 
 def hide(images: np.ndarray, mask: Mask, patch_size: int, generator: torch.Generator) -> np.ndarray:
-    """Greys out what a mask hides, drawn anew for each image: uint8 (n, H, W, 3), same out."""
+    """Paints over what a mask hides, drawn anew for each image: uint8 (n, H, W, 3), same out."""
     _, height, width, _ = images.shape
     grid = grid_shape(height, width, patch_size)
     visible = draw_visible(mask, grid, len(images), generator)  # (n, V)
-    above_grey = torch.from_numpy(images.astype(np.int16) - HIDDEN)
-    patches = gather_patches(patchify(above_grey, patch_size), visible)  # (n, V, P)
+    difference = torch.from_numpy(images.astype(np.int16) - HIDDEN)  # scattering fills with 0
+    patches = gather_patches(patchify(difference, patch_size), visible)  # (n, V, P)
     patches = scatter_patches(patches, visible, grid[0] * grid[1])  # (n, N, P)
-    return (unpatchify(patches, patch_size, grid) + HIDDEN).numpy().astype(np.uint8)
+    return (unpatchify(patches, patch_size, grid).numpy() + HIDDEN).astype(np.uint8)
 
 
 def _mask_text(mask: Mask, patch_size: int, rate: float) -> str:
