@@ -378,9 +378,9 @@ def test_hugging_face_data_sets_of_a_folder(image_folder, tmp_path, offline):
     assert streamed.manifest["class_names"] == ["cat", "dog"]
 
     loaded = offline.load_dataset(str(image_folder), split="train")
-    loaded.to_parquet(tmp_path / "parquet" / "test-0.parquet")
-    loaded.save_to_disk(tmp_path / "saved")
-    offline.DatasetDict(test=loaded).save_to_disk(tmp_path / "splits")
+    loaded.to_parquet(str(tmp_path / "parquet" / "test-0.parquet"))
+    loaded.save_to_disk(str(tmp_path / "saved"))
+    offline.DatasetDict(test=loaded).save_to_disk(str(tmp_path / "splits"))
     for name in (f"hf:{tmp_path}/parquet:test", f"hf:{tmp_path}/saved", f"{tmp_path}/saved",
                  f"hf:{tmp_path}/splits:test"):  # fmt: skip
         store = opened(name)
@@ -395,7 +395,7 @@ def test_hugging_face_data_sets_of_a_folder(image_folder, tmp_path, offline):
     with pytest.raises(ValueError, match="expected hf:NAME"):
         opened("hf:a:b:c:d")
     numbers = offline.Dataset.from_dict({"number": [1, 2]})
-    numbers.save_to_disk(tmp_path / "numbers")
+    numbers.save_to_disk(str(tmp_path / "numbers"))
     with pytest.raises(ValueError, match="has no images among number"):
         opened(tmp_path / "numbers")
 
