@@ -85,6 +85,19 @@ def test_a_run_does_not_go_on_when_its_classes_have_other_names(run, command, im
     assert json.loads((run / "classes.json").read_text()) == ["cat", "dog"]
 
 
+def test_a_run_does_not_go_on_when_its_images_have_other_classes(
+    run, command, image_folder, capsys
+):
+    names = [path.relative_to(image_folder).as_posix() for path in image_folder.rglob("*.[jp]*g")]
+    pairs = {name: name.split("/")[0] for name in [*names, "cat/c.PNG"] if "._" not in name}
+    pairs["cat/a.png"], pairs["dog/a.jpg"] = "dog", "cat"
+    lines = [json.dumps({"file_name": name, "label": label}) for name, label in pairs.items()]
+    (image_folder / "metadata.jsonl").write_text("\n".join(lines))
+    assert "the labels of" in failure(capsys, *command)
+    (image_folder / "metadata.jsonl").unlink()
+    assert main(command) == 0
+
+
 def test_a_model_without_classes_keeps_no_names(command, tmp_path):
     assert main([*command, "--model.num-classes", "0"]) == 0
     assert not (tmp_path / "run" / "classes.json").exists()

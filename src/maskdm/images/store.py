@@ -82,6 +82,11 @@ class Store:
     def __len__(self) -> int:
         return len(self.images)
 
+    def labels_sha256(self) -> str:
+        """SHA-256 of the class numbers, hexadecimal. There must be some."""
+        assert self.labels is not None
+        return hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest()
+
 
 def cache_dir() -> Path:
     """Where stores live: $MASKDM_CACHE, or maskdm in $XDG_CACHE_HOME or ~/.cache."""

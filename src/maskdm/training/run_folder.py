@@ -32,7 +32,7 @@ def claimed_run_folder(
     Args:
         resume: `auto` accepts a folder with a run of an equal recipe; `never` accepts none.
         environment: appended to environment.json, one entry for each start. Its
-            `images_sha256` must be that of the start before.
+            `images_sha256` and `labels_sha256` must be those of the start before.
         class_names: names of the model's classes, kept in classes.json; they must be those of
             the start before.
 
@@ -55,6 +55,9 @@ def claimed_run_folder(
         changed_data = []
         if starts and starts[-1]["images_sha256"] != environment["images_sha256"]:
             changed_data.append("images")
+        before = starts[-1].get("labels_sha256") if starts else None
+        if before not in (None, environment["labels_sha256"]):
+            changed_data.append("labels")
         if read_class_names(run_dir) not in (None, class_names):
             changed_data.append("names of the classes")
         if changed_data:

@@ -100,6 +100,7 @@ def train(
     if accelerator.is_main_process:
         facts = environment(accelerator.device, accelerator.num_processes)
         facts |= {"precision": precision, "images_sha256": store.manifest["sha256"]}
+        facts["labels_sha256"] = store.labels_sha256() if class_names else None
         stack.enter_context(claimed_run_folder(run_dir, recipe, resume, facts, class_names))
     accelerator.wait_for_everyone()
 
