@@ -624,3 +624,10 @@ def test_runs_do_not_lie_among_the_images_of_a_known_set(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="lies in the image folder ffhq"):
         refuse_run_among_images("ffhq", tmp_path / "ffhq" / "run")
     refuse_run_among_images("ffhq", tmp_path / "run")
+
+
+def test_labels_without_an_image_are_passed_over(tmp_path):
+    files = {"notes.json": b"{broken", "7.cls": b"1", "a.png": png(3)}
+    store = opened(write_tar(tmp_path / "a.tar", files))
+    assert shown(store) == [3] and store.labels is None
+    assert store.manifest["passed_over"] == {".cls": 1, ".json": 1}

@@ -71,10 +71,8 @@ def check(
         on_bad=on_bad,
     )
     settings = changed(settings, data=data)  # refuses what training would
-    if sheet is not None and (sheet.suffix != ".png" or sheet.is_dir()):
-        raise ValueError(f"--sheet {sheet}: name a file that ends in .png")
-    if sheet is not None and sheet.parent.exists() and not os.access(sheet.parent, os.W_OK):
-        raise ValueError(f"--sheet {sheet}: {sheet.parent} cannot be written to")
+    if sheet is not None:
+        _refuse_sheet(sheet)
 
     from maskdm.images import store
     from maskdm.images.check import Samples, examine
@@ -92,6 +90,14 @@ def check(
         if sheet is not None and report.num_readable:
             print(f"-> {sheet}")
     return DONE if report.usable else WRONG_USAGE
+
+
+def _refuse_sheet(path: Path) -> None:
+    """Raises ValueError where a sheet could not be written, before hours of looking."""
+    if path.suffix != ".png" or path.is_dir():
+        raise ValueError(f"--sheet {path}: name a file that ends in .png")
+    if path.parent.exists() and not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--sheet {path}: {path.parent} cannot be written to")
 
 
 def _draw(path: Path, images: list[np.ndarray], recipe: Recipe) -> None:

@@ -130,16 +130,13 @@ class TarSource(Source):
         try:
             for name, content in self._files(path):
                 folder, _, base = name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                if sample and key != f"{folder}/{stem}":
+                stem = base.partition(".")[0]
+                if sample and (key != f"{folder}/{stem}" or len(sample) == MAX_SAMPLE):
                     yield from (found := list(self._images_of(sample)))
                     num_images, sample = num_images + len(found), {}
                 key = f"{folder}/{stem}"
-                if len(sample) == MAX_SAMPLE:
-                    yield from (found := list(self._images_of(sample)))
-                    num_images, sample = num_images + len(found), {}
                 if content is None:
-                    self.passed_over[f".{suffix}" if suffix else "no suffix"] += 1
+                    self._pass_over([name])
                 else:
                     sample[name] = content
             yield from self._images_of(sample)
@@ -156,14 +153,22 @@ class TarSource(Source):
         sample, but names that begin alike.
         """
         images = [name for name in sample if _is_image(name)]
+        if not images:  # labels of nothing
+            self._pass_over(list(sample))
+            return
         label = next((found for found in map(_label, sample.items()) if found is not None), None)
         plain = [name for name in images if posixpath.basename(name).count(".") == 1]
         if plain and len(images) < len(sample):
-            for name in set(images) - set(plain):
-                self.passed_over[f".{posixpath.basename(name).partition('.')[2]}"] += 1
+            self._pass_over([name for name in images if name not in plain])
             images = plain
         for name in images:
             yield Item(name, sample[name], label)
+
+    def _pass_over(self, names: list[str]) -> None:
+        """Counts files that are of no use, by all that follows their first dot."""
+        for name in names:
+            suffix = posixpath.basename(name).partition(".")[2]
+            self.passed_over[f".{suffix}" if suffix else "no suffix"] += 1
 
     def _files(self, path: str) -> Iterator[tuple[str, bytes | Exception | None]]:
         """Name and content of each file, None for one that is of no use."""

@@ -131,6 +131,7 @@ def findings_of(report: Report, data: Data) -> tuple[Finding, ...]:
         *_unreadable(report, data),
         *_room(report),
         *_known_set(report),
+        *_labels(report),
         *_lost_files(report),
         *_copies(report),
         *_shapes(report),
@@ -223,7 +224,7 @@ def _known_set(report: Report) -> Iterator[Finding]:
         )
 
 
-def _lost_files(report: Report) -> Iterator[Finding]:
+def _labels(report: Report) -> Iterator[Finding]:
     for note in report.notes:
         yield Finding("warning", f"{printable(note)}: mend it if that isn't meant")
     if empty := [name for name, num in report.classes.items() if not num]:
@@ -232,6 +233,9 @@ def _lost_files(report: Report) -> Iterator[Finding]:
             f"{counted(len(empty), 'class has', 'classes have')} no images ({some(empty)}): number "
             "classes without gaps, and take such folders away",
         )
+
+
+def _lost_files(report: Report) -> Iterator[Finding]:
     for suffix, what in UNREADABLE_FORMATS.items():
         if num := report.passed_over.get(suffix):
             files = counted(num, f"{suffix} file is", f"{suffix} files are")

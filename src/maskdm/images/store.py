@@ -190,11 +190,13 @@ def load_store(folder: Path) -> Store:
         for name in wanted
         if name not in found or not (folder / name / "manifest.json").is_file()
     ]
-    if missing or len(found) != count:
-        lacking = f"lacks {', '.join(missing[:5])}" if missing else "holds parts of several stores"
+    if others := sorted(found.difference(wanted)):
         raise ValueError(
-            f"the store {folder} {lacking}: pack what is missing, or into a new folder"
+            f"the store {folder} is cut into {count} parts, but {others[0]} is there too: remove "
+            "what doesn't belong, or pack into a new folder"
         )
+    if missing:
+        raise ValueError(f"the store {folder} lacks {', '.join(missing[:5])}: pack what is missing")
     return _joined(folder, [_load(folder / name) for name in wanted])
 
 

@@ -104,7 +104,7 @@ def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def _words(images: Tensor) -> Tensor:
-    """Images as rows of 8-byte words where they divide so: copied 4 times as fast as bytes."""
+    """Images as rows of 8-byte words where they divide so: far faster than bytes on a CPU."""
     rows = images.flatten(1)
     return rows.view(torch.int64) if rows.shape[1] % 8 == 0 else rows
 
