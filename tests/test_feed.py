@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from maskdm.images import feed as feed_module
 from maskdm.images.feed import Feed, residence
+from maskdm.images.joined import JoinedArrays
 from maskdm.images.order import ImageOrder, training_subset
-from maskdm.images.store import JoinedImages, Store, open_store
+from maskdm.images.store import Store, open_store
 from maskdm.recipe import Data
 from maskdm.training.step import mirror
 from maskdm.training.trainer import train
@@ -66,7 +67,7 @@ def feeds():
 @pytest.mark.parametrize("joined", [False, True])
 def test_batches_are_a_function_of_the_position_alone(store, feeds, resident, joined):
     if joined:
-        pieces = JoinedImages([store.images[:20], store.images[20:21], store.images[21:]])
+        pieces = JoinedArrays([store.images[:20], store.images[20:21], store.images[21:]])
         store = Store(pieces, store.labels, {})
     order = ImageOrder(50, 3)
     feed = feeds(store, 1, 2, resident=resident, with_labels=True)

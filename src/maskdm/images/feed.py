@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskdm.images.joined import Array
 from maskdm.images.order import ImageOrder
 from maskdm.images.problems import size_text
-from maskdm.images.store import Images, Store
+from maskdm.images.store import Store
 
 NUM_AHEAD = 2  # batches fetched before they are asked for
 RESIDENT_SHARE = 0.25  # of a GPU's memory that images may fill by themselves
@@ -73,7 +74,7 @@ class Feed:
             assert store.labels is not None
             self._labels = torch.from_numpy(store.labels[subset])
         if self.is_resident:
-            self._images: Images | Tensor = _to_device(store.images, subset, device)
+            self._images: Array | Tensor = _to_device(store.images, subset, device)
             self._labels = None if self._labels is None else self._labels.to(device)
         else:
             self._images, self._subset = store.images, subset
@@ -170,7 +171,7 @@ def residence(num_bytes: int, device: torch.device, wanted: str) -> tuple[bool, 
     return False, f"{size} memory-mapped, {NUM_AHEAD} batches ahead (more than {room} of {device})"
 
 
-def _to_device(images: Images, subset: np.ndarray, device: torch.device) -> Tensor:
+def _to_device(images: Array, subset: np.ndarray, device: torch.device) -> Tensor:
     """A copy of the chosen images on the device: uint8 (n, H, W, C)."""
     copy = torch.empty((len(subset), *images.shape[1:]), dtype=torch.uint8, device=device)
     step = max(1, COPY_BYTES // math.prod(images.shape[1:]))
@@ -179,7 +180,7 @@ def _to_device(images: Images, subset: np.ndarray, device: torch.device) -> Tens
     return copy
 
 
-def _gather(images: Images, indices: np.ndarray) -> Tensor:
+def _gather(images: Array, indices: np.ndarray) -> Tensor:
     """The images with these numbers: uint8 (n, H, W, C)."""
     if not isinstance(images, np.ndarray):
         return torch.from_numpy(images[indices])

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from maskdm.images.build import FORMAT, build_store, number_groups
+from maskdm.images.joined import Array, JoinedArrays
 from maskdm.images.known import crop_of
 from maskdm.images.open import open_source
 from maskdm.images.problems import refuse_bad
@@ -28,40 +28,6 @@ from maskdm.recipe import Data
 
 MAX_PARTS = 99_999
 PART = re.compile(r"part-(\d{5})-of-(\d{5})")
-
-
-class JoinedImages:
-    """The images of several parts as one array, read by slices or by index arrays.
-
-    Args:
-        parts: uint8 (n, H, W, C) each.
-    """
-
-    def __init__(self, parts: Sequence[np.ndarray]):
-        self._parts = parts
-        self._ends = np.cumsum([len(part) for part in parts])
-        self.shape = (int(self._ends[-1]), *parts[0].shape[1:])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, where: int | slice | np.ndarray) -> np.ndarray:
-        """uint8 (n, H, W, C), or (H, W, C) of a single index."""
-        if isinstance(where, np.ndarray):
-            indices = where
-        else:
-            indices = np.asarray(range(len(self))[where])
-        flat = np.atleast_1d(indices)
-        numbers = np.searchsorted(self._ends, flat, side="right")
-        images = np.empty((len(flat), *self.shape[1:]), np.uint8)
-        for number in np.unique(numbers):
-            chosen = numbers == number
-            begin = self._ends[number] - len(self._parts[number])
-            images[chosen] = self._parts[number][flat[chosen] - begin]
-        return images if indices.ndim else images[0]
-
-
-Images = np.ndarray | JoinedImages
 
 
 @dataclass(frozen=True)
@@ -75,7 +41,7 @@ class Store:
             left out and why, files passed over, the SHA-256 of images.bin.
     """
 
-    images: Images = field(repr=False)
+    images: Array = field(repr=False)
     labels: np.ndarray | None = field(repr=False)
     manifest: dict[str, Any]
 
@@ -255,7 +221,7 @@ def _joined(folder: Path, parts: list[Store]) -> Store:
         "class_names": class_names,
         "sha256": digest,
     }
-    return Store(JoinedImages([np.asarray(part.images) for part in parts]), labels, manifest)
+    return Store(JoinedArrays([np.asarray(part.images) for part in parts]), labels, manifest)
 
 
 def _refuse_other_settings(store: Store, data: Data) -> None:
