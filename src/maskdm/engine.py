@@ -6,11 +6,19 @@ all end here.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import platform
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import broadcast_object_list, gather
+from torch import Tensor
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)  # of ranks that wait while the first one packs or writes files
 
@@ -76,11 +84,62 @@ def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
     return "fp32", f"bf16 is not faster on {device.type}"
 
 
+def autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """For asking a trained network: bf16 where the hardware is good at it.
+
+    A solver's own arithmetic stays in fp32.
+    """
+    if choose_precision("auto", device)[0] == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
 def device_name(device: torch.device) -> str:
     """A device as a person knows it: the GPU's name, or cpu with its architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()})"
+
+
+def main_first(action: Callable[[], T]) -> T:
+    """Does something on the first rank, then on the others, which find it done: what it gave.
+
+    A ValueError of the first rank is raised on all: none is left waiting. To be called on every
+    rank.
+    """
+    if process_state().is_main_process:
+        try:
+            result = action()
+        except ValueError as error:
+            broadcast_object_list([str(error)])
+            raise
+        broadcast_object_list([None])
+        return result
+    (refusal,) = broadcast_object_list([None])
+    if refusal is not None:
+        raise ValueError(refusal)
+    return action()
+
+
+def on_all_ranks(num: int, compute: Callable[[list[int]], Tensor]) -> Tensor:
+    """Computes rows 0..num-1, each rank its share; every rank gets all. To be called on every rank.
+
+    Args:
+        num: rows wanted, at least 1.
+        compute: gives the rows (n, ...) of so many numbers, which on the last ranks repeat the
+            last row: shares must be alike.
+
+    Returns:
+        (num, ...), on the process's device where there are several.
+    """
+    state = process_state()
+    share = math.ceil(num / state.num_processes)
+    start = state.process_index * share
+    rows = compute([min(number, num - 1) for number in range(start, start + share)])
+    if state.num_processes == 1:
+        return rows
+    together: Tensor = gather(rows.to(state.device).contiguous())
+    return together[:num]
 
 
 def leave() -> None:

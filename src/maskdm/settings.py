@@ -51,6 +51,12 @@ class Settings(BaseModel):
         return type(self)(**self.model_dump())
 
 
+def changed(settings: SettingsT, **changes: object) -> SettingsT:
+    """A group of settings with those changes that are given (are not None), checked again."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    return type(settings)(**{**settings.model_dump(), **given})
+
+
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
     """Lets groups of settings be built unchecked, to be checked as a whole later.

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw
 
 from maskdm.images.known import crop_of
 from maskdm.images.look import on_grey
-from maskdm.images.output import image_grid
+from maskdm.images.output import FONT_SIZE, GROUND, MIN_SIDE, font, tile
 from maskdm.masks import draw_visible, effective_rate
 from maskdm.recipe import Mask, Recipe
 from maskdm.tokens import gather_patches, grid_shape, patchify, scatter_patches, unpatchify
 
 COLUMNS = 6
 ROWS_MASKED = 2  # of images under each mask
-MIN_SIDE, MAX_SIDE = 96, 256  # of an image on the sheet: smaller ones are enlarged, others reduced
 GAP = 4
 HIDDEN = np.array([118, 138, 176])  # hidden patches are slate blue: no grey image has it
-FONT_SIZE = 16
-GROUND = (232, 232, 232)  # neither an image's white nor the blue of what is hidden
 
 
 def draw_sheet(images: Sequence[np.ndarray], recipe: Recipe) -> Image.Image:
@@ -77,26 +73,14 @@ def _mask_text(mask: Mask, patch_size: int, rate: float) -> str:
 
 def _part(caption: str, images: np.ndarray) -> Image.Image:
     """A caption over rows of images, uint8 (n, H, W, 3); the caption alone where there are none."""
-    tiles = [_tile(image) for image in images]
+    tiles = [tile(image) for image in images]
     width, height = tiles[0].size if tiles else (MIN_SIDE, 0)
     num_rows = math.ceil(len(tiles) / COLUMNS)
-    across = max(COLUMNS * (width + GAP) + GAP, math.ceil(_font().getlength(caption)) + 4 * GAP)
+    across = max(COLUMNS * (width + GAP) + GAP, math.ceil(font().getlength(caption)) + 4 * GAP)
     title = FONT_SIZE + 4 * GAP
     part = Image.new("RGB", (across, title + num_rows * (height + GAP)), GROUND)
-    ImageDraw.Draw(part).text((GAP, 2 * GAP), caption, "black", _font())
-    for i, tile in enumerate(tiles):
+    ImageDraw.Draw(part).text((GAP, 2 * GAP), caption, "black", font())
+    for i, shown in enumerate(tiles):
         row, column = divmod(i, COLUMNS)
-        part.paste(tile, (GAP + column * (width + GAP), title + row * (height + GAP)))
+        part.paste(shown, (GAP + column * (width + GAP), title + row * (height + GAP)))
     return part
-
-
-def _tile(image: np.ndarray) -> Image.Image:
-    """uint8 (H, W, 3), brought to a size that can be looked at by whole factors."""
-    factor = math.ceil(max(image.shape[:2]) / MAX_SIDE)
-    tile = image_grid(image[None], MIN_SIDE if factor == 1 else 1, gap=0)
-    return tile.reduce(factor) if factor > 1 else tile
-
-
-@functools.cache
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(FONT_SIZE if features.check("freetype2") else None)

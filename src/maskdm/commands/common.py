@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from maskdm.recipe import Sampling
+from maskdm.settings import changed as changed
 
 if TYPE_CHECKING:
     from maskdm.training.load import Loaded
@@ -23,12 +24,6 @@ Run = Annotated[str, tyro.conf.Positional, quiet(metavar="RUN")]
 OptionalInt = Annotated[int | None, quiet(metavar="INT")]
 OptionalClass = Annotated[str | None, quiet(metavar="CLASS")]
 SamplingFlags = Annotated[Sampling, tyro.conf.arg(name="")]
-
-
-def changed(settings: Any, **changes: object) -> Any:
-    """A group of settings with those flags that were given (are not None), checked again."""
-    given = {name: value for name, value in changes.items() if value is not None}
-    return type(settings)(**{**settings.model_dump(), **given})
 
 
 def say_note(text: str) -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, features
 
 # Grey levels and least side, in pixels, of the squares that show through transparent images.
 CHECKER_DARK, CHECKER_LIGHT, CHECKER_SIDE = 102, 153, 8
+# Of captioned sheets.
+MIN_SIDE, MAX_SIDE = 96, 256  # of an image on one: smaller ones are enlarged, others reduced
+FONT_SIZE = 16
+GROUND = (232, 232, 232)  # neither an image's white nor the doctor's blue of what is hidden
+STRIP, STRIP_TITLE, STRIP_TEXT = (238, 238, 238), (20, 20, 20), (90, 90, 90)  # of a caption
+STRIP_MARGIN, WORD_GAP, LINE_HEIGHT = 8, 18, 22  # in pixels
 
 
 def image_grid(images: np.ndarray, min_side: int = 64, gap: int = 2) -> Image.Image:
@@ -43,6 +51,22 @@ def image_grid(images: np.ndarray, min_side: int = 64, gap: int = 2) -> Image.Im
     return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
 
 
+def tile(image: np.ndarray) -> Image.Image:
+    """An image for a captioned sheet, brought to a size that can be looked at by whole factors.
+
+    uint8 (H, W, C), grey or RGB. Small ones are enlarged without smoothing.
+    """
+    factor = math.ceil(max(image.shape[:2]) / MAX_SIDE)
+    shown = image_grid(image[None], MIN_SIDE if factor == 1 else 1, gap=0)
+    return shown.reduce(factor) if factor > 1 else shown
+
+
+@functools.cache
+def font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Of the captions."""
+    return ImageFont.load_default(FONT_SIZE if features.check("freetype2") else None)
+
+
 def on_checkerboard(images: np.ndarray, side: int) -> np.ndarray:
     """Lays images whose last channel is alpha on grey squares of `side` pixels.
 
@@ -54,10 +78,40 @@ def on_checkerboard(images: np.ndarray, side: int) -> np.ndarray:
     return ((colours * alpha + ground * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
+def with_caption(sheet: Image.Image, title: str, parts: Sequence[str] = ()) -> Image.Image:
+    """A sheet with a light strip below it: a title, then short texts, wrapped to its width.
+
+    Args:
+        sheet: of mode L or RGB, which is kept; widened where a single text is longer.
+        title: in black.
+        parts: in grey; none is broken.
+    """
+    lengths = [math.ceil(font().getlength(text)) for text in (title, *parts)]
+    width = max(sheet.width, max(lengths) + 2 * STRIP_MARGIN)
+    places, x, line = [], STRIP_MARGIN, 0
+    for length in lengths:
+        if x > STRIP_MARGIN and x + length > width - STRIP_MARGIN:
+            x, line = STRIP_MARGIN, line + 1
+        places.append((x, sheet.height + STRIP_MARGIN + line * LINE_HEIGHT))
+        x += length + WORD_GAP
+    height = sheet.height + (line + 1) * LINE_HEIGHT + 2 * STRIP_MARGIN
+    whole = Image.new("RGB", (width, height), STRIP)
+    whole.paste(sheet, (0, 0))
+    draw = ImageDraw.Draw(whole)
+    for place, text in zip(places, (title, *parts), strict=True):
+        draw.text(place, text, STRIP_TITLE if text is title else STRIP_TEXT, font())
+    return whole.convert(sheet.mode)
+
+
 def save_grid(images: np.ndarray, path: Path, min_side: int = 64) -> None:
     """Writes `image_grid(images)` to a PNG file, making its folder if need be."""
+    save_sheet(image_grid(images, min_side), path)
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Writes a PNG file, making its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images, min_side).save(path, "PNG")
+    sheet.save(path, "PNG")
 
 
 def to_pil(images: np.ndarray) -> list[Image.Image]:
