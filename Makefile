@@ -21,6 +21,7 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/evaluation.py
 
 $(VENV)/installed: pyproject.toml
 	python3 -m venv $(VENV)

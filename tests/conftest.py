@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
+from torch import nn
 
 from maskdm.recipe import Recipe
 
@@ -48,6 +49,7 @@ def tiny_settings() -> dict[str, Any]:
         "checkpoint_every": 3,  # not in step with log_every
         "preview_every": 100,
         "num_previews": 4,
+        "evaluate_every": 0,
         "precision": "fp32",
     }
 
@@ -82,3 +84,18 @@ def image_folder(tmp_path: Path) -> Path:
     (root / "cat" / "._a.png").write_bytes(b"litter")
     (root / "notes.txt").write_text("not an image")
     return root
+
+
+def mean_network(folder: Path) -> str:
+    """A file of a network whose features are the means of the quarters of grey 8x8 images."""
+
+    class Quarters(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            pooled = nn.functional.adaptive_avg_pool2d(x.float(), 2)
+            return pooled.flatten(1)
+
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    example = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    program = torch.export.export(Quarters(), (example,), dynamic_shapes=({0: batch},))
+    torch.export.save(program, folder / "quarters.pt2")
+    return str(folder / "quarters.pt2")

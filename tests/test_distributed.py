@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 
 from maskdm.diffusion.objective import masked_denoising_loss
 from maskdm.diffusion.schedule import make_schedule
-from maskdm.images.order import ImageOrder
+from maskdm.evaluation.quick import QuickLook
+from maskdm.images.order import ImageOrder, training_subset
 from maskdm.images.store import open_store
 from maskdm.models.build import build_model
-from maskdm.recipe import Recipe
+from maskdm.recipe import Recipe, Sampling
+from maskdm.training.load import load_model
 from maskdm.training.step import draw_batch
 
 pytestmark = pytest.mark.slow
@@ -38,7 +40,13 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
 def settings() -> dict:
     """The tiny recipe with times that are spread over the global batch: ranks must know theirs."""
     tiny = tiny_settings()
-    return {**tiny, "diffusion": {**tiny["diffusion"], "time_sampling": "stratified"}}
+    return {
+        **tiny,
+        "data": {**tiny["data"], "held_out": 7},
+        "diffusion": {**tiny["diffusion"], "time_sampling": "stratified"},
+        "evaluation": {**tiny["evaluation"], "quick_num": 9},
+        "evaluate_every": 4,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +63,15 @@ def test_two_ranks_take_the_step_of_one_with_twice_the_batch(run):
     """Plain torch on both ranks' draws, joined into one batch, ends at the same weights."""
     recipe = Recipe(**settings())
     store = open_store(recipe.data, progress=False)
-    order, schedule = ImageOrder(len(store), recipe.seed), make_schedule("cosine")
+    subset = training_subset(len(store), recipe.data)
+    order, schedule = ImageOrder(len(subset), recipe.seed), make_schedule("cosine")
     model, step, losses = build_model(recipe), 0, []
     for stage in recipe.stages:
         optimizer = torch.optim.AdamW(
             model.parameters(), betas=stage.betas, weight_decay=stage.weight_decay
         )
         for i in range(stage.steps):
-            images = torch.from_numpy(store.images[order.indices(8 * step, 8)])
+            images = torch.from_numpy(store.images[subset[order.indices(8 * step, 8)]])
             draws = [
                 draw_batch(
                     images[4 * rank : 4 * rank + 4], None, recipe, stage, schedule, step, rank, 2
@@ -104,6 +113,45 @@ def test_two_ranks_draw_the_images_that_one_draws(run, tmp_path):
     one, two = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("one", "two"))
     assert one.shape == two.shape == (64, 8, 8, 1)
     assert abs(one.astype(int) - two).max() <= 1
+
+
+def test_two_ranks_measure_what_one_measures_and_draw_each_image_once(run):
+    arguments = ["evaluate", str(run), "--batch-size=3", "--seeds=2"]
+    done = launch(*arguments, f"--out={run.parent / 'two.json'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Frechet distance") == 1  # only one rank speaks
+    folders = sorted((run / "evaluation").glob("samples-*"))
+    for folder in folders:
+        numbers = [path.name[:17].split("-") for path in sorted(folder.glob("*.npy"))]
+        drawn = [i for start, stop in numbers for i in range(int(start), int(stop))]
+        assert drawn == list(range(16))
+    (two,) = json.loads((run.parent / "two.json").read_text())
+    (run / "evaluation").rename(run / "by-two")
+    from maskdm.cli import main
+
+    assert len(folders) == 2 and two["num_ranks"] == 2
+    assert main([*arguments, f"--out={run.parent / 'one.json'}"]) == 0
+    (one,) = json.loads((run.parent / "one.json").read_text())
+    assert one["samples"] == two["samples"] and one["num_ranks"] == 1
+    for name, metric in one["metrics"].items():
+        assert two["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-3), name
+
+
+def test_two_ranks_measure_what_one_does(run):
+    lines = [json.loads(line) for line in (run / "quality.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 6, 8, 11]  # once each
+    recipe = Recipe(**settings())
+    fast = {"sampler": "dpm-solver", "steps": recipe.preview_steps}
+    sampling = Sampling(**{**recipe.sampling.model_dump(), **fast})
+    look = QuickLook(recipe, open_store(recipe.data, progress=False), sampling)
+    for name, line in ((f"{run}@hide", lines[1]), (str(run), lines[3])):
+        alone = look(load_model(name).trained)
+        for key in ("dense_loss", "dense_loss_train", "dense_loss_by_time"):
+            np.testing.assert_allclose(line[key], alone[key], rtol=1e-4)
+        for key in ("sliced", "sliced_error"):
+            if alone[key] is not None:
+                assert line[key] == pytest.approx(alone[key], rel=1e-2), key
+        assert (line["num"], line["features_sha256"]) == (9, alone["features_sha256"])
 
 
 def test_a_batch_that_does_not_divide_is_refused(run, tmp_path):

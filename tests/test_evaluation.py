@@ -1,114 +1,470 @@
+"""`maskdm evaluate`: what is compared, with what, how it continues, and what is written down."""
+
 from __future__ import annotations
 
+import functools
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scipy.linalg
+import torch
+from conftest import mean_network, tiny_settings
+from PIL import Image
 from sklearn.datasets import load_digits
 
-from maskdm.evaluation.distances import frechet_distance, half_split_distance
+import maskdm.evaluation.samples as samples_module
+from maskdm.cli import main
+from maskdm.commands.evaluation_text import figure
+from maskdm.evaluation import pieces
+from maskdm.evaluation.distances import frechet_distance
 from maskdm.evaluation.evaluate import evaluate
-from maskdm.evaluation.features import FEATURES
-from maskdm.images.store import open_store
+from maskdm.evaluation.features import features_of, make_features
+from maskdm.evaluation.reference import own_reference
+from maskdm.evaluation.samples import Samples, drawn_samples
+from maskdm.hub import pipeline_of_run, save_pipeline
+from maskdm.images.order import training_subset
 from maskdm.models.build import build_model
 from maskdm.models.trained import TrainedModel
-from maskdm.recipe import Data, Evaluation, Sampling
+from maskdm.recipe import Data, Evaluation, Recipe
+
+DIGITS = np.round(load_digits().images * 255 / 16).astype(np.uint8)[..., None]  # (1797, 8, 8, 1)
+CLASSES = load_digits().target
 
 
-def gaussian(num: int, mean, cov, seed: int) -> np.ndarray:
-    """A sample whose mean and covariance are exactly as asked."""
-    x = np.random.default_rng(seed).standard_normal((num, len(mean)))
-    x -= x.mean(0)
-    x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
-    return x @ np.linalg.cholesky(cov).T + mean
+@pytest.fixture
+def trained(tiny: Recipe) -> TrainedModel:
+    torch.manual_seed(0)
+    model = build_model(tiny).eval()
+    with torch.no_grad():  # as it comes, it predicts zeros
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return TrainedModel(model, tiny.diffusion)
 
 
-def test_the_distance_of_two_gaussians_is_the_closed_form():
-    a = gaussian(500, [0.0, 0.0, 0.0], np.diag([1.0, 4.0, 9.0]), 0)
-    b = gaussian(300, [1.0, 2.0, 0.0], np.diag([4.0, 4.0, 1.0]), 1)
-    expected = 1 + 4 + (1 - 2) ** 2 + (2 - 2) ** 2 + (3 - 1) ** 2
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+@pytest.fixture
+def run(trained: TrainedModel, tiny: Recipe, tmp_path: Path) -> Path:
+    """A run's folder with an exported model."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(tiny.to_yaml())
+    save_pipeline(pipeline_of_run(trained.model, tiny), folder / "model")
+    return folder
 
 
-def test_the_distance_equals_that_by_the_matrix_square_root():
-    generator = np.random.default_rng(0)
-    a = generator.standard_normal((400, 12)) @ generator.standard_normal((12, 12))
-    b = generator.standard_normal((300, 12)) @ generator.standard_normal((12, 12)) + 1
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = scipy.linalg.sqrtm(cov_a @ cov_b).real
-    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b - 2 * root)
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
-    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-6)
+def save_folder(pixels: np.ndarray, folder: Path, suffix: str = "png") -> str:
+    folder.mkdir(parents=True)
+    for i, image in enumerate(pixels):
+        squeezed = image[..., 0] if image.shape[-1] == 1 else image
+        Image.fromarray(squeezed).save(folder / f"{i:05d}.{suffix}")
+    return str(folder)
 
 
-def test_equal_sets_have_no_distance_and_degenerate_ones_a_finite():
-    a = np.random.default_rng(0).standard_normal((50, 4))
-    assert frechet_distance(a, a[::-1]) == pytest.approx(0, abs=1e-9)
-    flat = np.zeros((5, 4))
-    expected = np.square(a.mean(0)).sum() + a.var(0, ddof=1).sum()
-    assert frechet_distance(a, flat) == pytest.approx(expected)
-    assert frechet_distance(np.arange(6.0)[:, None], np.arange(6.0)[:, None] + 2) == pytest.approx(
-        4
+def record_of(*arguments: object) -> dict:
+    """What `maskdm evaluate ...` writes; its last record."""
+    assert main(["evaluate", *map(str, arguments)]) == 0
+    named = [str(a) for a in arguments]
+    path = Path(named[named.index("--out") + 1]) if "--out" in named else None
+    return json.loads((path or Path(named[0]) / "evaluation.json").read_text())[-1]
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a refused command says."""
+    capsys.readouterr()
+    assert main(["evaluate", *map(str, arguments)]) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and "Traceback" not in text, text
+    return text
+
+
+# Runs
+
+
+def test_the_record_holds_all_that_the_figures_depend_on(run, tiny):
+    record = record_of(run, "--num", 24, "--seed", 3)
+    assert set(record["metrics"]) == {"frechet", "sliced", "precision", "recall"}
+    for one in record["metrics"].values():
+        low, high = one["interval"]
+        assert low <= one["value"] <= high
+        assert one["library"].split()[0] in ("maskdm", "torch-fidelity")
+    assert record["samples"]["num"] == 24 and record["samples"]["seeds"] == [3]
+    assert record["samples"]["sampling"]["steps"] == 4
+    assert record["samples"]["weights"] == "ema" and record["samples"]["precision"] == "fp32"
+    assert record["samples"]["model"] == str(run / "model")
+    assert record["reference"]["shape"] == [8, 8, 1] and record["reference"]["num"] == 1797
+    assert record["reference"]["crop"] == "center" and record["reference"]["flip"] is False
+    assert record["features"]["name"] == "pca" and record["features"]["dim"] == 4
+    assert record["recipe"] == tiny.model_dump(mode="json")
+    assert record["chance"]["num"] == 24 and record["chance"]["frechet"] > 0
+    for name in ("maskdm", "commit", "torch", "device", "date", "generate_sec", "num_ranks"):
+        assert name in record
+
+
+def test_the_distance_is_that_of_the_drawn_images_to_all_real_ones(run):
+    """By hand: the images as `maskdm sample` draws them, in the same features."""
+    record = record_of(run, "--num", 12, "--metrics", "frechet")
+    assert main(["sample", str(run), "--num", "12", "--out", str(run / "s.npz")]) == 0
+    settings = Evaluation(num_components=4)
+    reference = own_reference(Data(source="digits", size=8, channels=1), progress=False)
+    features = make_features(settings, reference.store, torch.device("cpu"))
+    drawn = features.extract(np.load(run / "s.npz")["arr_0"])
+    expected = frechet_distance(drawn, features.extract(DIGITS))
+    assert record["metrics"]["frechet"]["value"] == pytest.approx(expected, rel=1e-3)
+    assert set(record["metrics"]) == {"frechet"}
+
+
+def test_the_result_does_not_depend_on_the_batch_size(run):
+    one = record_of(run, "--num", 20, "--batch-size", 20)
+    (run / "evaluation").rename(run / "first")
+    other = record_of(run, "--num", 20, "--batch-size", 3)
+    assert len(list((run / "evaluation").glob("samples-*/*.npy"))) == 7
+    for name, metric in one["metrics"].items():
+        assert other["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-3), name
+    assert len(json.loads((run / "evaluation.json").read_text())) == 1  # the same: replaced
+
+
+def counted(monkeypatch, fail_after: int | None = None) -> list[tuple[int, int]]:
+    """Which images are drawn from here on, by seed and number; a kill after so many batches."""
+    drawn: list[tuple[int, int]] = []
+    generate, batches = samples_module.generate, []
+
+    def counting(trained, sampling, indices, seed, **others):
+        if fail_after is not None and len(batches) == fail_after:
+            raise KeyboardInterrupt
+        batches.append(1)
+        drawn.extend((seed, index) for index in indices)
+        return generate(trained, sampling, indices, seed, **others)
+
+    monkeypatch.setattr(samples_module, "generate", counting)
+    return drawn
+
+
+def test_a_killed_evaluation_continues_and_draws_each_image_once(run, monkeypatch):
+    whole = record_of(run, "--num", 30, "--batch-size", 4)
+    (run / "evaluation").rename(run / "first")
+    first = counted(monkeypatch, fail_after=3)
+    assert main(["evaluate", str(run), "--num", "30", "--batch-size", "4"]) == 1
+    monkeypatch.undo()
+    (folder,) = (run / "evaluation").glob("samples-*")
+    (folder / "00000099-00000100.npy.writing-1").write_bytes(b"half")
+    second = counted(monkeypatch)
+    again = record_of(run, "--num", 30, "--batch-size", 4)
+    assert sorted(first + second) == [(0, i) for i in range(30)]
+    assert again["metrics"] == whole["metrics"]
+
+
+def test_other_weights_draw_other_images(trained, tiny, tmp_path):
+    first = drawn_samples(trained, tiny.sampling, 4, 0, tmp_path)
+    with torch.no_grad():
+        trained.model.head.bias.add_(0.5)
+    second = drawn_samples(trained, tiny.sampling, 4, 0, tmp_path)
+    assert first.folder != second.folder
+    assert not np.array_equal(first.images[:], second.images[:])
+    assert first.facts["weights_sha256"] != second.facts["weights_sha256"]
+
+
+def test_ranks_share_what_is_missing(tmp_path, monkeypatch):
+    """Two ranks, one after the other: together they compute each row once."""
+    rows: list[list[int]] = [[], []]
+    np.save(tmp_path / "00000003-00000005.npy", np.arange(3, 5))
+    missing = pieces._missing(tmp_path, 20, 4)
+    monkeypatch.setattr(pieces, "broadcast_object_list", lambda objects: [missing])
+    for rank in (1, 0):
+        state = SimpleNamespace(
+            process_index=rank,
+            num_processes=2,
+            is_main_process=rank == 0,
+            wait_for_everyone=lambda: None,
+        )
+        monkeypatch.setattr(pieces, "process_state", lambda state=state: state)
+
+        def compute(start: int, stop: int, rank: int = rank) -> np.ndarray:
+            rows[rank] += range(start, stop)
+            return np.arange(start, stop)
+
+        if rank == 1:  # it can't have all yet
+            with pytest.raises(ValueError, match="all nodes need one shared disk"):
+                pieces.in_pieces(tmp_path, 20, 4, compute, "counting")
+        else:
+            joined = pieces.in_pieces(tmp_path, 20, 4, compute, "counting")
+    assert np.array_equal(joined[:], np.arange(20))
+    assert sorted(rows[0] + rows[1]) == [0, 1, 2, *range(5, 20)]
+    assert rows[0] and rows[1]
+
+
+def test_a_damaged_piece_is_drawn_again(run, monkeypatch):
+    whole = record_of(run, "--num", 12, "--batch-size", 4)
+    (piece,) = (run / "evaluation").glob("samples-*/00000004-00000008.npy")
+    piece.write_bytes(piece.read_bytes()[:-7])
+    drawn = counted(monkeypatch)
+    assert record_of(run, "--num", 12, "--batch-size", 4)["metrics"] == whole["metrics"]
+    assert drawn == [(0, i) for i in range(4, 8)]
+
+
+def test_more_images_and_other_features_draw_no_image_twice(run, monkeypatch, tmp_path):
+    drawn = counted(monkeypatch)
+    record_of(run, "--num", 10, "--batch-size", 4)
+    record_of(run, "--num", 18, "--batch-size", 4)
+    record_of(run, "--num", 12, "--features", mean_network(tmp_path))
+    assert sorted(drawn) == [(0, i) for i in range(18)]
+    record_of(run, "--num", 4, "--steps", "5")  # other images
+    assert len(drawn) == 22
+    assert len(json.loads((run / "evaluation.json").read_text())) == 4
+
+
+def test_seeds_repeat_the_drawing(run, monkeypatch):
+    drawn = counted(monkeypatch)
+    record = record_of(
+        run, "--num", 12, "--seeds", 3, "--seed", 5, "--metrics", "frechet", "sliced"
     )
+    assert sorted(drawn) == [(seed, i) for seed in (5, 6, 7) for i in range(12)]
+    values = [one["frechet"] for one in record["per_seed"]]
+    alone = record_of(run, "--num", 12, "--seed", 6, "--metrics", "frechet")
+    assert values[1] == pytest.approx(alone["metrics"]["frechet"]["value"])
+    found = record["metrics"]["frechet"]
+    assert found["value"] == pytest.approx(np.mean(values))
+    assert found["spread"] == pytest.approx(np.std(values, ddof=1))
+    half = 4.302653 * np.std(values, ddof=1) / np.sqrt(3)  # Student's t of two degrees
+    assert found["interval"] == pytest.approx([np.mean(values) - half, np.mean(values) + half])
+    assert record["samples"]["seeds"] == [5, 6, 7]
 
 
-def test_sets_that_cannot_be_compared_are_refused():
-    with pytest.raises(ValueError, match=r"got \(5, 4\) and \(5, 3\)"):
-        frechet_distance(np.zeros((5, 4)), np.zeros((5, 3)))
-    with pytest.raises(ValueError, match="at least 2 vectors"):
-        frechet_distance(np.zeros((1, 4)), np.zeros((5, 4)))
+def test_what_is_printed_tells_the_figure_and_what_it_stands_on(run, capsys):
+    record = record_of(run, "--num", 12)
+    text = capsys.readouterr().out
+    words = " ".join(text.split())
+    for told in (
+        f"Frechet distance {figure(record['metrics']['frechet']['value'])} 95 %: ",
+        "sliced distance ",
+        f"12 images from {run / 'model'} (ema), seed 0, 4 steps of ddim",
+        "1,797 images of digits, 8x8x1, crop center, not mirrored",
+        "pca, 4 values, of pixels from 0 to 255",
+        f"written to {run / 'evaluation.json'}",
+        f"the images are kept in {run / 'evaluation'}",
+    ):
+        assert told in words, told
+    assert max(len(line) for line in text.splitlines() if str(run) not in line) <= 100
 
 
-@pytest.mark.parametrize("name", FEATURES)
-def test_features_rank_damage_as_they_should(name):
-    digits = load_digits()
-    images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]
-    features = FEATURES[name](images, Evaluation(pixel_max=16))
-    real = features(images)
-    noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
-    halves = half_split_distance(real)
-    one_class_missing = frechet_distance(features(images[digits.target != 4]), real)
-    half_missing = frechet_distance(features(images[digits.target < 5]), real)
-    assert halves < 20 < half_missing < frechet_distance(features(noise), real)
-    assert one_class_missing < half_missing
+def test_a_reference_in_other_preparation_is_refused(run, capsys, tmp_path):
+    colour = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "large.npz", DIGITS[:6].repeat(2, 1).repeat(2, 2))
+    np.savez(tmp_path / "colour.npz", colour)
+    small = save_folder(DIGITS[:6, :4, :4], tmp_path / "small")
+    told = failure(capsys, run, "--reference", tmp_path / "large.npz")
+    assert "images of 16x16x1 (height, width, channels), but the samples have 8x8x1" in told
+    told = failure(capsys, run, "--reference", tmp_path / "colour.npz")
+    assert "8x8x3 (height, width, channels), but the samples have 8x8x1" in told
+    assert "4x4 pixels, smaller than the samples' 8x8" in failure(capsys, run, "--reference", small)
+    source = save_folder(DIGITS[:6], tmp_path / "source")
+    packed = str(tmp_path / "packed")
+    assert main(["pack", source, packed, "--size", "8", "--channels", "1", "--crop", "resize"]) == 0
+    told = failure(capsys, run, "--reference", packed)
+    assert "was packed by crop resize, but the samples are of crop center" in told
+    assert not (run / "evaluation").exists()  # refused before anything was drawn
 
 
-def test_principal_components_keep_the_pixels_distances():
-    """With all components, features are a rotation: lengths survive, in the stated unit."""
-    images = np.random.default_rng(0).integers(0, 256, (100, 4, 4, 1), dtype=np.uint8)
-    features = FEATURES["pca"](images, Evaluation(num_components=16, pixel_max=1.0))
-    pixels = images.reshape(100, 16) / 255
-    expected = np.linalg.norm(pixels[0] - pixels[1])
-    x = features(images)
-    assert x.dtype == np.float64 and x.shape == (100, 16)
-    assert np.linalg.norm(x[0] - x[1]) == pytest.approx(expected, rel=1e-4)
+def test_another_reference_is_prepared_like_the_runs_own_images(run, tmp_path):
+    large = save_folder(DIGITS[:20].repeat(3, 1).repeat(3, 2), tmp_path / "large")
+    record = record_of(run, "--num", 6, "--reference", large, "--metrics", "frechet")
+    assert record["reference"]["shape"] == [8, 8, 1] and record["reference"]["num"] == 20
+    assert record["reference"]["source"] == large
+    same = record_of(run, "--num", 6, "--reference", "digits", "--metrics", "frechet")
+    assert same["reference"]["num"] == 1797
 
 
-def test_more_components_than_there_are_is_refused():
-    images = np.zeros((5, 2, 2, 1), np.uint8)
-    with pytest.raises(ValueError, match="num_components 5 is more than 5 images of 4 values"):
-        FEATURES["pca"](images, Evaluation(num_components=5))
+def test_the_record_of_a_stage_or_a_checkpoint_goes_to_its_own_place(run):
+    assert main(["evaluate", str(run / "model"), "--num", "6"]) == 0
+    assert json.loads((run / "model" / "evaluation.json").read_text())[0]["samples"]["num"] == 6
+    assert (run / "evaluation").is_dir()
 
 
-def test_the_record_says_what_was_compared(tiny):
-    model = TrainedModel(build_model(tiny).eval(), tiny.diffusion)
-    store = open_store(tiny.data, progress=False)
-    record = evaluate(model, store, tiny.evaluation, tiny.sampling, 7, show=False)
-    again = evaluate(model, store, tiny.evaluation, tiny.sampling, 7, show=False)
-    other = evaluate(model, store, tiny.evaluation, tiny.sampling, 8, show=False)
-    assert record["distance"] == again["distance"] != other["distance"]
-    assert record["images_sha256"] == again["images_sha256"] != other["images_sha256"]
-    record = json.loads(json.dumps(record))
-    assert record["num"] == 16 and record["num_components"] == 4 and record["seed"] == 7
-    assert record["sampling"]["steps"] == 4
-    assert record["reference"]["fingerprint"] == store.manifest["fingerprint"]
-    assert record["reference"]["shape"] == [1797, 8, 8, 1]
-    assert record["reference_halves"] > 0
+def test_damaged_records_are_not_overwritten(run, capsys):
+    (run / "evaluation.json").write_text('{"distance": 1}')
+    assert "holds no list of evaluations): move it away" in failure(capsys, run, "--num", 6)
+    assert (run / "evaluation.json").read_text() == '{"distance": 1}'
 
 
-def test_a_reference_of_another_shape_is_refused(tiny):
-    model = TrainedModel(build_model(tiny).eval(), tiny.diffusion)
-    store = open_store(Data(source="digits", size=16, channels=1), progress=False)
-    with pytest.raises(ValueError, match=r"images of \(8, 8, 1\), but the reference has \(16, 16"):
-        evaluate(model, store, tiny.evaluation, Sampling())
+def test_copies_of_training_images_are_found_and_drawn(run, monkeypatch):
+    """A model that gives back what it was trained on, but for the images held out of training."""
+    data = Data(**{**Data(source="digits", size=8, channels=1).model_dump(), "held_out": 300})
+    recipe = Recipe(**{**tiny_settings(), "data": data.model_dump()})
+    (run / "recipe.yaml").write_text(recipe.to_yaml())
+    known = training_subset(1797, data)
+
+    def recalling(trained, sampling, indices, seed, **others):
+        return DIGITS[known[np.array(indices) * 7]]
+
+    monkeypatch.setattr(samples_module, "generate", recalling)
+    record = record_of(run, "--num", 150)
+    found = record["memorization"]
+    assert found["num_train"] == 1497 and found["calibration"] == "held-out images"
+    assert found["exact"] == 150 and found["flagged"] == 1
+    assert found["verdict"].startswith("more copies than chance")
+    assert "small sets are memorised" in found["warning"]
+    pair = found["pairs"][0]
+    np.testing.assert_array_equal(DIGITS[known[pair["sample"] * 7]], DIGITS[known[pair["train"]]])
+    with Image.open(run / "memorization.png") as sheet:
+        assert sheet.width > 200
+    held_out = np.setdiff1d(np.arange(1797), known)
+    monkeypatch.setattr(
+        samples_module, "generate", lambda t, s, indices, seed, **_: DIGITS[held_out[indices]]
+    )
+    fresh = record_of(run, "--num", 150, "--seed", 1)["memorization"]
+    assert fresh["flagged"] < 0.1 and not fresh["verdict"].startswith("more copies")
+
+
+def test_copies_are_looked_for_among_a_runs_own_images_alone(run, tmp_path, capsys):
+    other = save_folder(DIGITS[:30], tmp_path / "other")
+    record = record_of(run, "--num", 8, "--reference", other, "--metrics", "frechet")
+    assert record["memorization"] is None and not (run / "memorization.png").exists()
+    told = failure(capsys, run, "--reference", other, "--metrics", "memorization")
+    assert "memorization is looked for among a run's own images" in told
+
+
+# Images of any origin
+
+
+def test_images_of_any_origin_are_compared_as_they_are(tmp_path):
+    network, out = mean_network(tmp_path), tmp_path / "e.json"
+    odd, even = DIGITS[1::2], DIGITS[::2]
+    folder = save_folder(odd, tmp_path / "odd")
+    np.savez(tmp_path / "even.npz", even)
+    record = record_of(
+        folder, "--reference", tmp_path / "even.npz", "--features", network, "--out", out
+    )
+    quarters = [x.reshape(-1, 2, 4, 2, 4).mean((2, 4)).reshape(-1, 4) for x in (odd, even)]
+    expected = frechet_distance(*quarters)
+    assert record["metrics"]["frechet"]["value"] == pytest.approx(expected, rel=1e-3)
+    assert record["samples"]["num"] == 898 and record["samples"]["source"] == folder
+    assert record["features"]["dim"] == 4 and len(record["features"]["sha256"]) == 64
+
+
+def test_a_part_of_given_images_is_drawn_at_random(tmp_path):
+    """The first of a class folder would be of one class."""
+    network, out = mean_network(tmp_path), tmp_path / "e.json"
+    dark, bright = np.zeros((40, 8, 8, 1), np.uint8), np.full((40, 8, 8, 1), 200, np.uint8)
+    np.savez(tmp_path / "all.npz", np.concatenate([dark, bright]))
+    name = tmp_path / "all.npz"
+    record = record_of(name, "--reference", name, "--num", 40, "--features", network, "--out", out)
+    assert record["samples"]["num"] == 40
+    assert record["metrics"]["frechet"]["value"] < 0.1 * 100**2  # one class alone: 4 * 100^2
+
+
+def test_jpeg_samples_are_noted(tmp_path):
+    network, out = mean_network(tmp_path), tmp_path / "e.json"
+    folder = save_folder(DIGITS[:30], tmp_path / "jpegs", "jpg")
+    record = record_of(folder, "--reference", "digits", "--features", network, "--out", out)
+    assert any("JPEG" in note for note in record["notes"])
+    png = save_folder(DIGITS[:30], tmp_path / "pngs")
+    record = record_of(png, "--reference", "digits", "--features", network, "--out", out)
+    assert record["notes"] == []
+
+
+def test_samples_that_cannot_be_one_models_are_refused(tmp_path, capsys):
+    folder = save_folder(DIGITS[:5], tmp_path / "mixed")
+    Image.new("L", (9, 8)).save(tmp_path / "mixed" / "other.png")
+    told = failure(capsys, folder, "--reference", "digits")
+    assert "of different shapes (8x8 with 1 channels, 9x8 with 1 channels)" in told
+    colour = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    told = failure(capsys, save_folder(colour, tmp_path / "rgb"), "--reference", "digits")
+    assert "the reference digits has images of 8x8x1" in told and "samples have 8x8x3" in told
+    one = save_folder(DIGITS[:6], tmp_path / "one")
+    assert "name the real ones with --reference" in failure(capsys, one)
+    told = failure(capsys, one, "--reference", "digits", "--steps", "3")
+    assert "flags of drawing do nothing here" in told
+    told = failure(capsys, one, "--reference", "digits", "--num", "7")
+    assert "has 6 images" in told
+
+
+# Features and statistics
+
+
+def test_features_rank_damage_as_they_should():
+    store = own_reference(Data(source="digits", size=8, channels=1), progress=False).store
+    features = make_features(Evaluation(pixel_max=16), store, torch.device("cpu"))
+    of = functools.partial(features_of, features=features, folder=None)
+    real, noise = of(DIGITS), np.random.default_rng(0).integers(0, 256, DIGITS.shape, np.uint8)
+    alike = frechet_distance(of(DIGITS[::2]), of(DIGITS[1::2]))
+    one_missing = frechet_distance(of(DIGITS[CLASSES != 4]), real)
+    half_missing = frechet_distance(of(DIGITS[CLASSES < 5]), real)
+    assert alike < 20 < half_missing < frechet_distance(of(noise), real)
+    assert one_missing < half_missing
+
+
+def test_reference_statistics_are_kept_and_found_again(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
+    first = record_of(run, "--num", 8)
+    kept = sorted((tmp_path / "cache").glob("images-*/features-*/*.np*"))
+    assert [path.name for path in kept] == ["00000000-00001797.npy", "statistics.npz"]
+    before = [path.stat().st_mtime_ns for path in kept]
+    again = record_of(run, "--num", 8)
+    assert again["metrics"] == first["metrics"]
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    record_of(run, "--num", 8, "--features", mean_network(tmp_path))
+    assert len(list((tmp_path / "cache").glob("images-*/features-*"))) == 2
+
+
+def test_statistics_are_written_in_the_fields_form_and_read_again(run, tmp_path, capsys):
+    network, npz = mean_network(tmp_path), tmp_path / "digits.npz"
+    whole = record_of(run, "--num", 9, "--features", network, "--save-statistics", npz)
+    with np.load(npz) as arrays:
+        assert arrays["mu"].shape == (4,) and arrays["sigma"].shape == (4, 4)
+    again = record_of(run, "--num", 9, "--features", network, "--reference", npz)
+    assert set(again["metrics"]) == {"frechet"}
+    assert again["metrics"]["frechet"]["value"] == pytest.approx(
+        whole["metrics"]["frechet"]["value"]
+    )
+    assert again["reference"]["fingerprint"] == whole["reference"]["fingerprint"]
+    told = failure(
+        capsys, run, "--num", 9, "--features", network, "--reference", npz, "--metrics", "kid"
+    )
+    assert "metric kid needs the reference's images" in told
+    told = failure(capsys, run, "--num", 9, "--reference", npz)
+    assert "features pca come from the reference images" in told
+
+
+def test_foreign_statistics_are_read_with_a_warning_or_refused(run, tmp_path, capsys):
+    network = mean_network(tmp_path)
+    arguments = [run, "--num", 9, "--features", network, "--reference"]
+    foreign = tmp_path / "theirs.npz"
+    np.savez(foreign, mu=np.full(4, 80.0), sigma=np.eye(4))
+    record = record_of(*arguments, foreign)
+    assert any("is unknown" in note for note in record["notes"])
+    foreign.rename(tmp_path / "theirs-64x64.npz")
+    told = failure(capsys, *arguments, tmp_path / "theirs-64x64.npz")
+    assert "of images of 64x64 pixels, but the samples have 8x8 (going by its name" in told
+    with_images = {"arr_0": np.zeros((2, 32, 32, 3), np.uint8)}
+    np.savez(foreign, mu=np.zeros(4), sigma=np.eye(4), **with_images)
+    assert "of images of 32x32 pixels, but" in failure(capsys, *arguments, foreign)
+    np.savez(foreign, mu=np.zeros(5), sigma=np.eye(5))
+    told = failure(capsys, *arguments, foreign)
+    assert "quarters.pt2 have 4 values, but the statistics in" in told
+
+
+def test_statistics_of_other_features_are_refused(run, tmp_path, capsys):
+    npz = tmp_path / "pca.npz"
+    record_of(run, "--num", 9, "--save-statistics", npz)
+    told = failure(capsys, run, "--features", mean_network(tmp_path), "--reference", npz)
+    assert "are of features pca" in told and "not of" in told
+
+
+def test_few_samples_are_cautioned(trained, tiny, tmp_path):
+    reference = own_reference(tiny.data, progress=False)
+    draw = functools.partial(drawn_samples, trained, tiny.sampling, 6, 0, tmp_path)
+    record = evaluate([draw], (8, 8, 1), reference, Evaluation(num_components=8)).record
+    assert any("6 samples cannot fix a covariance of 8" in note for note in record["notes"])
+
+
+def test_a_reference_of_another_shape_is_refused(tiny, tmp_path):
+    reference = own_reference(Data(source="digits", size=16, channels=1), progress=False)
+    samples = Samples(DIGITS[:9], tmp_path, {})
+    with pytest.raises(ValueError, match="images of 8x8x1, but the reference has 16x16x1"):
+        evaluate([lambda: samples], (8, 8, 1), reference, Evaluation())
+
+
+def test_metrics_that_cannot_be_had_are_refused_before_anything_is_drawn(run, capsys):
+    told = failure(capsys, run, "--num", 8, "--metrics", "inception-score")
+    assert "the Inception score is of features inception" in told
+    assert not (run / "evaluation").exists()

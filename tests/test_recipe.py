@@ -12,7 +12,6 @@ from maskdm import recipe as recipes
 from maskdm.diffusion.prediction import PREDICTIONS
 from maskdm.diffusion.schedule import SCHEDULES
 from maskdm.diffusion.times import TIME_SAMPLING
-from maskdm.evaluation.features import FEATURES
 from maskdm.images.prepare import CROPS
 from maskdm.masks import MASKS
 from maskdm.models.adapters import NETWORKS
@@ -144,7 +143,6 @@ def test_differences_name_each_setting_with_both_values(tiny, changed):
         (recipes.Diffusion, "time_sampling", set(TIME_SAMPLING)),
         (recipes.Model, "kind", {"uvit", *NETWORKS}),
         (recipes.Sampling, "sampler", set(SAMPLERS)),
-        (recipes.Evaluation, "features", set(FEATURES)),
         (Mask, "kind", {*MASKS, "none"}),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from maskdm.cli import main
 from maskdm.diffusion.schedule import log_snr_shift, schedule_of
 from maskdm.evaluation.evaluate import evaluate
+from maskdm.evaluation.reference import Reference
+from maskdm.evaluation.samples import drawn_samples
 from maskdm.hub import load_pipeline, pipeline_of_run, save_pipeline
 from maskdm.images.store import Store
 from maskdm.models.adapters import GridDenoiser
@@ -142,17 +145,19 @@ def test_a_rectangular_model_on_the_command_line(rectangular, tmp_path, capsys):
     assert "is 12 pixels high and 8 wide, but the model's images are 8 high and 12 wide" in text
 
 
-def test_rectangles_are_compared_with_rectangles(rectangular):
+def test_rectangles_are_compared_with_rectangles(rectangular, tmp_path):
     recipe = rectangular()
     trained = TrainedModel(build_model(recipe).eval(), recipe.diffusion)
     images = np.random.default_rng(0).integers(0, 256, (8, 8, 12, 1), dtype=np.uint8)
-    facts = {"source": "", "fingerprint": "", "crop": "none"}
+    facts = {"source": "", "fingerprint": "", "crop": "none", "sha256": "rectangles"}
     settings = Evaluation(num=4, num_components=2)
-    record = evaluate(trained, Store(images, None, facts), settings, recipe.sampling, show=False)
-    assert record["reference"]["shape"] == [8, 8, 12, 1]
-    turned = Store(images.swapaxes(1, 2), None, facts)
-    with pytest.raises(ValueError, match=r"of \(8, 12, 1\), but the reference has \(12, 8, 1\)"):
-        evaluate(trained, turned, settings, recipe.sampling, show=False)
+    draw = functools.partial(drawn_samples, trained, recipe.sampling, 4, 0, tmp_path)
+    real = Reference("", Store(images, None, facts), None)
+    record = evaluate([draw], (8, 12, 1), real, settings).record
+    assert record["reference"]["shape"] == record["samples"]["shape"] == [8, 12, 1]
+    turned = Reference("", Store(images.swapaxes(1, 2), None, facts), None)
+    with pytest.raises(ValueError, match="images of 8x12x1, but the reference has 12x8x1"):
+        evaluate([draw], (8, 12, 1), turned, settings)
 
 
 def test_a_unet_answers_for_the_patches_of_a_rectangle():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+from maskdm import engine
 from maskdm.diffusion.schedule import make_schedule
 from maskdm.hub import (
     MaskDMPipeline,
@@ -20,7 +21,6 @@ from maskdm.models.build import build_model
 from maskdm.models.trained import TrainedModel
 from maskdm.models.uvit import UViT
 from maskdm.recipe import Diffusion, Sampling
-from maskdm.sampling import generate as generating
 from maskdm.sampling.denoise import clipped
 from maskdm.sampling.generate import (
     generate,
@@ -116,7 +116,7 @@ def test_an_image_depends_on_its_seed_and_number_alone(model, settings):
 def test_bf16_gives_the_images_of_fp32_within_its_rounding(model, sampler, monkeypatch):
     settings = {"sampler": sampler, "steps": 30, "spacing": "log-snr"}
     full = draw(model, list(range(8)), **settings).astype(int)
-    monkeypatch.setattr(generating, "choose_precision", lambda *_: ("bf16", "asked for"))
+    monkeypatch.setattr(engine, "choose_precision", lambda *_: ("bf16", "asked for"))
     half = draw(model, list(range(8)), **settings).astype(int)
     assert not np.array_equal(full, half)
     assert abs(full - half).mean() < 2.0  # of 255; bf16 keeps 8 bits of each product

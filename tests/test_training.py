@@ -67,7 +67,7 @@ class Interrupted(Exception):
 def train_until(recipe: Recipe, run_dir: Path, step: int) -> None:
     """Trains until a step's preview is due, then dies there, as a kill would."""
 
-    def die(accelerator: Accelerator, trained: TrainedModel, file: Path) -> None:
+    def die(accelerator: Accelerator, trained: TrainedModel, file: Path, line: dict) -> None:
         if file.stem == f"step-{step:08d}":
             raise Interrupted
 
@@ -134,7 +134,7 @@ def test_resume_keeps_each_stages_own_optimizer_settings(tiny, changed, tmp_path
 
 
 def test_a_signal_saves_and_the_next_call_continues_to_the_same_bits(tiny, tmp_path):
-    def press_ctrl_c(accelerator: Accelerator, trained: TrainedModel, file: Path) -> None:
+    def press_ctrl_c(*arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     assert threading.current_thread() is threading.main_thread()

@@ -17,6 +17,7 @@ import tyro
 import maskdm
 from maskdm.commands.check import check
 from maskdm.commands.common import DONE, FAILED, WRONG_USAGE, changed, say_note
+from maskdm.commands.compare import compare
 from maskdm.commands.evaluate import evaluate
 from maskdm.commands.inpaint import inpaint
 from maskdm.commands.pack import pack
@@ -26,7 +27,7 @@ from maskdm.commands.train import train
 from maskdm.recipe import Recipe, Sampling
 from maskdm.recipe_files import load_recipe, recipe_names
 from maskdm.settings import unchecked
-from maskdm.training.find import find_model
+from maskdm.training.find import find_model, is_model
 
 # torch and diffusers take seconds to import: each command imports what it needs, so that help
 # and mistakes answer at once.
@@ -42,7 +43,8 @@ Train raw-pixel diffusion models cheaply: masked pre-training, then denoising fi
   train RECIPE --out RUN      run a recipe's stages; the same command again continues them
   sample RUN --out FILE       draw images: a grid (.png), an array (.npz), or a folder of PNGs
   inpaint RUN IMAGE --mask M  draw the missing parts of an image
-  evaluate RUN                distance between generated and real images
+  evaluate RUN                how far generated images, or anyone's, are from real ones
+  compare RUN RUN ...         which is better, and whether that is more than noise; curves
 
 `maskdm COMMAND --help` tells more. A first try, five minutes on a laptop:
 
@@ -58,10 +60,11 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "sample": sample,
     "inpaint": inpaint,
     "evaluate": evaluate,
+    "compare": compare,
 }
 
 
-NEEDS_NO_RUN = ("recipes", "check", "pack")
+NEEDS_NO_RUN = ("recipes", "check", "pack", "compare")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,6 +139,8 @@ def _named_recipe(arguments: list[str]) -> Recipe:
 def _named_run(command: str, arguments: list[str]) -> Sampling:
     """How the model that the arguments begin with is sampled, unless flags say otherwise."""
     if arguments and not arguments[0].startswith("-"):
+        if command == "evaluate" and not is_model(arguments[0]):
+            return Sampling()  # images of any origin
         sampling = find_model(arguments[0], say_note).sampling
         return _for_inpainting(sampling) if command == "inpaint" else sampling
     if "-h" in arguments or "--help" in arguments:

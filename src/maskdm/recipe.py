@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from maskdm.recipe_data import Data as Data
+from maskdm.recipe_evaluation import Evaluation as Evaluation
 from maskdm.settings import Settings
 
 
@@ -209,19 +210,6 @@ class Sampling(Settings):
         return self
 
 
-class Evaluation(Settings):
-    """How generated images are compared with real ones."""
-
-    features: Literal["pca"] = "pca"
-    """pca: the leading principal components of the reference set's pixels."""
-    num: int = Field(2000, ge=2)
-    """Images to generate."""
-    num_components: int = Field(32, gt=0)
-    """Principal components kept (features pca)."""
-    pixel_max: float = Field(255.0, gt=0)
-    """Pixels are scaled to [0, pixel_max] before features pca; sets the distance's unit."""
-
-
 class Recipe(Settings):
     """A whole run."""
 
@@ -251,6 +239,9 @@ class Recipe(Settings):
     """Images in a preview grid; 0 = no previews."""
     preview_steps: int = Field(25, gt=0)
     """Solver steps for each of them, of DPM-Solver++, without guidance."""
+    evaluate_every: int = Field(10_000, ge=0)
+    """Steps between two lines of quality.jsonl, each after a checkpoint; each stage's end always
+    makes one. 0 = none at all."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -40,8 +40,12 @@ class Data(Settings):
     """Part of the images that is trained on, drawn by subset_seed (evaluation uses all)."""
     limit: int | None = Field(None, gt=0)
     """At most so many of them; None = no limit."""
+    held_out: int | float = Field(0, ge=0)
+    """Images kept out of training, to measure the denoising loss on and to check for
+    memorisation: so many, or below 1 that part of all; drawn by subset_seed."""
     subset_seed: int = Field(0, ge=0)
-    """Names the draw of fraction and limit: the same images on every machine, for any seed."""
+    """Names the draw of fraction, limit and held_out: the same images on every machine, for any
+    seed."""
 
     @field_validator("size", mode="before")
     @classmethod
@@ -50,6 +54,13 @@ class Data(Settings):
         if not 1 <= len(sides) <= 2 or not all(type(side) is int and side > 0 for side in sides):
             raise ValueError(f"a number of pixels above 0, or height and width, not {size!r}")
         return sides[0] if len(set(sides)) == 1 else tuple(sides)
+
+    @field_validator("held_out")
+    @classmethod
+    def _number_or_part(cls, held_out: int | float) -> int | float:
+        if held_out >= 1 and held_out != int(held_out):
+            raise ValueError(f"a number of images, or a part of them below 1, not {held_out:g}")
+        return int(held_out) if held_out >= 1 or held_out == 0 else held_out
 
     @field_validator("background")
     @classmethod

@@ -33,13 +33,16 @@ def train(
     from accelerate import Accelerator
 
     from maskdm.diffusion.schedule import schedule_of
+    from maskdm.evaluation.quick import QuickLook
     from maskdm.hub import pipeline_of_run, save_pipeline
-    from maskdm.images.output import save_grid
+    from maskdm.images.output import image_grid, save_sheet, with_caption
+    from maskdm.images.store import Store
     from maskdm.models.trained import TrainedModel
     from maskdm.report import plot_loss
     from maskdm.sampling.generate import generate_on_all_ranks
     from maskdm.sampling.samplers import refuse_settings
     from maskdm.training import trainer
+    from maskdm.training.set_points import QualityLine, quality_parts
 
     # What could not be sampled when it is trained is refused now.
     refuse_settings(schedule_of(settings.final_diffusion, settings.data.size), settings.sampling)
@@ -53,12 +56,21 @@ def train(
         guidance="none",
     )
 
-    def preview(accelerator: Accelerator, trained: TrainedModel, file: Path) -> None:
+    def preview(
+        accelerator: Accelerator, trained: TrainedModel, file: Path, line: QualityLine
+    ) -> None:
         images = generate_on_all_ranks(trained, for_previews, settings.num_previews)
         if accelerator.is_main_process:
-            save_grid(images, file)
+            title = f"{line['stage']}, step {line['step']:,}"
+            known = {k: v for k, v in line.items() if not k.startswith("kid")}  # space is scarce
+            parts = [part.replace("+-", "±") for part in quality_parts(known)]
+            save_sheet(with_caption(image_grid(images), title, parts), file)
 
-    result = trainer.train(settings, out, resume, preview if settings.num_previews else None)
+    def make_measure(store: Store) -> QuickLook:
+        return QuickLook(settings, store, for_previews)
+
+    drawing = preview if settings.num_previews else None
+    result = trainer.train(settings, out, resume, drawing, make_measure)
     if not result.finished:
         return STOPPED
     if not is_main_process():

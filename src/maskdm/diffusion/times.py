@@ -40,6 +40,14 @@ def draw_times(
     Of a discrete schedule they are entries of its table, else anything from its t_min to 1.
     """
     place = TIME_SAMPLING[settings.time_sampling](settings, schedule, share, own, shared)
+    return times_at(place, schedule)
+
+
+def times_at(place: Tensor, schedule: Schedule) -> Tensor:
+    """Times at places in [0, 1) of a schedule's range: float32 (B,), places' own device.
+
+    Of a discrete schedule they are entries of its table, else anything from its t_min to 1.
+    """
     if schedule.num_times is None:
         return schedule.t_min + (1 - schedule.t_min) * place
     index = (place * schedule.num_times).floor().clamp(max=schedule.num_times - 1)

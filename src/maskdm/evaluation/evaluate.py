@@ -1,84 +1,202 @@
-"""Comparing a run's images with real ones, and writing down all that the number depends on."""
+"""Comparing images with real ones, and writing down all that the figures depend on."""
 
 from __future__ import annotations
 
-import hashlib
+import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+
 import maskdm
-from maskdm.engine import choose_precision, device_name
-from maskdm.evaluation.distances import frechet_distance, half_split_distance
-from maskdm.evaluation.features import FEATURES
-from maskdm.images.store import Store
-from maskdm.models.trained import TrainedModel
-from maskdm.recipe import Evaluation, Sampling
-from maskdm.sampling.generate import generate_on_all_ranks
+from maskdm.engine import device_name, main_first, process_state
+from maskdm.evaluation.features import Features, features_of, make_features
+from maskdm.evaluation.measure import (
+    chance,
+    measure,
+    over_seeds,
+    refuse_metrics,
+    told,
+    wanted_metrics,
+)
+from maskdm.evaluation.memorization import ImageSet, check_memorization
+from maskdm.evaluation.pairs_sheet import draw_pairs
+from maskdm.evaluation.records import Record
+from maskdm.evaluation.reference import Known, Reference, in_features, reference_facts
+from maskdm.evaluation.samples import Samples
+from maskdm.evaluation.statistics import Statistics
+from maskdm.images.joined import SelectedRows
+from maskdm.recipe import Evaluation
 from maskdm.training.monitor import source_commit
 
 
+@dataclass(frozen=True)
+class TrainedOn:
+    """Which of the reference's images a model has seen.
+
+    Attributes:
+        rows: those it was trained on, int64 (n,).
+        held_out: those kept out of its training, int64 (m,).
+        flip: whether they were mirrored at random.
+    """
+
+    rows: np.ndarray
+    held_out: np.ndarray
+    flip: bool
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation gives; on ranks other than the first its record is incomplete.
+
+    Attributes:
+        record: see `records.py`; without what only the caller knows: model, seeds, training,
+            recipe.
+        statistics: of the reference.
+        sheet: the samples closest to training images, beside these; or None.
+    """
+
+    record: Record
+    statistics: Statistics
+    sheet: Image.Image | None
+
+
+FEW = 10_000  # samples below which a FID is biased so much that papers don't compare it
+
+
 def evaluate(
-    trained: TrainedModel,
-    store: Store,
+    draw: Sequence[Callable[[], Samples]],
+    shape: tuple[int, ...],
+    reference: Reference,
     settings: Evaluation,
-    sampling: Sampling,
-    seed: int = 0,
-    weak: TrainedModel | None = None,
-    show: bool = True,
-) -> dict[str, Any]:
-    """Generates images 0..num-1 and measures their distance to the reference set.
+    trained_on: TrainedOn | None = None,
+    show: bool = False,
+) -> Evaluated:
+    """Measures samples against a reference. To be called on every rank.
+
+    Everything that can be refused is, before the first image is drawn.
 
     Args:
-        trained: the model, on the device to use.
-        store: the reference, prepared as the training images were, never flipped.
-        settings: features and number of images.
-        sampling: how the images are drawn.
-        seed: names the sequence of images.
-        weak: the weak model of autoguidance.
-        show: show a progress bar.
-
-    Returns:
-        The content of evaluation.json. `distance` is the Fréchet distance; beside it stands
-        `reference_halves`, that of two random halves of the reference (mean of ten splits). The
-        halves are smaller sets, which by itself adds to their distance: as many perfect
-        samples as the reference has would measure about half of it.
+        draw: gives the samples, once for each repetition (`--seeds`).
+        shape: height, width and channels of their images.
+        reference: the real images.
+        settings: features, metrics, resampled sets.
+        trained_on: which of the reference's images the model has seen, to look for copies; None =
+            not known.
+        show: show the progress.
 
     Raises:
-        ValueError: fewer than four reference images, or unlike shapes.
+        ValueError: features that can't be had, metrics that can't, fewer than 4 real images,
+            unlike shapes.
     """
-    if len(store) < 4:
+    device, start = process_state().device, time.perf_counter()
+    store = reference.store
+    if store is not None and len(store) < 4:
         raise ValueError(f"the reference has {len(store)} images: a distance needs at least 4")
-    model = trained.model
-    shape = model.image_shape
-    if store.images.shape[1:] != shape:
+    if store is not None and store.images.shape[1:] != shape:
         raise ValueError(
-            f"the model makes images of {shape}, but the reference has {store.images.shape[1:]}"
+            f"the samples are images of {'x'.join(map(str, shape))}, but the reference has "
+            f"{'x'.join(map(str, store.images.shape[1:]))} (height, width, channels)"
         )
-    start = time.perf_counter()
-    images = generate_on_all_ranks(trained, sampling, settings.num, seed, weak=weak, progress=show)
-    generate_sec = time.perf_counter() - start
-    features = FEATURES[settings.features](store.images, settings)
-    reference = features(store.images)
-    return {
-        "metric": "frechet distance",
-        "distance": frechet_distance(features(images), reference),
-        "reference_halves": half_split_distance(reference),
-        **settings.model_dump(mode="json"),
-        "sampling": sampling.model_dump(mode="json"),
-        "seed": seed,
-        "weights": "ema",
-        "precision": choose_precision("auto", model.device)[0],
-        "images_sha256": hashlib.sha256(images.tobytes()).hexdigest(),
-        "reference": {
-            "source": store.manifest["source"],
-            "fingerprint": store.manifest["fingerprint"],
-            "crop": store.manifest["crop"],
-            "shape": list(store.images.shape),
-            "flip": False,
+    features = main_first(lambda: make_features(settings, store, device))
+    refuse_metrics(settings, features.num_logits > 0, store is not None, trained_on is not None)
+    dim = features.dim_of(shape)
+    known = in_features(reference, features, show)
+    if known.dim != dim:
+        raise ValueError(
+            f"features {features.name} have {dim} values, but the statistics in {reference.name} "
+            f"are of {known.dim}: they are of other features"
+        )
+    prepare_sec = time.perf_counter() - start
+
+    drawn, vectors, measured, draw_sec = [], [], [], 0.0
+    for one in draw:
+        before = time.perf_counter()
+        drawn.append(one())
+        draw_sec += time.perf_counter() - before
+        answers = features_of(drawn[-1].images, features, drawn[-1].folder, show)
+        vectors.append(features.vectors(answers))
+        if process_state().is_main_process:
+            if show:
+                print("measuring", file=sys.stderr)
+            measured.append(measure(vectors[-1], features.logits(answers), known, settings))
+    metrics = over_seeds(measured) if measured else {}
+    memorization, sheet = None, None
+    if measured and trained_on is not None and "memorization" in wanted_metrics(settings):
+        assert known.vectors is not None and store is not None
+        real = ImageSet(store.images, known.vectors)
+        own = ImageSet(drawn[0].images, vectors[0])
+        memorization, sheet = _look_for_copies(own, real, trained_on, features)
+    record = {
+        "metrics": told(metrics),
+        "per_seed": [{name: m.value for name, m in one.items()} for one in measured],
+        "chance": chance(known, len(drawn[0].images)) if measured else None,
+        "features": {
+            "name": features.name,
+            "sha256": features.sha256,
+            "library": features.library,
+            "dim": known.dim,
+            **_pca_settings(features, settings),
         },
+        "samples": {
+            "num": len(drawn[0].images),
+            "shape": list(drawn[0].images.shape[1:]),
+            **drawn[0].facts,
+        },
+        "reference": reference.facts(),
+        "memorization": memorization,
+        "notes": [
+            *reference.notes,
+            *drawn[0].notes,
+            *_cautions(features, known, len(drawn[0].images)),
+        ],
         "maskdm": maskdm.__version__,
         "commit": source_commit(),
-        "device": device_name(model.device),
+        "torch": torch.__version__,
+        "device": device_name(device),
+        "num_ranks": process_state().num_processes,
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "generate_sec": round(generate_sec, 2),
+        "generate_sec": round(draw_sec, 2),
+        "measure_sec": round(time.perf_counter() - start - draw_sec, 2),
+        "reference_sec": round(prepare_sec, 2),
     }
+    facts = reference_facts(reference, features)
+    statistics = Statistics(known.statistics.mean, known.statistics.cov, facts)
+    return Evaluated(record, statistics, sheet)
+
+
+def _look_for_copies(
+    samples: ImageSet, real: ImageSet, trained_on: TrainedOn, features: Features
+) -> tuple[Record, Image.Image]:
+    """The memorisation check's record, and the sheet of the closest pairs."""
+
+    def chosen(rows: np.ndarray) -> ImageSet:
+        return ImageSet(SelectedRows(real.images, rows), SelectedRows(real.vectors, rows))
+
+    train, held_out = chosen(trained_on.rows), chosen(trained_on.held_out)
+    record = check_memorization(samples, train, held_out, features, trained_on.flip)
+    return record, draw_pairs(samples.images, train.images, record)
+
+
+def _pca_settings(features: Features, settings: Evaluation) -> dict[str, Any]:
+    return {"pixel_max": settings.pixel_max} if features.name == "pca" else {}
+
+
+def _cautions(features: Features, known: Known, num: int) -> list[str]:
+    """What a reader of the Fréchet distance should know of it."""
+    cautions = []
+    if num <= known.dim:
+        cautions.append(
+            f"{num:,} samples cannot fix a covariance of {known.dim:,} features: the Frechet "
+            "distance is far too large, and compares only with that of as many samples"
+        )
+    elif features.name == "inception" and num < FEW:
+        cautions.append(
+            f"the FID of {num:,} samples is too large: it compares only with that of as many; "
+            "papers use 50,000, ablations 10,000"
+        )
+    return cautions

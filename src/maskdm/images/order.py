@@ -9,18 +9,46 @@ from maskdm.seeds import derive_seed
 
 
 def training_subset(num_images: int, data: Data) -> np.ndarray:
-    """The images that `fraction` and `limit` leave for training: sorted int64 indices.
+    """The images that `fraction`, `limit` and `held_out` leave for training: sorted int64 indices.
 
     Drawn by `subset_seed`, the same on every machine; a smaller part lies within a larger one.
-    At least one image is left.
+    A fraction is one of all images, held out or not. At least one image is left.
+
+    Raises ValueError where the images held out would leave none.
     """
-    count = max(1, int(data.fraction * num_images + 0.5))
+    most = num_images - num_held_out(num_images, data)
+    if most < 1:
+        raise ValueError(
+            f"data.held_out {data.held_out} leaves none of {num_images} images to train on: use "
+            f"{num_images - 1} or fewer"
+        )
+    count = min(max(1, int(data.fraction * num_images + 0.5)), most)
     if data.limit is not None:
         count = min(count, data.limit)
     if count == num_images:
         return np.arange(num_images)
+    return np.sort(_shuffled(num_images, data)[:count])
+
+
+def held_out_subset(num_images: int, data: Data) -> np.ndarray:
+    """The images that are never trained on: sorted int64 indices, `held_out` of them.
+
+    Drawn by `subset_seed`: the same on every machine, whatever `fraction` and `limit` are.
+    """
+    return np.sort(_shuffled(num_images, data)[num_images - num_held_out(num_images, data) :])
+
+
+def num_held_out(num_images: int, data: Data) -> int:
+    """How many images are never trained on; of a part the nearest number."""
+    if data.held_out < 1:
+        return int(data.held_out * num_images + 0.5)
+    return min(num_images, int(data.held_out))
+
+
+def _shuffled(num_images: int, data: Data) -> np.ndarray:
+    """All images in the order in which parts take them; those held out are its last."""
     generator = np.random.Generator(np.random.PCG64(derive_seed(data.subset_seed, "subset")))
-    return np.sort(generator.permutation(num_images)[:count])
+    return generator.permutation(num_images)
 
 
 class ImageOrder:

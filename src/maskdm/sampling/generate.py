@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from accelerate.utils import gather
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from maskdm.engine import choose_precision, process_state
+from maskdm.engine import autocast, on_all_ranks, process_state
 from maskdm.models.build import Backbone
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Sampling
@@ -92,7 +89,7 @@ def generate(
             if settings.clip_x0:
                 denoise = clipped(denoise)
             own = _generators(seed, "sampler", indices[part])
-            with _autocast(device):
+            with autocast(device):
                 if solve is not None:
                     x = solve(denoise, noise, levels, own)
                 else:
@@ -135,25 +132,22 @@ def generate_on_all_ranks(
     To be called on every rank of a distributed run; with one process it is `generate`, whose
     arguments it takes.
     """
-    state = process_state()
-    share = math.ceil(num / state.num_processes)
-    start = state.process_index * share
-    indices = list(range(start, start + share))  # the last rank may draw a few too many
-    chosen = torch.tensor(indices).clamp(max=num - 1)
-    images = generate(
-        trained,
-        settings,
-        indices,
-        seed,
-        None if labels is None else labels[chosen],
-        weak,
-        None if visible is None else visible[chosen],
-        progress and state.is_main_process,
-        solve,
-    )
-    if state.num_processes == 1:
-        return images
-    return gather(torch.from_numpy(images).to(state.device)).cpu().numpy()[:num]
+
+    def draw(indices: list[int]) -> Tensor:
+        images = generate(
+            trained,
+            settings,
+            indices,
+            seed,
+            None if labels is None else labels[indices],
+            weak,
+            None if visible is None else visible[indices],
+            progress and process_state().is_main_process,
+            solve,
+        )
+        return torch.from_numpy(images)
+
+    return on_all_ranks(num, draw).cpu().numpy()
 
 
 def default_labels(model: Backbone, indices: Sequence[int]) -> np.ndarray | None:
@@ -185,10 +179,3 @@ def _refuse_labels(model: Backbone, labels: Tensor | None) -> None:
 def _generators(seed: int, stream: str, indices: Sequence[int]) -> list[Generator]:
     """A generator for each image, on the CPU, so that every device gets the same numbers."""
     return [Generator().manual_seed(derive_seed(seed, stream, index)) for index in indices]
-
-
-def _autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """bf16 where the hardware is good at it; the solver's own arithmetic stays in fp32."""
-    if choose_precision("auto", device)[0] == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()

@@ -11,7 +11,9 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from maskdm.images.known import KNOWN
 from maskdm.recipe import Recipe, Sampling
 from maskdm.recipe_files import load_recipe
 
@@ -50,6 +52,34 @@ class Found:
             return self.recipe.sampling
         index = read_index(self.folder)
         return Sampling(**{name: index[name] for name in Sampling.model_fields if name in index})
+
+
+def is_model(name: str) -> bool:
+    """Whether a user means a model by a name, and not images: what lies there decides.
+
+    What doesn't lie there is taken for images where it can only be that (`digits`, `hf:...`, a URL
+    or a pattern).
+    """
+    path = Path(name)
+    if not path.exists():
+        return not (name in ("digits", *KNOWN) or ":" in name or "*" in name or "{" in name)
+    marks = ("recipe.yaml", "model_index.json", "model/model_index.json", "progress.json")
+    return any((path / mark).is_file() for mark in marks)
+
+
+def training_of(found: Found) -> dict[str, Any] | None:
+    """How far a model was trained: step, stage, images, flops, elapsed_sec; None = unknown."""
+    if found.run is None:
+        return None
+    checkpoint = found.folder
+    if found.is_exported:
+        newest = find_checkpoint(found.run / "checkpoints", lambda text: None)
+        if newest is None:
+            return None
+        checkpoint = newest
+    progress = json.loads((checkpoint / "progress.json").read_text("utf-8"))
+    told = {name: progress[name] for name in ("step", "images", "flops", "elapsed_sec")}
+    return {**told, "stage": found.recipe.stages[progress["stage"]].name}
 
 
 def find_model(name: str | Path, note: Note = print) -> Found:

@@ -1,4 +1,4 @@
-"""What a run tells people and machines: console, progress bar, metrics.jsonl, environment.json."""
+"""What a run tells people and machines: console, progress bar, lines of JSON, environment.json."""
 
 from __future__ import annotations
 
@@ -31,10 +31,14 @@ class Monitor:
             masked step costs a fraction of a dense one.
         active: whether this is the rank that speaks.
         show: whether to print to the console.
+
+    Attributes:
+        quality_path: of quality.jsonl.
     """
 
     def __init__(self, run_dir: Path, total_flops: int, active: bool, show: bool):
         self._path = run_dir / "metrics.jsonl"
+        self.quality_path = run_dir / "quality.jsonl"
         self._active = active
         self._show = active and show
         self._total_flops = total_flops
@@ -42,9 +46,10 @@ class Monitor:
         self._last_line_sec = 0.0
 
     def start(self, step: int, flops: int) -> None:
-        """Drops metrics of steps after `step` (a kill left them) and opens the bar."""
+        """Drops lines of steps after `step` (a kill left them) and opens the bar."""
         if self._active:
-            keep_metrics_until(self._path, step)
+            keep_lines_until(self._path, step)
+            keep_lines_until(self.quality_path, step)
         if self._show and sys.stderr.isatty():
             self._bar = tqdm(
                 total=self._total_flops,
@@ -60,12 +65,16 @@ class Monitor:
         elif self._show:
             print(text, flush=True)
 
+    def doing(self, text: str) -> None:
+        """Shows on the bar, if there is one, what takes a while."""
+        if self._bar is not None:
+            self._bar.set_description_str(text)
+
     def log(self, line: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl and shows it. Raises OSError on a full disk."""
         if not self._active:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        _append(self._path, line)
         speed = line["images_per_sec"]
         text = (
             f"{line['stage']} step {line['step']:,}  loss {line['loss']:.4f}  "
@@ -78,6 +87,11 @@ class Monitor:
             self._last_line_sec = time.monotonic()
             print(f"  {100 * line['flops'] / self._total_flops:3.0f} %  {text}", flush=True)
 
+    def log_quality(self, line: dict[str, Any]) -> None:
+        """Appends a line to quality.jsonl. Raises OSError on a full disk."""
+        if self._active:
+            _append(self.quality_path, line)
+
     def close(self) -> None:
         """Closes the bar."""
         if self._bar is not None:
@@ -85,8 +99,13 @@ class Monitor:
             self._bar = None
 
 
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl; a last line that a kill cut off is left out."""
+    """Lines of a metrics.jsonl or quality.jsonl; a last one that a kill cut off is left out."""
     lines = []
     for text in path.read_text("utf-8").splitlines() if path.is_file() else []:
         try:
@@ -96,8 +115,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def keep_metrics_until(path: Path, step: int) -> None:
-    """Rewrites metrics.jsonl without the lines after a step, whole or not at all."""
+def keep_lines_until(path: Path, step: int) -> None:
+    """Rewrites such a file without the lines after a step, whole or not at all."""
     if path.is_file():
         kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
         writing = path.with_name(path.name + ".writing")
@@ -146,8 +165,8 @@ def clock(seconds: float) -> str:
 
 def flops_text(flops: float) -> str:
     """Floating-point operations with a metric prefix: `3.7 TFLOP`."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
         if flops < 1000:
             return f"{flops:.3g} {prefix}FLOP"
         flops /= 1000
-    return f"{flops:,.0f} EFLOP"
+    return f"{flops:,.0f} ZFLOP"

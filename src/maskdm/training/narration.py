@@ -5,7 +5,7 @@ from __future__ import annotations
 from accelerate import Accelerator
 
 from maskdm.engine import device_name
-from maskdm.images.order import training_subset
+from maskdm.images.order import num_held_out, training_subset
 from maskdm.images.problems import listed, printable
 from maskdm.images.store import Store
 from maskdm.masks import Grid
@@ -15,6 +15,7 @@ from maskdm.recipe import Recipe
 from maskdm.training.checkpoint import Progress
 from maskdm.training.monitor import Monitor, flops_text
 
+MOST_HELD_OUT = 0.25  # of the images may be kept out of training without a word
 NAMES = {"uvit": "U-ViT", "dit": "DiT", "unet2d": "U-Net"}
 
 
@@ -31,6 +32,8 @@ def introduce(
     num, height, width, channels = store.images.shape
     num_used = len(training_subset(num, recipe.data))
     of = "" if num_used == num else f" of {num:,}"
+    num_out = num_held_out(num, recipe.data)
+    held_out = f", {num_out:,} held out" if num_out else ""
     bad = store.manifest["left_out"]
     left_out = f", {len(bad):,} unreadable left out" if bad else ""
     classes = ""
@@ -39,8 +42,11 @@ def introduce(
     params = sum(parameter.numel() for parameter in model.parameters())
     monitor.say(
         f"data    {num_used:,}{of} images {height}x{width}x{channels} from {recipe.data.source}"
-        f"{classes}{left_out}"
+        f"{classes}{held_out}{left_out}"
     )
+    if num_out > MOST_HELD_OUT * num:
+        share = 100 * num_out / num
+        monitor.say(f"  note: {share:.0f} % of the images are held out: lower data.held_out")
     for note in store.manifest["notes"]:
         monitor.say(f"  note: {printable(note)}")
     if bad:

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from maskdm.diffusion.schedule import schedule_of
-from maskdm.engine import make_accelerator
+from maskdm.engine import main_first, make_accelerator
 from maskdm.images.feed import Feed
 from maskdm.images.order import ImageOrder, training_subset
 from maskdm.images.store import Store, open_store
@@ -40,13 +40,14 @@ from maskdm.training.monitor import Monitor, clock, environment
 from maskdm.training.narration import introduce, stage_line
 from maskdm.training.optim import enter_stage, learning_rate, make_optimizer
 from maskdm.training.run_folder import claimed_run_folder
+from maskdm.training.set_points import Measure, Preview, SetPoints
 from maskdm.training.step import backward, draw_batch
 from maskdm.training.stop import StopRequest
 from maskdm.training.tick import NonFiniteLoss, Tick
 from maskdm.training.transfer import transfer_weights
 
-Preview = Callable[[Accelerator, TrainedModel, Path], None]
-"""Draws a preview grid with the averaged model into a file; called on every rank."""
+MakeMeasure = Callable[[Store], Measure]
+"""Makes ready what measures, given all images; called on every rank before anything is written."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def train(
     run_dir: Path,
     resume: str = "auto",
     preview: Preview | None = None,
+    make_measure: MakeMeasure | None = None,
     show: bool = True,
 ) -> TrainResult:
     """Runs a recipe's stages in a run's folder, from the start or from its newest checkpoint.
@@ -78,6 +80,7 @@ def train(
         run_dir: RUN; made if it isn't there. A run of an equal recipe in it is continued.
         resume: `auto` continues; `never` refuses a folder that holds a run.
         preview: draws preview grids; None = none are drawn.
+        make_measure: makes what measures the averaged model at set points; None = nothing does.
         show: print to the console.
 
     Raises:
@@ -93,6 +96,8 @@ def train(
     refuse_uneven_batches(recipe, accelerator.num_processes)
     store = _agreed_store(recipe, accelerator, show)
     refuse_unfit_labels(recipe, store)
+    subset = training_subset(len(store), recipe.data)
+    measure = make_measure(store) if make_measure and recipe.evaluate_every else None
     class_names = store.manifest["class_names"] if recipe.model.num_classes else None
     model = build_model(recipe, class_names)  # the same weights on every rank and in every run
     transferred = _start_from(recipe, run_dir, model)
@@ -111,6 +116,7 @@ def train(
         3 * model.forward_flops(count) * stage.batch_size  # forward, and twice that backward
         for count, stage in zip(visible_counts, recipe.stages, strict=True)
     ]
+    hidden = [1 - count / (grid[0] * grid[1]) for count in visible_counts]
     total_flops = sum(f * s.steps for f, s in zip(step_flops, recipe.stages, strict=True))
     monitor = Monitor(run_dir, total_flops, accelerator.is_main_process, show)
     introduce(monitor, recipe, store, model, accelerator, f"{precision} ({reason})", total_flops)
@@ -128,7 +134,6 @@ def train(
     wrapped, stepper = accelerator.prepare(model, optimizer)
     if accelerator.scaler is not None and progress.scaler:
         accelerator.scaler.load_state_dict(progress.scaler)
-    subset = training_subset(len(store), recipe.data)
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     feed = Feed(
         store,
@@ -141,17 +146,18 @@ def train(
         with_labels=recipe.model.num_classes > 0,
     )
     monitor.say(f"feed    {feed.how}")
+    points = SetPoints(recipe, run_dir, hidden, accelerator, monitor, measure, preview)
 
     with stack, StopRequest() as stop, contextlib.closing(monitor), contextlib.closing(feed):
         monitor.start(progress.step, progress.flops)
+        if checkpoint is not None:  # a kill may have come between saving and looking
+            diffusion = recipe.diffusion_of(recipe.stages[progress.stage])
+            points.catch_up(progress, TrainedModel(average, diffusion))
         while True:
             # Hand the weights over to the next stage, which begins with a fresh optimizer.
             stage = recipe.stages[progress.stage]
             if progress.stage_step == stage.steps:
                 assert checkpoint is not None  # each stage's end is one
-                if preview and not (file := _sample_file(run_dir, progress.step)).exists():
-                    monitor.say("  drawing a preview")
-                    preview(accelerator, TrainedModel(average, recipe.diffusion_of(stage)), file)
                 if progress.stage + 1 == len(recipe.stages):
                     return TrainResult(True, average, checkpoint)
                 progress.stage, progress.stage_step = progress.stage + 1, 0
@@ -165,8 +171,11 @@ def train(
             diffusion = recipe.diffusion_of(stage)
             schedule = schedule_of(diffusion, recipe.data.size)
             _set_activation_checkpointing(model, stage.activation_checkpointing)
-            hidden = 1 - visible_counts[progress.stage] / (grid[0] * grid[1])
-            monitor.say(stage_line(recipe, progress, grid, hidden, step_flops[progress.stage]))
+            monitor.say(
+                stage_line(
+                    recipe, progress, grid, hidden[progress.stage], step_flops[progress.stage]
+                )
+            )
             if (kept := stage.ema_decay**stage.steps) > 0.1:
                 monitor.say(
                     f"  note: ema_decay {stage.ema_decay:g} keeps {100 * kept:.0f} % of the "
@@ -202,17 +211,18 @@ def train(
                 progress.images += stage.batch_size
                 progress.flops += step_flops[progress.stage]
 
-                # At set points read the losses, log, save, leave if asked to, draw a preview.
+                # At set points read the losses, log, save, leave if asked to, measure and draw.
                 is_end = progress.stage_step == stage.steps
                 is_tick = is_end or progress.step % recipe.log_every == 0
                 stopping = stop.agreed(accelerator, may_ask=is_tick or progress.step % 10 == 0)
                 saving = is_end or stopping or progress.step % recipe.checkpoint_every == 0
+                saving = saving or points.measures_at(progress)  # so that failing loses nothing
                 if is_tick or saving:
                     _read(tick, accelerator, checkpoint, recipe, stage)
                 if is_tick:
                     where = {"step": progress.step, "stage": stage.name}
-                    how = {"lr": learning_rate(stage, progress.stage_step - 1), "hidden": hidden}
-                    record = {**where, **tick.line(), **how}
+                    how = {"lr": learning_rate(stage, progress.stage_step - 1)}
+                    record = {**where, **tick.line(), **how, "hidden": hidden[progress.stage]}
                     monitor.log(record)
                     if note := feed.note_waiting(record["data_wait"]):
                         monitor.say(f"  {note}")
@@ -232,10 +242,8 @@ def train(
                             f"stopped on request after saving {checkpoint}; call again to go on"
                         )
                         return TrainResult(False, average, checkpoint)
-                if preview and not is_end and progress.step % recipe.preview_every == 0:
-                    with tick.paused():
-                        trained = TrainedModel(average, diffusion)
-                        preview(accelerator, trained, _sample_file(run_dir, progress.step))
+                with tick.paused():
+                    points.look(progress, TrainedModel(average, diffusion))
             monitor.say(f"  done after {clock(progress.elapsed_sec)} of training")
 
 
@@ -244,20 +252,10 @@ def _agreed_store(recipe: Recipe, accelerator: Accelerator, show: bool) -> Store
 
     Raises ValueError on every rank.
     """
-    store, problem = None, None
-    if accelerator.is_main_process:
-        try:
-            store = open_store(recipe.data, progress=show)
-        except ValueError as error:
-            problem = error
-    told = [problem and str(problem), None if store is None else store.manifest["sha256"]]
-    refusal, sha256 = broadcast_object_list(told)
-    if problem is not None:
-        raise problem
-    if refusal is not None:
-        raise ValueError(refusal)
-    if store is None:
-        store = open_store(recipe.data, progress=False)
+    store = main_first(
+        lambda: open_store(recipe.data, progress=show and accelerator.is_main_process)
+    )
+    (sha256,) = broadcast_object_list([store.manifest["sha256"]])
     if store.manifest["sha256"] != sha256:
         raise ValueError(
             f"nodes have made different images of {recipe.data.source} (other versions of Pillow, "
@@ -287,10 +285,6 @@ def _start_from(recipe: Recipe, run_dir: Path, model: Backbone) -> list[str]:
 
 def _say_nothing(text: str) -> None:
     """For what is said elsewhere."""
-
-
-def _sample_file(run_dir: Path, step: int) -> Path:
-    return run_dir / "samples" / f"step-{step:08d}.png"
 
 
 def _agreed_checkpoint(accelerator: Accelerator, folder: Path, monitor: Monitor) -> Path | None:

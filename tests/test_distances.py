@@ -1,0 +1,276 @@
+"""Distances between sets of vectors, against closed forms and torch-fidelity's own functions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from maskdm.evaluation.distances import (
+    frechet,
+    frechet_distance,
+    inception_score,
+    kid,
+    part_distance,
+    precision_recall,
+    sliced,
+)
+from maskdm.evaluation.statistics import (
+    Statistics,
+    load_statistics,
+    save_statistics,
+    statistics_of,
+)
+from maskdm.images.joined import JoinedArrays
+
+
+def gaussian(num: int, mean, cov, seed: int) -> np.ndarray:
+    """A sample whose mean and covariance are exactly as asked."""
+    x = np.random.default_rng(seed).standard_normal((num, len(mean)))
+    x -= x.mean(0)
+    x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
+    return x @ np.linalg.cholesky(cov).T + mean
+
+
+def normal(num: int, dim: int, seed: int, shift: float = 0.0) -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal((num, dim)) + shift
+    return values.astype(np.float32)
+
+
+def mixed(num: int, dim: int, seed: int) -> np.ndarray:
+    """Correlated features of unlike scale, far from the origin."""
+    generator = np.random.default_rng(seed)
+    mix = np.random.default_rng(99).standard_normal((dim, dim)) * np.geomspace(0.1, 10, dim)
+    return (generator.standard_normal((num, dim)) @ mix + 50).astype(np.float32)
+
+
+def test_the_distance_of_two_gaussians_is_the_closed_form():
+    a = gaussian(500, [0.0, 0.0, 0.0], np.diag([1.0, 4.0, 9.0]), 0)
+    b = gaussian(300, [1.0, 2.0, 0.0], np.diag([4.0, 4.0, 1.0]), 1)
+    expected = 1 + 4 + (1 - 2) ** 2 + (2 - 2) ** 2 + (3 - 1) ** 2
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("dim", [2, 12, 64])
+def test_the_distance_is_torch_fidelitys(dim):
+    a, b = mixed(400, dim, 0), mixed(300, dim, 1) + np.float32(0.5)
+    told = [fid_features_to_statistics(torch.from_numpy(x.astype(np.float64))) for x in (a, b)]
+    expected = fid_statistics_to_metric(*told, False)["frechet_inception_distance"]
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-6)
+
+
+def test_equal_sets_have_no_distance_and_degenerate_ones_a_finite():
+    a = np.random.default_rng(0).standard_normal((50, 4))
+    assert frechet_distance(a, a[::-1]) == pytest.approx(0, abs=1e-9)
+    flat = np.ones((10, 4))
+    assert frechet_distance(flat, flat + 2) == pytest.approx(16)
+    few = np.random.default_rng(0).standard_normal((5, 20))  # fewer vectors than features
+    assert 0 < frechet_distance(few, normal(500, 20, 1)) < 100
+
+
+def test_a_large_mean_costs_no_digits():
+    a, b = normal(3000, 3, 0), normal(3000, 3, 1)
+    expected = frechet_distance(a, b)
+    far = [x.astype(np.float64) + 1e6 for x in (a, b)]
+    assert frechet_distance(*far) == pytest.approx(expected, rel=1e-6)
+
+
+def test_statistics_are_read_a_piece_at_a_time_and_are_numpys():
+    read = []
+
+    class Watched(JoinedArrays):
+        def __getitem__(self, where):
+            rows = super().__getitem__(where)
+            read.append(len(rows))
+            return rows
+
+    whole = mixed(10_000, 5, 0)
+    found = statistics_of(Watched([whole[:3000], whole[3000:3001], whole[3001:]]))
+    assert max(read) < 5000
+    np.testing.assert_allclose(found.mean, whole.mean(0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(
+        found.cov, np.cov(whole, rowvar=False, dtype=np.float64), rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (np.zeros((1, 3)), r"at least 2 vectors of features, got an array \(1, 3\)"),
+        (np.zeros(3), "at least 2 vectors"),
+        (np.full((4, 3), np.nan), "infinite or no numbers"),
+    ],
+)
+def test_what_has_no_statistics_is_refused(features, message):
+    with pytest.raises(ValueError, match=message):
+        statistics_of(features)
+
+
+def test_features_of_unlike_length_are_refused():
+    with pytest.raises(ValueError, match="of 3 values can't be compared with the reference's 4"):
+        frechet(normal(10, 3, 0), statistics_of(normal(10, 4, 0)))
+    with pytest.raises(ValueError, match="of 3 and of 4 values"):
+        frechet_distance(normal(10, 3, 0), normal(10, 4, 0))
+
+
+def test_the_kernel_distance_is_torch_fidelitys():
+    a, b = normal(500, 12, 0), normal(400, 12, 1, 0.3)
+    told = kid_features_to_metric(
+        torch.from_numpy(a).double(),
+        torch.from_numpy(b).double(),
+        kid_subset_size=200,
+        verbose=False,
+    )
+    found = kid(a, b, 200)
+    assert found.value == pytest.approx(told["kernel_inception_distance_mean"], rel=1e-9)
+    assert found.spread == pytest.approx(told["kernel_inception_distance_std"], rel=1e-9)
+
+
+def test_the_kernel_distance_of_shifted_points_is_the_closed_form():
+    """For point masses at 0 and at d the kernel (xy/D + 1)^3 gives (d^2 + 1)^3 - 1 in 1-D."""
+    a, b = np.zeros((50, 1), np.float32), np.full((50, 1), 2.0, np.float32)
+    assert kid(a, b, 50).value == pytest.approx(1 + (4 + 1) ** 3 - 2)
+
+
+def test_precision_and_recall_are_torch_fidelitys():
+    a, b = normal(300, 6, 0), normal(250, 6, 1, 0.5)
+    told = prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), verbose=False)
+    precision, recall = precision_recall(a, b)
+    assert precision.value == pytest.approx(told["precision"])
+    assert recall.value == pytest.approx(told["recall"])
+    binomial = np.sqrt(told["precision"] * (1 - told["precision"]) / 300)
+    assert precision.error == pytest.approx(binomial, rel=0.05)
+    everything, _ = precision_recall(b, b)
+    assert everything.value == 1 and everything.error > 0
+
+
+def test_precision_and_recall_of_equal_disjoint_and_mode_dropped_sets():
+    modes = np.random.default_rng(0).standard_normal((400, 8)) + 20 * np.repeat(
+        np.eye(8)[:4], 100, axis=0
+    )
+    modes = modes.astype(np.float32)
+    assert [m.value for m in precision_recall(modes, modes)] == [1, 1]
+    assert [m.value for m in precision_recall(modes + 500, modes)] == [0, 0]
+    other = np.random.default_rng(1).standard_normal((400, 8)) + 20 * np.repeat(
+        np.eye(8)[:4], 100, axis=0
+    )
+    precision, recall = precision_recall(other[:100].astype(np.float32), modes)  # one of 4 modes
+    assert precision.value > 0.5 and recall.value < 0.26
+
+
+def test_precision_of_three_images_is_refused():
+    with pytest.raises(ValueError, match="more than 3 images of each kind"):
+        precision_recall(normal(3, 4, 0), normal(10, 4, 0))
+
+
+def test_the_sliced_distance_of_a_shift_is_its_square_like_frechets():
+    a = normal(700, 30, 0)
+    shift = np.random.default_rng(1).standard_normal(30).astype(np.float32)
+    expected = float(np.square(shift).sum())
+    found = sliced(a + shift, a, num_directions=4000)
+    assert found.value == pytest.approx(expected, rel=0.05)  # 4,000 random directions
+    assert frechet_distance(a + shift, a) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_sliced_distance_in_one_dimension_is_the_wasserstein_distance():
+    """Of sets of unlike size too: both quantile functions are steps."""
+    a, b = np.float32([[0.0], [1.0]]), np.float32([[0.0], [0.0], [3.0]])
+    # quantiles: a 0 | 0 | 1 | 1 over (0, 1/3, 1/2, 2/3, 1), b 0 | 0 | 0 | 3
+    assert sliced(a, b).value == pytest.approx(1 / 6 * 1 + 1 / 3 * 4)
+    x, y = normal(60, 1, 0), normal(90, 1, 1, 0.7)
+    fine = np.square(np.sort(x[:, 0]).repeat(3) - np.sort(y[:, 0]).repeat(2)).mean()
+    assert sliced(x, y).value == pytest.approx(fine, rel=1e-5)
+
+
+def test_the_sliced_distance_sees_equal_disjoint_and_mode_dropped_sets():
+    one, two, three = (normal(400, 8, seed) for seed in (0, 1, 2))
+    far = three + np.float32(10) * np.eye(8, dtype=np.float32)[0]
+    assert sliced(one, one[::-1].copy()).value == pytest.approx(0, abs=1e-6)
+    alike = sliced(one, two).value
+    dropped = sliced(one, np.concatenate([two, far])).value
+    disjoint = sliced(far, two).value
+    assert 20 * alike < dropped < disjoint
+
+
+def test_the_inception_score_is_torch_fidelitys_and_knows_its_extremes():
+    logits = normal(200, 7, 0)
+    told = isc_features_to_metric(torch.from_numpy(logits))
+    found = inception_score(logits)
+    assert found.value == pytest.approx(told["inception_score_mean"])
+    assert found.spread == pytest.approx(told["inception_score_std"])
+    assert inception_score(np.zeros((50, 7), np.float32)).value == pytest.approx(1)
+    sure = 100 * np.eye(5, dtype=np.float32)[np.random.default_rng(0).integers(5, size=5000)]
+    assert inception_score(sure).value == pytest.approx(5, rel=0.01)
+
+
+@pytest.mark.parametrize("metric", ["frechet", "kid", "sliced"])
+def test_errors_tell_how_much_other_samples_would_change_the_figure(metric):
+    """Of sets that differ by more than chance; near chance errors are told too large."""
+    reference = normal(3000, 6, 0)
+    measures = {
+        "frechet": lambda x: frechet(x, statistics_of(reference), 40),
+        "kid": lambda x: kid(x, reference, 150),
+        "sliced": lambda x: sliced(x, reference, 40),
+    }
+    found = [measures[metric](normal(300, 6, seed, 0.6)) for seed in range(1, 31)]
+    spread = np.std([one.value for one in found], ddof=1)
+    told = np.mean([one.error for one in found])
+    assert 0.7 * spread < told < 1.5 * spread
+    one = found[0]
+    assert one.interval == pytest.approx(
+        (one.value - 1.96 * one.error, one.value + 1.96 * one.error)
+    )
+
+
+def test_the_frechet_distances_error_knows_of_the_covariance():
+    """Of sets that differ in spread alone, the mean tells nothing."""
+    reference = statistics_of(normal(3000, 4, 0))
+    found = [frechet(1.6 * normal(300, 4, seed), reference, 40) for seed in range(1, 31)]
+    spread = np.std([one.value for one in found], ddof=1)
+    assert 0.7 * spread < np.mean([one.error for one in found]) < 1.5 * spread
+
+
+def test_chance_is_the_distance_of_disjoint_parts():
+    one = normal(2000, 4, 0)
+    expected = np.mean([
+        frechet_distance(normal(500, 4, 2 * i + 1), normal(500, 4, 2 * i + 2)) for i in range(20)
+    ])  # fmt: skip
+    assert part_distance(one, 500) == pytest.approx(expected, rel=0.3)
+    assert part_distance(one, 5000) < part_distance(one, 100)  # at most half of it
+
+
+def test_statistics_survive_their_file(tmp_path):
+    kept = statistics_of(mixed(50, 4, 0), {"shape": [8, 8, 1]})
+    save_statistics(kept, tmp_path / "new" / "s.npz")
+    read = load_statistics(tmp_path / "new" / "s.npz")
+    np.testing.assert_array_equal(read.mean, kept.mean)
+    np.testing.assert_array_equal(read.cov, kept.cov)
+    assert read.facts == {"shape": [8, 8, 1]}
+    with np.load(tmp_path / "new" / "s.npz") as arrays:  # as other tools read it
+        np.testing.assert_array_equal(arrays["mu"], kept.mean)
+        np.testing.assert_array_equal(arrays["sigma"], kept.cov)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda p: np.savez(p, mu=np.zeros(3), sigma=np.eye(4)), r"mu of \(3,\) and sigma of"),
+        (lambda p: p.write_bytes(b"no zip"), "can't be read"),
+    ],
+)
+def test_damaged_statistics_are_refused(tmp_path, write, message):
+    path = tmp_path / "s.npz"
+    write(path)
+    with pytest.raises(ValueError, match=message):
+        load_statistics(path)
+
+
+def test_a_gaussian_is_known_by_mean_and_covariance_alone():
+    a, b = Statistics(np.zeros(2), np.eye(2)), normal(4000, 2, 0)
+    assert frechet(b, a, 0).value == pytest.approx(0, abs=0.01)
+    assert frechet(b, a, 0).error is None and frechet(b, a, 0).interval is None
