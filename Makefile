@@ -2,7 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/maskdm train digits --out runs/digits
@@ -19,9 +19,10 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/data.py
-	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/run.py
+
+gpu-check: $(VENV)/installed
+	PYTHON=$(abspath $(BIN)/python) benchmarks/gpu.sh gpu-check
 
 $(VENV)/installed: pyproject.toml
 	python3 -m venv $(VENV)

@@ -1,133 +1,264 @@
-"""Seconds of a training step by mask rate, against the tokens that the mask leaves.
+"""Training steps: how fast, how near to the device's limit, and what hiding patches saves.
 
-    python benchmarks/step.py [--size 64] [--batch-size 8] [--rates 0 0.5 0.9] [--num 5]
+    python benchmarks/step.py [--models S-64 B-256 B-256-16] [--rates 0 0.5 0.9] [--batch-size 8]
+                              [--how eager compiled graphs baseline unet] [--num 5]
 
-Prints a table for people on stderr and one JSON line a row on stdout. A step is draw, forward,
-backward, clipping, AdamW and moving average, as `maskdm train` runs it; warm-up left out, median
-of `--num` steps. `matrix limit` is the speed of large fp32 (on a GPU with bf16 units: bf16)
-matrix products on the same device in the same process.
+A table for people on stderr, one JSON line a row on stdout. A step is draw, forward, backward,
+clipping, AdamW and moving average, as `maskdm train` runs it, from images on the device; warm-up
+and compilation left out, median of `--num`. `of limit` is matrix-product FLOPs (counted
+analytically, visible tokens only) per second over those of large products on the same device in
+the same process; `ideal` the FLOPs over the first row's; `other` the share of the step outside
+the network's forward and backward and the optimizer.
+
+Two rows are what a user would otherwise do: `baseline`, a plain step that embeds all patches and
+then masks by a Boolean, reads the loss each step and keeps the average in a Python loop; `unet`,
+diffusers' UNet2DModel at that resolution, whole images.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import sys
-import time
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import common
 import torch
+from torch import nn
+from torch.nn import functional as F
 
+from maskdm.diffusion.objective import masked_denoising_loss
 from maskdm.diffusion.schedule import make_schedule
-from maskdm.engine import device_name, make_accelerator
+from maskdm.engine import make_accelerator
 from maskdm.masks import num_visible
-from maskdm.models.uvit import UViT
+from maskdm.models.adapters import GridDenoiser
+from maskdm.models.uvit import TIME_SCALE, UViT, timestep_embedding
 from maskdm.recipe import Data, Diffusion, Mask, Model, Recipe, Stage
+from maskdm.tokens import patchify
+from maskdm.training.compiling import StageForward
 from maskdm.training.ema import make_average, update_average
-from maskdm.training.monitor import source_commit
 from maskdm.training.optim import make_optimizer
 from maskdm.training.step import backward, draw_batch
 
 
-def median_sec(run: Callable[[int], Any], num: int, device: torch.device) -> float:
-    """Median seconds of `run(i)` over `num` calls, after two that don't count."""
-    seconds = []
-    for i in range(num + 2):
-        start = time.perf_counter()
-        run(i)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])
+@dataclass(frozen=True)
+class Size:
+    """A model of the paper: image side, patch side, width, heads."""
+
+    image: int
+    patch: int
+    width: int
+    heads: int
 
 
-def matrix_limit(device: torch.device, dtype: torch.dtype, num: int) -> float:
-    """FLOP/s of a square matrix product."""
-    side = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    return 2 * side**3 / median_sec(lambda i: a @ a, num, device)
+SIZES = {
+    "S-64": Size(64, 4, 512, 8),
+    "B-256": Size(256, 4, 768, 12),
+    "B-256-16": Size(256, 16, 768, 12),
+    "tiny": Size(16, 4, 64, 2),  # to try the script itself
+}
+DIFFUSION = Diffusion()
+
+
+def make_stage(rate: float, batch_size: int) -> Stage:
+    """A stage that hides so much."""
+    mask = Mask(kind="patch" if rate else "none", rate=rate)
+    return Stage(name="bench", mask=mask, steps=1, batch_size=batch_size, lr=1e-4, clip=1.0)
+
+
+def our_step(
+    size: Size, rate: float, batch_size: int, how: str, accelerator: Any
+) -> tuple[Callable[[int], None], Callable[[int], None], UViT]:
+    """The step as `maskdm train` runs it; its network and optimizer alone; the network."""
+    device = accelerator.device
+    model = UViT(size.image, size.patch, 3, size.width, num_heads=size.heads).to(device)
+    stage = make_stage(rate, batch_size)
+    recipe = Recipe(data=Data(size=size.image), model=Model(patch_size=size.patch), stages=(stage,))
+    average, optimizer = make_average(model), make_optimizer(model.parameters(), stage)
+    network = StageForward(model)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    schedule = make_schedule("cosine")
+    shape = (batch_size, size.image, size.image, 3)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
+    example = draw_batch(images, None, recipe, stage, schedule, 0)
+    if how != "eager":
+        common.say(network.compile(model, example, graphs=how == "graphs"))
+
+    def step(i: int) -> None:
+        batch = draw_batch(images, None, recipe, stage, schedule, i)
+        backward(accelerator, wrapped, batch, schedule, DIFFUSION, None)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_average(average, model, 0.999)
+
+    def core(i: int) -> None:
+        answer = wrapped(example.x0, example.visible, example.t, None)
+        accelerator.backward(answer.float().square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, core, model
+
+
+def baseline_step(
+    size: Size, rate: float, batch_size: int, accelerator: Any
+) -> Callable[[int], None]:
+    """A straightforward step: all patches embedded, a Boolean mask, a sync, an average by hand."""
+    device = accelerator.device
+    model = UViT(size.image, size.patch, 3, size.width, num_heads=size.heads).to(device)
+    average = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.99, 0.99))
+    is_bf16 = accelerator.mixed_precision == "bf16"
+    visible = num_visible(make_stage(rate, batch_size).mask, model.grid)
+    shape = (batch_size, size.image, size.image, 3)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
+    alphas = make_schedule("cosine").alpha(torch.linspace(0, 1, 1000)).to(device)
+
+    def step(i: int) -> None:
+        x0 = patchify(images.to(device), size.patch).float() / 127.5 - 1
+        index = torch.randint(1000, (batch_size,), device=device)
+        alpha = alphas[index][:, None, None]
+        noise = torch.randn_like(x0)
+        x_t = alpha * x0 + (1 - alpha**2).sqrt() * noise
+        mask = torch.ones(batch_size, model.num_patches, dtype=torch.bool)
+        for row in mask:  # True = hidden
+            row[torch.randperm(model.num_patches)[:visible]] = False
+        mask = mask.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
+            tokens = model.patch_embed(x_t) + model.pos_embed[1:]
+            tokens = tokens[~mask].view(batch_size, visible, -1)
+            time = timestep_embedding(index / 999 * TIME_SCALE, size.width)
+            x = torch.cat([(time + model.pos_embed[0])[:, None].to(tokens.dtype), tokens], dim=1)
+            skips = []
+            for block in model.in_blocks:
+                x = block(x)
+                skips.append(x)
+            x = model.mid_block(x)
+            for block in model.out_blocks:
+                x = block(x, skips.pop())
+            answer = model.head(model.norm(x[:, 1:]))
+            loss = F.mse_loss(answer.float(), noise[~mask].view(batch_size, visible, -1))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
+                mean.mul_(0.999).add_(weight, alpha=0.001)
+        loss.item()
+
+    return step
+
+
+def unet_step(
+    size: Size, batch_size: int, accelerator: Any
+) -> tuple[Callable[[int], None], GridDenoiser]:
+    """diffusers' UNet2DModel with its default channels, whole images."""
+    device = accelerator.device
+    options = {"norm_num_groups": 32, "block_out_channels": [224, 448, 672, 896]}
+    model = GridDenoiser("unet2d", size.image, size.patch, options=options).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    values = size.patch**2 * 3
+    x0 = torch.rand(batch_size, model.num_patches, values, device=device) * 2 - 1
+    positions = torch.arange(model.num_patches, device=device).expand(batch_size, -1)
+    schedule = make_schedule("cosine")
+
+    def step(i: int) -> None:
+        t = torch.rand(batch_size, device=device)
+        noise = torch.randn_like(x0)
+        loss = masked_denoising_loss(wrapped, x0, positions, t, noise, schedule, DIFFUSION)
+        accelerator.backward(loss.mean())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--patch-size", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--embed-dim", type=int, default=512)
-    parser.add_argument("--num-heads", type=int, default=8)
+    """Measures every model, way and rate that was asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    ways = ["eager", "compiled", "graphs", "baseline", "unet"]
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=["S-64"])
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.5, 0.9])
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--how", nargs="+", choices=ways, default=["eager"])
     parser.add_argument("--num", type=int, default=5)
     args = parser.parse_args()
-
     accelerator, precision, _ = make_accelerator("auto")
-    device = accelerator.device
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    limit = matrix_limit(device, dtype, args.num)
-    schedule, diffusion = make_schedule("cosine"), Diffusion()
-    facts = {
-        "benchmark": "step",
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": source_commit(),
+    limit = common.matrix_limit(torch.bfloat16 if precision == "bf16" else torch.float32)
+    bandwidth = common.copy_limit()
+    facts = common.facts("step") | {
         "precision": precision,
-        "size": args.size,
-        "patch_size": args.patch_size,
-        "embed_dim": args.embed_dim,
-        "batch_size": args.batch_size,
         "matrix_limit_gflops": round(limit / 1e9, 1),
+        "copy_limit_gb_per_sec": round(bandwidth / 1e9, 1),
     }
-    print(f"{facts['device']}, {precision}, limit {limit / 1e9:,.0f} GFLOP/s", file=sys.stderr)
-    print("hidden  tokens      ms/step    img/s  of limit  of dense", file=sys.stderr)
-    dense_sec = None
-    for rate in args.rates:
-        model = UViT(args.size, args.patch_size, 3, args.embed_dim, num_heads=args.num_heads)
-        model.to(device)
-        stage = Stage(
-            name="bench",
-            mask=Mask(kind="patch" if rate else "none", rate=rate),
-            steps=1,
-            batch_size=args.batch_size,
-            lr=1e-4,
-            clip=1.0,
-        )
-        recipe = Recipe(
-            data=Data(size=args.size), model=Model(patch_size=args.patch_size), stages=(stage,)
-        )
-        average, optimizer = make_average(model), make_optimizer(model.parameters(), stage)
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
-        shape = (args.batch_size, args.size, args.size, 3)
-        images = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
+    common.say(
+        f"{facts['device']}, {precision}: matrix products {limit / 1e12:,.3g} TFLOP/s, copies "
+        f"{bandwidth / 1e9:,.0f} GB/s"
+    )
+    common.say(
+        "model    how      hidden tokens batch   ms/step    img/s  TFLOP/s of limit  of dense "
+        "(ideal)  other     GiB"
+    )
+    for name in args.models:
+        first: dict[str, Any] = {}
+        for how in args.how:
+            for rate in args.rates if how != "unet" else [0.0]:
+                row = measured(SIZES[name], rate, args.batch_size, how, accelerator, args.num)
+                row |= {"share_of_limit": round(row["tflops"] * 1e12 / limit, 4)}
+                first.setdefault(how, row)
+                row["of_dense"] = round(row["ms_per_step"] / first[how]["ms_per_step"], 4)
+                row["ideal"] = round(row["gflop_per_image"] / first[how]["gflop_per_image"], 4)
+                common.tell({**facts, "model": name, **row})
+                other = "" if row["other"] is None else f"{100 * row['other']:.1f}%"
+                memory = "" if row["peak_mem_gib"] is None else f"{row['peak_mem_gib']:.1f}"
+                common.say(
+                    f"{name:8} {how:8} {100 * rate:4.3g} % {row['tokens']:6} {args.batch_size:5} "
+                    f"{row['ms_per_step']:9,.1f} {row['images_per_sec']:8,.1f} "
+                    f"{row['tflops']:8.3g} {100 * row['share_of_limit']:7.1f}% "
+                    f"{row['of_dense']:9.3f} ({row['ideal']:5.3f}) {other:>6} {memory:>7}"
+                )
 
-        def step(i: int) -> None:
-            batch = draw_batch(images, None, recipe, stage, schedule, i)  # noqa: B023
-            backward(accelerator, wrapped, batch, schedule, diffusion, None)  # noqa: B023
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)  # noqa: B023
-            optimizer.step()  # noqa: B023
-            optimizer.zero_grad()  # noqa: B023
-            update_average(average, model, 0.999)  # noqa: B023
 
-        seconds = median_sec(step, args.num, device)
-        dense_sec = dense_sec or seconds
-        visible = num_visible(stage.mask, model.grid)
-        flops = 3 * model.forward_flops(visible) * args.batch_size
-        row = {
-            "hidden": rate,
-            "tokens": visible,
-            "ms_per_step": round(1000 * seconds, 2),
-            "images_per_sec": round(args.batch_size / seconds, 2),
-            "share_of_limit": round(flops / seconds / limit, 4),
-            "share_of_first_row": round(seconds / dense_sec, 4),
-        }
-        print(json.dumps({**facts, **row}), flush=True)
-        print(
-            f"{100 * rate:5.3g} % {visible:7} {row['ms_per_step']:12,.1f} "
-            f"{row['images_per_sec']:8,.1f} {100 * row['share_of_limit']:8.1f}% "
-            f"{row['share_of_first_row']:9.3f}",
-            file=sys.stderr,
-        )
+def measured(
+    size: Size, rate: float, batch_size: int, how: str, accelerator: Any, num: int
+) -> dict[str, Any]:
+    """One row: a model at a rate, one way of doing it."""
+    common.reset_peak()
+    grid = (size.image // size.patch, size.image // size.patch)
+    visible = num_visible(make_stage(rate, batch_size).mask, grid)
+    other = None
+    if how == "unet":
+        step, network = unet_step(size, batch_size, accelerator)
+        flops = 3 * network.forward_flops(visible)
+    elif how == "baseline":
+        step = baseline_step(size, rate, batch_size, accelerator)
+        with torch.device("meta"):
+            counted = UViT(size.image, size.patch, 3, size.width, num_heads=size.heads)
+        flops = 3 * counted.forward_flops(visible)
+    else:
+        step, core, model = our_step(size, rate, batch_size, how, accelerator)
+        flops = 3 * model.forward_flops(visible)
+    seconds = common.median_sec(step, num)
+    memory = common.peak_mem_gib()
+    if how not in ("unet", "baseline"):
+        other = round(max(0.0, 1 - common.median_sec(core, num) / seconds), 4)
+    accelerator.free_memory()
+    return {
+        "how": how,
+        "hidden": rate,
+        "tokens": visible,
+        "batch_size": batch_size,
+        "ms_per_step": round(1000 * seconds, 3),
+        "images_per_sec": round(batch_size / seconds, 2),
+        "gflop_per_image": round(flops / 1e9, 3),
+        "tflops": round(flops * batch_size / seconds / 1e12, 4),
+        "other": other,
+        "peak_mem_gib": memory,
+    }
 
 
 if __name__ == "__main__":

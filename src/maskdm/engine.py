@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather
 from torch import Tensor
 
@@ -55,6 +56,10 @@ def make_accelerator(requested_precision: str) -> tuple[Accelerator, str, str]:
     """
     state = process_state()
     precision, reason = choose_precision(requested_precision, state.device)
+    if state.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, where fp32 was asked for or is left
+    # A process may train one recipe after another, in another precision.
+    AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = Accelerator(
         cpu=state.device.type == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,

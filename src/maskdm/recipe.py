@@ -7,7 +7,7 @@ an image or a tensor, so this file imports fast.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -137,8 +137,9 @@ class Stage(Settings):
     """Optimizer steps."""
     batch_size: int = Field(gt=0)
     """Images per optimizer step, over all devices."""
-    micro_batch_size: int | None = Field(None, gt=0)
-    """Images per device at a time; gradients accumulate to the same step. None = all."""
+    micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
+    """Images per device at a time; gradients accumulate to the same step. None = all; auto = as
+    many as fit in the GPU's memory."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -227,6 +228,8 @@ class Recipe(Settings):
     """Fixes initial weights, image order, masks, times and noise."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute precision; auto = bf16 where the hardware is good at it, else fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the network, once a stage (torch.compile); auto = on a GPU."""
     log_every: int = Field(100, gt=0)
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int = Field(5000, gt=0)

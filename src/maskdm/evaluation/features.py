@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -94,8 +95,7 @@ def make_features(settings: Evaluation, reference: Store | None, device: torch.d
 
     @torch.inference_mode()
     def extract(images: np.ndarray) -> np.ndarray:
-        # Left to itself, a GPU rounds the inputs of convolutions to ten bits (TF32).
-        with torch.backends.cudnn.flags(torch.backends.cudnn.enabled, allow_tf32=False):
+        with _exact():
             parts = [
                 network(_to_network(images[i : i + BATCH], device, is_own)).float().cpu()
                 for i in range(0, len(images), BATCH)
@@ -133,6 +133,18 @@ def features_of(
         f"features of {len(images):,} images",
         show,
     )
+
+
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """No TF32, by which GPUs round the inputs of products and convolutions to ten bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(torch.backends.cudnn.enabled, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _refuse_company(images: Array, features: Features) -> None:

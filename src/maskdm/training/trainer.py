@@ -33,12 +33,14 @@ from maskdm.training.checks import (
     refuse_uneven_batches,
     refuse_unfit_labels,
 )
+from maskdm.training.compiling import StageForward
 from maskdm.training.ema import make_average, restart_average, update_average
 from maskdm.training.find import find_checkpoint
 from maskdm.training.load import load_model
 from maskdm.training.monitor import Monitor, clock, environment
 from maskdm.training.narration import introduce, stage_line
 from maskdm.training.optim import enter_stage, learning_rate, make_optimizer
+from maskdm.training.ready import make_ready
 from maskdm.training.run_folder import claimed_run_folder
 from maskdm.training.set_points import Measure, Preview, SetPoints
 from maskdm.training.step import backward, draw_batch
@@ -131,6 +133,7 @@ def train(
         progress = load_checkpoint(checkpoint, model, average, optimizer)
         finished = progress.step == sum(stage.steps for stage in recipe.stages)
         monitor.say(f"{'finished with' if finished else 'continuing after'} {checkpoint.name}")
+    network = StageForward(model)
     wrapped, stepper = accelerator.prepare(model, optimizer)
     if accelerator.scaler is not None and progress.scaler:
         accelerator.scaler.load_state_dict(progress.scaler)
@@ -170,7 +173,6 @@ def train(
             enter_stage(optimizer, stage)
             diffusion = recipe.diffusion_of(stage)
             schedule = schedule_of(diffusion, recipe.data.size)
-            _set_activation_checkpointing(model, stage.activation_checkpointing)
             monitor.say(
                 stage_line(
                     recipe, progress, grid, hidden[progress.stage], step_flops[progress.stage]
@@ -182,6 +184,10 @@ def train(
                     f"stage's first weights over {stage.steps:,} steps: try a lower one"
                 )
             tick = Tick(progress)
+            with tick.unhurried():
+                micro_batch_size = make_ready(
+                    network, model, recipe, stage, schedule, accelerator, monitor.say
+                )
 
             while progress.stage_step < stage.steps:
                 # Fetch this rank's share of the batch.
@@ -196,9 +202,7 @@ def train(
                 # Follow the gradient of the denoising loss on the visible patches.
                 for group in stepper.param_groups:
                     group["lr"] = learning_rate(stage, progress.stage_step)
-                loss = backward(
-                    accelerator, wrapped, batch, schedule, diffusion, stage.micro_batch_size
-                )
+                loss = backward(accelerator, wrapped, batch, schedule, diffusion, micro_batch_size)
                 grad_norm = _clip_gradients(accelerator, model, stage)
                 stepper.step()
                 stepper.zero_grad()
@@ -296,13 +300,6 @@ def _agreed_checkpoint(accelerator: Accelerator, folder: Path, monitor: Monitor)
     if checkpoint is not None and not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is not there: all nodes need one shared disk for --out")
     return checkpoint
-
-
-def _set_activation_checkpointing(model: Backbone, wanted: bool) -> None:
-    if wanted:
-        model.enable_gradient_checkpointing()
-    else:
-        model.disable_gradient_checkpointing()
 
 
 def _clip_gradients(accelerator: Accelerator, model: nn.Module, stage: Stage) -> Tensor:

@@ -1,0 +1,105 @@
+"""Making the network ready for a stage: what is recomputed, how many images at a time, compiled."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
+from torch.utils.checkpoint import checkpoint
+
+from maskdm.diffusion.schedule import Schedule
+from maskdm.models.build import Backbone
+from maskdm.recipe import Recipe, Stage
+from maskdm.training.compiling import StageForward, wants_compiling
+from maskdm.training.step import Batch, draw_batch
+
+
+def make_ready(
+    network: StageForward,
+    model: Backbone,
+    recipe: Recipe,
+    stage: Stage,
+    schedule: Schedule,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> int | None:
+    """Readies the network for a stage, and says what it did. To be called on every rank.
+
+    Returns:
+        Images per device at a time; None = all.
+
+    Raises:
+        RuntimeError: not even one image fits in the device's memory.
+    """
+    if stage.activation_checkpointing:
+        model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False))
+    else:
+        model.disable_gradient_checkpointing()
+    network.run_as_written()
+    share = stage.batch_size // accelerator.num_processes
+    size = stage.micro_batch_size
+    if size == "auto":
+        size = None
+        if accelerator.device.type != "cpu":  # there nothing says how much fits
+
+            def attempt(num: int) -> None:
+                _try_step(model, _example(recipe, stage, schedule, num, accelerator.device))
+
+            size = min(gather_object([largest_that_fits(share, attempt)]))
+            say(f"  {size} of {share} images at a time fit in the memory of {accelerator.device}")
+    if wants_compiling(recipe.compile, accelerator.device):
+        num = min(share, size or share)
+        example = _example(recipe, stage, schedule, num, accelerator.device)
+        say(f"  {network.compile(model, example)}")
+    return size
+
+
+def largest_that_fits(share: int, attempt: Callable[[int], None]) -> int:
+    """The largest divisor of a share of a batch that can be computed at a time.
+
+    Divisors, so that every part of a batch has the same shape.
+
+    Args:
+        share: images.
+        attempt: computes so many; raises what torch raises when memory runs out.
+
+    Raises:
+        RuntimeError: not even one image fits.
+    """
+    for size in (n for n in range(share, 0, -1) if share % n == 0):
+        try:
+            attempt(size)
+            return size
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    raise RuntimeError(
+        "not even one image at a time fits in the device's memory: use activation_checkpointing, "
+        "a smaller model, or larger patches"
+    )
+
+
+def _try_step(model: Backbone, batch: Batch) -> None:
+    """Takes the memory of a step and gives it back; changes nothing."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kept = [torch.empty_like(p) for p in parameters for _ in range(3)]  # moments, gradients
+    answer = model(batch.x0, batch.visible, batch.t, batch.labels)
+    torch.autograd.grad(answer.float().square().sum(), parameters, allow_unused=True)
+    del kept
+
+
+def _example(
+    recipe: Recipe, stage: Stage, schedule: Schedule, num: int, device: torch.device
+) -> Batch:
+    """What the network is given at a time in a stage: its shapes, on the device."""
+    images = torch.zeros((num, *recipe.data.shape), dtype=torch.uint8, device=device)
+    labels = images.new_zeros(num, dtype=torch.int64) if recipe.model.num_classes else None
+    return draw_batch(images, labels, recipe, stage, schedule, step=0)
