@@ -33,6 +33,8 @@ from maskdm.images.joined import SelectedRows
 from maskdm.recipe import Evaluation
 from maskdm.training.monitor import source_commit
 
+FEW = 10_000  # samples below which a FID is biased so much that papers don't compare it
+
 
 @dataclass(frozen=True)
 class TrainedOn:
@@ -65,9 +67,6 @@ class Evaluated:
     sheet: Image.Image | None
 
 
-FEW = 10_000  # samples below which a FID is biased so much that papers don't compare it
-
-
 def evaluate(
     draw: Sequence[Callable[[], Samples]],
     shape: tuple[int, ...],
@@ -93,24 +92,8 @@ def evaluate(
         ValueError: features that can't be had, metrics that can't, fewer than 4 real images,
             unlike shapes.
     """
-    device, start = process_state().device, time.perf_counter()
-    store = reference.store
-    if store is not None and len(store) < 4:
-        raise ValueError(f"the reference has {len(store)} images: a distance needs at least 4")
-    if store is not None and store.images.shape[1:] != shape:
-        raise ValueError(
-            f"the samples are images of {'x'.join(map(str, shape))}, but the reference has "
-            f"{'x'.join(map(str, store.images.shape[1:]))} (height, width, channels)"
-        )
-    features = main_first(lambda: make_features(settings, store, device))
-    refuse_metrics(settings, features.num_logits > 0, store is not None, trained_on is not None)
-    dim = features.dim_of(shape)
-    known = in_features(reference, features, show)
-    if known.dim != dim:
-        raise ValueError(
-            f"features {features.name} have {dim} values, but the statistics in {reference.name} "
-            f"are of {known.dim}: they are of other features"
-        )
+    start = time.perf_counter()
+    features, known = _compared_in(shape, reference, settings, trained_on is not None, show)
     prepare_sec = time.perf_counter() - start
 
     drawn, vectors, measured, draw_sec = [], [], [], 0.0
@@ -127,39 +110,29 @@ def evaluate(
     metrics = over_seeds(measured) if measured else {}
     memorization, sheet = None, None
     if measured and trained_on is not None and "memorization" in wanted_metrics(settings):
-        assert known.vectors is not None and store is not None
-        real = ImageSet(store.images, known.vectors)
+        assert known.vectors is not None and reference.store is not None
+        real = ImageSet(reference.store.images, known.vectors)
         own = ImageSet(drawn[0].images, vectors[0])
         memorization, sheet = _look_for_copies(own, real, trained_on, features)
+    first = drawn[0]
     record = {
         "metrics": told(metrics),
         "per_seed": [{name: m.value for name, m in one.items()} for one in measured],
-        "chance": chance(known, len(drawn[0].images)) if measured else None,
-        "features": {
-            "name": features.name,
-            "sha256": features.sha256,
-            "library": features.library,
-            "dim": known.dim,
-            **_pca_settings(features, settings),
-        },
+        "chance": chance(known, len(first.images)) if measured else None,
+        "features": _features_facts(features, known, settings),
         "samples": {
-            "num": len(drawn[0].images),
-            "shape": list(drawn[0].images.shape[1:]),
-            **drawn[0].facts,
+            "num": len(first.images),
+            "shape": list(first.images.shape[1:]),
+            **first.facts,
         },
         "reference": reference.facts(),
         "memorization": memorization,
         "notes": [
             *reference.notes,
-            *drawn[0].notes,
-            *_cautions(features, known, len(drawn[0].images)),
+            *first.notes,
+            *_cautions(features, known, len(first.images)),
         ],
-        "maskdm": maskdm.__version__,
-        "commit": source_commit(),
-        "torch": torch.__version__,
-        "device": device_name(device),
-        "num_ranks": process_state().num_processes,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        **_process_facts(),
         "generate_sec": round(draw_sec, 2),
         "measure_sec": round(time.perf_counter() - start - draw_sec, 2),
         "reference_sec": round(prepare_sec, 2),
@@ -167,6 +140,34 @@ def evaluate(
     facts = reference_facts(reference, features)
     statistics = Statistics(known.statistics.mean, known.statistics.cov, facts)
     return Evaluated(record, statistics, sheet)
+
+
+def _compared_in(
+    shape: tuple[int, ...],
+    reference: Reference,
+    settings: Evaluation,
+    has_training: bool,
+    show: bool,
+) -> tuple[Features, Known]:
+    """The features, and the reference in them; refuses what cannot be compared."""
+    store = reference.store
+    if store is not None and len(store) < 4:
+        raise ValueError(f"the reference has {len(store)} images: a distance needs at least 4")
+    if store is not None and store.images.shape[1:] != shape:
+        raise ValueError(
+            f"the samples are images of {'x'.join(map(str, shape))}, but the reference has "
+            f"{'x'.join(map(str, store.images.shape[1:]))} (height, width, channels)"
+        )
+    features = main_first(lambda: make_features(settings, store, process_state().device))
+    refuse_metrics(settings, features.num_logits > 0, store is not None, has_training)
+    dim = features.dim_of(shape)
+    known = in_features(reference, features, show)
+    if known.dim != dim:
+        raise ValueError(
+            f"features {features.name} have {dim} values, but the statistics in {reference.name} "
+            f"are of {known.dim}: they are of other features"
+        )
+    return features, known
 
 
 def _look_for_copies(
@@ -182,8 +183,27 @@ def _look_for_copies(
     return record, draw_pairs(samples.images, train.images, record)
 
 
-def _pca_settings(features: Features, settings: Evaluation) -> dict[str, Any]:
-    return {"pixel_max": settings.pixel_max} if features.name == "pca" else {}
+def _features_facts(features: Features, known: Known, settings: Evaluation) -> dict[str, Any]:
+    facts = {
+        "name": features.name,
+        "sha256": features.sha256,
+        "library": features.library,
+        "dim": known.dim,
+    }
+    return facts | ({"pixel_max": settings.pixel_max} if features.name == "pca" else {})
+
+
+def _process_facts() -> dict[str, Any]:
+    """Versions, hardware, time."""
+    state = process_state()
+    return {
+        "maskdm": maskdm.__version__,
+        "commit": source_commit(),
+        "torch": torch.__version__,
+        "device": device_name(state.device),
+        "num_ranks": state.num_processes,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
 
 
 def _cautions(features: Features, known: Known, num: int) -> list[str]:
