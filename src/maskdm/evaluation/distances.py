@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from maskdm.evaluation.statistics import CHUNK, Statistics, statistics_of
-from maskdm.images.joined import Array
+from maskdm.images.joined import Array, SelectedRows
 
 NORMAL_95 = 1.96  # standard errors on either side of a 95 % interval
 NUM_BLOCKS = 10  # of samples, by whose spread the sliced distance's error is estimated
@@ -138,7 +138,8 @@ def part_distance(features: Array, num: int, num_splits: int = 10) -> float:
     for seed in range(num_splits):
         order = np.random.default_rng(seed).permutation(len(features))
         first, second = np.sort(order[:num]), np.sort(order[num : 2 * num])
-        distances.append(frechet_distance(features[first], features[second]))
+        parts = (SelectedRows(features, rows) for rows in (first, second))
+        distances.append(frechet_distance(*parts))
     return float(np.mean(distances))
 
 
