@@ -2,7 +2,7 @@
 
     python benchmarks/run.py [--quick | --full | --try] [--out results.jsonl]
 
-quick: for a CPU, in under three minutes. full: for a GPU, in under eight. try: tiny sizes, to see
+quick: for a CPU, three minutes. full: for a GPU, meant to take eight. try: tiny sizes, to see
 that every script runs; its figures mean nothing. Without a flag: full on a GPU, else quick. A
 benchmark that fails is said at the end, and the rest runs.
 """
