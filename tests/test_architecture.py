@@ -8,8 +8,8 @@ from pathlib import Path
 import maskdm
 
 ROOMS = (
-    "settings recipe_data recipe_evaluation recipe recipe_files seeds engine images tokens masks "
-    "diffusion models training sampling evaluation hub report commands cli __main__"
+    "settings recipe_data recipe_evaluation recipe recipe_files seeds files engine images tokens "
+    "masks diffusion models training sampling evaluation hub report commands cli __main__"
 ).split()
 ROOT = Path(maskdm.__file__).parent
 

@@ -307,6 +307,8 @@ def test_copies_of_training_images_are_found_and_drawn(run, monkeypatch):
     np.testing.assert_array_equal(DIGITS[known[pair["sample"] * 7]], DIGITS[known[pair["train"]]])
     with Image.open(run / "memorization.png") as sheet:
         assert sheet.width > 200
+    record_of(run, "--num", 150, "--out", run / "mine.json")
+    assert (run / "mine-memorization.png").is_file()
     held_out = np.setdiff1d(np.arange(1797), known)
     monkeypatch.setattr(
         samples_module, "generate", lambda t, s, indices, seed, **_: DIGITS[held_out[indices]]

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from maskdm.cli import main
+from maskdm.files import write_text, write_whole
 from maskdm.hub import pipeline_of_run, save_pipeline
 from maskdm.images.output import image_grid, save_images, to_pil
 from maskdm.models.build import build_model
@@ -111,3 +112,20 @@ def test_a_grid_enlarges_small_images_without_smoothing():
     assert np.array_equal(sheet[2:26:3, 28:52:3], images[1])
     assert np.array_equal(sheet[4:28:3, 30:54:3], images[1])
     assert np.asarray(image_grid(images[..., :1])).ndim == 2
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    write_text(path, "first é")
+    assert path.read_text("utf-8") == "first é"
+
+    def full_disk(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, full_disk)
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+    assert path.read_text("utf-8") == "first é"
+    with pytest.raises(ValueError, match="cannot make the folder"):
+        write_text(path / "below-a-file" / "x", "text")

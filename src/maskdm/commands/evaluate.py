@@ -105,7 +105,10 @@ def evaluate(
         return DONE
     record = found.record
     add_record(path, record)
-    sheet = path.with_name(f"{path.stem.replace('evaluation', 'memorization')}.png")
+    own_name = path.stem.replace("evaluation", "memorization")
+    sheet = path.with_name(
+        f"{own_name if own_name != path.stem else f'{path.stem}-memorization'}.png"
+    )
     if found.sheet is not None:
         found.sheet.save(sheet)
     if json_output:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from maskdm.evaluation.networks import load_file, load_named
-from maskdm.evaluation.pieces import in_pieces, write_whole
+from maskdm.evaluation.pieces import in_pieces
+from maskdm.files import write_whole
 from maskdm.images.joined import Array, columns
 from maskdm.images.store import Store, cache_dir
 from maskdm.recipe import Evaluation

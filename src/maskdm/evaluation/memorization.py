@@ -108,7 +108,7 @@ def check_memorization(
         "exact": int(own.equal.sum()),
     }
     record["verdict"] = _verdict(record)
-    few = f"small sets are memorised ({len(train.images):,} images): look at memorization.png"
+    few = f"small sets are memorised ({len(train.images):,} images): look at the closest pairs"
     record["warning"] = few if len(train.images) < FEW_TRAIN else None
     record["pairs"] = [
         {

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from maskdm.engine import process_state
+from maskdm.files import write_whole
 from maskdm.images.joined import JoinedArrays
 
 PIECE = re.compile(r"(\d{8})-(\d{8})\.npy")
@@ -152,21 +151,3 @@ def _joined(folder: Path, num: int) -> JoinedArrays:
         if end == num:
             return JoinedArrays(parts)
     raise ValueError(f"{folder} lacks what other ranks computed: all nodes need one shared disk")
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {folder}: {error.strerror}") from None
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file whole or not at all, making its folder. Raises ValueError where it can't."""
-    _make(path.parent)
-    writing = path.with_name(f"{path.name}.writing-{os.getpid()}")
-    with writing.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(writing, path)

@@ -6,6 +6,7 @@ reference is replaced. A record holds:
     metrics     name -> value, error (a standard error over samples, or null), interval (of 95 %),
                 spread (between subsets or seeds, or null), library. Names: frechet, kid, sliced,
                 precision, recall, inception_score.
+    per_seed    name -> value, for each repetition of the drawing
     chance      frechet: of two disjoint random parts of the reference, num images each
     features    name, sha256, library, dim
     samples     num, shape (H, W, C), seeds; of a model: model, weights (ema), weights_sha256,
@@ -15,7 +16,7 @@ reference is replaced. A record holds:
     recipe      the run's, whole, or null
     memorization    see `memorization.py`, where it was looked for
     notes       what a reader should know
-    maskdm, commit, torch, device, num_ranks, date, generate_sec, measure_sec
+    maskdm, commit, torch, device, num_ranks, date, generate_sec, measure_sec (reference_sec of it)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from maskdm.evaluation.pieces import write_whole
+from maskdm.files import write_text
 
 Record = dict[str, Any]
 
@@ -49,7 +50,7 @@ def add_record(path: Path, record: Record) -> None:
     """Appends a record, in the place of one of equal samples, features and reference."""
     kept = [other for other in read_records(path) if _subject(other) != _subject(record)]
     text = json.dumps([*kept, record], indent=1) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 def _subject(record: Record) -> str:

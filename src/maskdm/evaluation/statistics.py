@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from maskdm.evaluation.pieces import write_whole
+from maskdm.files import write_whole
 from maskdm.images.joined import Array
 
 CHUNK = 4096  # rows turned into float64 at a time
@@ -75,7 +75,7 @@ def holds_statistics(path: Path) -> bool:
 
 
 def load_statistics(path: Path) -> Statistics:
-    """Reads an .npz with `mu` and `sigma`; of foreign ones the facts are empty, or the image shape.
+    """Reads an .npz with `mu` and `sigma`; of one that another tool wrote the facts are empty.
 
     Raises ValueError where the arrays don't fit together.
     """

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from maskdm.files import write_text
 from maskdm.training.find import damage
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -81,10 +82,9 @@ def save_checkpoint(
             _save_tensors(content, writing / file)
         sizes = {file: (writing / file).stat().st_size for file in FILES}
         content = {**asdict(progress), "is_stage_end": is_stage_end, "files": sizes}
-        _write_text(writing / "progress.json", json.dumps(content))
+        write_text(writing / "progress.json", json.dumps(content))
         replace_folder(writing, folder / name)
-        _write_text(folder / "latest.writing", name + "\n")
-        os.replace(folder / "latest.writing", folder / "latest")
+        write_text(folder / "latest", name + "\n")
     except OSError:
         shutil.rmtree(writing, ignore_errors=True)
         raise
@@ -157,11 +157,6 @@ def system_error(error: SafetensorError, path: Path) -> OSError:
     """The system's error that safetensors wraps in one of its own."""
     code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
     return OSError(code, os.strerror(code), str(path))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, "utf-8")
-    _sync(path)
 
 
 def _sync(path: Path) -> None:

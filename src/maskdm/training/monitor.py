@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 import maskdm
 from maskdm.engine import device_name
+from maskdm.files import write_text
 
 PLAIN_LINE_SEC = 10.0  # without a terminal, a line of progress at most this often
 
@@ -119,9 +119,7 @@ def keep_lines_until(path: Path, step: int) -> None:
     """Rewrites such a file without the lines after a step, whole or not at all."""
     if path.is_file():
         kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
-        writing = path.with_name(path.name + ".writing")
-        writing.write_text("".join(kept), "utf-8")
-        os.replace(writing, path)
+        write_text(path, "".join(kept))
 
 
 def environment(device: torch.device, num_ranks: int) -> dict[str, Any]:

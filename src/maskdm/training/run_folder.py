@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from maskdm.files import write_text
 from maskdm.recipe import Recipe
 from maskdm.recipe_files import differences, load_recipe
 
@@ -72,10 +72,12 @@ def claimed_run_folder(
         raise ValueError(f"cannot make the folder {run_dir}: {error.strerror}") from None
     with _locked(run_dir):
         if not path.is_file():
-            _write(path, recipe.to_yaml())
+            write_text(path, recipe.to_yaml())
         if class_names is not None:
-            _write(run_dir / CLASSES, json.dumps(class_names, ensure_ascii=False, indent=1) + "\n")
-        _write(starts_path, json.dumps([*starts, environment], indent=1) + "\n")
+            write_text(
+                run_dir / CLASSES, json.dumps(class_names, ensure_ascii=False, indent=1) + "\n"
+            )
+        write_text(starts_path, json.dumps([*starts, environment], indent=1) + "\n")
         yield
 
 
@@ -107,10 +109,3 @@ def _locked(run_dir: Path) -> Iterator[None]:
         except OSError:  # a file system without locks: go on as if alone
             warnings.warn(f"{run_dir} cannot be locked: start only one run in it", stacklevel=3)
         yield
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    writing = path.with_name(path.name + ".writing")
-    writing.write_text(text, "utf-8")
-    os.replace(writing, path)
