@@ -34,7 +34,7 @@ PLANS = {
         + ["--rates", "0", "0.9", "--how", "compiled"],
         ["step.py", "--num", "3", "--models", "B-256-16", "--batch-size", "256"]
         + ["--rates", "0", "0.9", "--how", "compiled"],
-        ["sampling.py", "--steps", "10", "--batch-size", "256"],
+        ["sampling.py", "--steps", "10", "--how", "eager", "compiled"],
         ["data.py", "--num", "20000", "--num-photos", "1000"],
         ["evaluation.py"],
     ],

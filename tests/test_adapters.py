@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskdm.hub import load_pipeline, pipeline_of_run, save_pipeline
 from maskdm.models.adapters import GridDenoiser
+from maskdm.models.attention import attention_kernels
 from maskdm.models.build import build_model
 from maskdm.recipe import Sampling
 from maskdm.training.trainer import train
@@ -30,6 +31,15 @@ def network(kind: str, **changes) -> GridDenoiser:
     for parameter in model.parameters():  # diffusers starts some layers at zero
         torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def test_the_kernel_of_attention_is_found():
+    plain = {**UNET, "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    without = network("unet2d", options={**plain, "add_attention": False})
+    assert attention_kernels(network("dit")) == ["flash"]
+    assert attention_kernels(without) == []
+    with sdpa_kernel(SDPBackend.MATH):
+        assert attention_kernels(network("dit", num_classes=3)) == ["math"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,14 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from maskdm.diffusion.schedule import make_schedule
-from maskdm.models.build import build_model
+from maskdm.models.build import Backbone, build_model
+from maskdm.models.compiling import CompiledForward, NotCompiled, wants_compiling
 from maskdm.models.uvit import UViT
 from maskdm.recipe import Recipe, Stage
-from maskdm.training import compiling
-from maskdm.training.compiling import StageForward
 from maskdm.training.ema import make_average, update_average
 from maskdm.training.monitor import read_metrics
 from maskdm.training.optim import make_optimizer
+from maskdm.training.ready import forward_and_backward
 from maskdm.training.step import Batch, backward, draw_batch
 from maskdm.training.trainer import train
 
@@ -36,6 +36,11 @@ def batch_of(recipe: Recipe, stage: Stage, step: int = 0, num: int | None = None
     return draw_batch(images, labels, recipe, stage, make_schedule("cosine"), step)
 
 
+def compile_for(forward: CompiledForward, model: Backbone, batch: Batch) -> None:
+    """Compiles as a stage does."""
+    forward.compile(batch.x0.shape, partial(forward_and_backward, model, batch))
+
+
 @pytest.mark.parametrize(
     ("num_classes", "checkpointing", "precision"), [(0, False, "no"), (3, True, "bf16")]
 )
@@ -45,13 +50,12 @@ def test_a_stage_is_one_graph_and_is_compiled_once(changed, num_classes, checkpo
     if checkpointing:
         model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
     counter = CompileCounterWithBackend("aot_eager")
-    forward = StageForward(model, counter)
+    forward = CompiledForward(model, counter)
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     wrapped = accelerator.prepare(model)
     for number, stage in enumerate(recipe.stages, 1):
-        said = forward.compile(model, batch_of(recipe, stage))
-        assert said.startswith("compiled in"), said
+        compile_for(forward, model, batch_of(recipe, stage))
         for step in range(3):
             batch = batch_of(recipe, stage, step)
             backward(accelerator, wrapped, batch, make_schedule("cosine"), recipe.diffusion, None)
@@ -67,9 +71,9 @@ def test_the_compiled_step_is_the_eager_step(tiny):
             generator = torch.Generator().manual_seed(0)
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        forward = StageForward(model, "aot_eager")
+        forward = CompiledForward(model, "aot_eager")
         if compiled:
-            forward.compile(model, batch_of(tiny, tiny.stages[0]))
+            compile_for(forward, model, batch_of(tiny, tiny.stages[0]))
             assert all(parameter.grad is None for parameter in model.parameters())
         batch = batch_of(tiny, tiny.stages[0], step=5)
         schedule = make_schedule("cosine")
@@ -87,9 +91,9 @@ def test_what_cannot_be_compiled_runs_as_written(tiny):
     def broken(graph, inputs):
         raise RuntimeError("no compiler here")
 
-    forward = StageForward(model, broken)
-    said = forward.compile(model, batch)
-    assert said.startswith("not compiled, runs as written: ") and "no compiler here" in said
+    forward = CompiledForward(model, broken)
+    with pytest.raises(NotCompiled, match="no compiler here"):
+        compile_for(forward, model, batch)
     assert torch.equal(model(batch.x0, batch.visible, batch.t), expected)
 
 
@@ -103,8 +107,50 @@ def test_a_graph_break_is_seen(tiny):
         return inner(x)
 
     model.head.forward = printing
-    said = StageForward(model, "aot_eager").compile(model, batch_of(tiny, tiny.stages[0]))
-    assert said.startswith("not compiled")
+    with pytest.raises(NotCompiled):
+        compile_for(CompiledForward(model, "aot_eager"), model, batch_of(tiny, tiny.stages[0]))
+
+
+def test_another_shape_runs_as_written(tiny):
+    model = build_model(tiny)
+    counter = CompileCounterWithBackend("aot_eager")
+    stage = tiny.stages[0]
+    few = batch_of(tiny, stage, num=3)
+    expected = model(few.x0, few.visible, few.t)
+    forward = CompiledForward(model, counter)
+    compile_for(forward, model, batch_of(tiny, stage))
+    assert torch.equal(model(few.x0, few.visible, few.t), expected)
+    assert counter.frame_count == 1
+
+
+def test_cuda_graphs_are_left_out_where_they_cannot_be(changed, tmp_path, capsys, monkeypatch):
+    class Light(CompiledForward):
+        def __init__(self, model):
+            super().__init__(model, "aot_eager")
+
+    monkeypatch.setattr("maskdm.training.trainer.CompiledForward", Light)
+    train(changed(compile="graphs"), tmp_path / "run")
+    told = capsys.readouterr().out
+    assert told.count("note: without CUDA graphs, which cpu hasn't") == 2  # stages
+    assert told.count("compiled in") == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_a_run_with_cuda_graphs_ends_like_an_eager_one(changed, tmp_path, capsys, micro_batch_size):
+    stages = [
+        {**stage, "steps": 20, "micro_batch_size": micro_batch_size}
+        for stage in changed().model_dump()["stages"]
+    ]
+    for way in ("off", "graphs"):
+        train(changed(compile=way, stages=stages), tmp_path / way)
+    told = capsys.readouterr().out
+    assert told.count("with CUDA graphs") == (0 if micro_batch_size else 2)
+    assert told.count("not in micro-batches") == (2 if micro_batch_size else 0)
+    name = Path("checkpoints") / "step-00000040" / "model.safetensors"
+    eager, replayed = (load_file(tmp_path / way / name) for way in ("off", "graphs"))
+    for key, value in eager.items():
+        torch.testing.assert_close(replayed[key], value, rtol=1e-2, atol=1e-3)
 
 
 class Syncs(TorchDispatchMode):
@@ -149,11 +195,11 @@ def test_a_compiled_run_ends_like_an_eager_one(changed, tmp_path, monkeypatch):
     recipe = changed(compile="off")
     train(recipe, tmp_path / "eager", show=False)
 
-    class Light(StageForward):
+    class Light(CompiledForward):
         def __init__(self, model):
             super().__init__(model, "aot_eager")
 
-    monkeypatch.setattr("maskdm.training.trainer.StageForward", Light)
+    monkeypatch.setattr("maskdm.training.trainer.CompiledForward", Light)
     train(changed(compile="on"), tmp_path / "compiled", show=False)
     name = Path("checkpoints") / "step-00000011" / "model.safetensors"
     eager, compiled = (load_file(tmp_path / run / name) for run in ("eager", "compiled"))
@@ -177,10 +223,10 @@ def test_the_default_compiler_compiles_a_run(changed, tmp_path, capsys):
 
 
 def test_auto_compiles_on_gpus_only():
-    assert compiling.wants_compiling("auto", torch.device("cuda"))
-    assert not compiling.wants_compiling("auto", torch.device("cpu"))
-    assert compiling.wants_compiling("on", torch.device("cpu"))
-    assert not compiling.wants_compiling("off", torch.device("cuda"))
+    assert wants_compiling("auto", torch.device("cuda"))
+    assert not wants_compiling("auto", torch.device("cpu"))
+    assert wants_compiling("on", torch.device("cpu"))
+    assert not wants_compiling("off", torch.device("cuda"))
 
 
 @pytest.mark.gpu
@@ -190,7 +236,6 @@ def test_compiled_and_eager_agree_on_a_gpu():
     patches, t = torch.randn(8, 26, 48).cuda(), torch.rand(8).cuda()
     visible = torch.stack([torch.randperm(256)[:26] for _ in range(8)]).cuda()
     expected = model(patches, visible, t)
-    forward = StageForward(model)
-    said = forward.compile(model, Batch(patches, visible, t, patches, None))
-    assert said.startswith("compiled in"), said
+    forward = CompiledForward(model)
+    compile_for(forward, model, Batch(patches, visible, t, patches, None))
     torch.testing.assert_close(model(patches, visible, t), expected, rtol=1e-2, atol=1e-2)

@@ -191,7 +191,7 @@ def test_a_pipeline_keeps_every_sampling_setting(model):
     settings = Sampling(
         sampler="heun", steps=7, spacing="karras", clip_x0=False, guidance="sparse",
         guidance_scale=3.0, guidance_start=0.1, guidance_end=0.9, guidance_weak="other",
-        guidance_rate=0.25, batch_size=5,
+        guidance_rate=0.25, batch_size=5, compile="on",
     )  # fmt: skip
     untouched = {"eta"}
     for name, field in Sampling.model_fields.items():

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -14,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maskdm.diffusion.objective import masked_denoising_loss
 from maskdm.diffusion.schedule import make_schedule
@@ -206,6 +208,17 @@ def test_micro_batches_add_up_to_the_same_step(tiny, changed, tmp_path, micro_ba
         torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-5)
 
 
+def test_without_clipping_the_norm_is_told_and_the_gradient_left_alone(tiny, changed, tmp_path):
+    lines = {}
+    for clip in (None, 1e9, 1e-3):
+        stages = [{**stage.model_dump(), "clip": clip} for stage in tiny.stages]
+        quiet(changed(stages=stages, log_every=1), tmp_path / str(clip))
+        told = metrics(tmp_path / str(clip))
+        lines[clip] = [(line["loss"], line["grad_norm"]) for line in told]
+    assert lines[None] == lines[1e9] != lines[1e-3]
+    assert lines[None][0][1] == lines[1e-3][0][1] > 1e-3  # before clipping
+
+
 def test_a_mask_of_rate_zero_is_the_unmasked_step(tiny, changed, tmp_path):
     for kind in ("none", "block"):
         stages = [{**tiny.stages[1].model_dump(), "mask": {"kind": kind, "rate": 0.0}}]
@@ -390,6 +403,14 @@ def test_a_class_conditional_model_trains_with_the_folders_labels(tiny, changed,
     assert quiet(recipe, tmp_path).finished
     before = build_model(recipe).label_embed.weight
     assert not torch.equal(state(tmp_path)["model.safetensors:label_embed.weight"], before)
+
+
+def test_the_attention_kernel_is_told(tiny, tmp_path, capsys):
+    train(tiny, tmp_path / "one")
+    with sdpa_kernel(SDPBackend.MATH):
+        train(tiny, tmp_path / "other")
+    one, other = re.findall(r"device .* fp32 .*", capsys.readouterr().out)
+    assert one.endswith(", flash attention") and other.endswith(", math attention")
 
 
 def test_the_seed_changes_the_run(tiny, changed, tmp_path):

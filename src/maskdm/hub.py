@@ -60,7 +60,8 @@ class MaskDMPipeline(DiffusionPipeline):
         guidance_end: float = SAMPLING.guidance_end,
         guidance_weak: str = SAMPLING.guidance_weak,
         guidance_rate: float = SAMPLING.guidance_rate,
-        batch_size: int = SAMPLING.batch_size,
+        batch_size: int | str = SAMPLING.batch_size,
+        compile: str = SAMPLING.compile,
     ):
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler)
@@ -81,6 +82,7 @@ class MaskDMPipeline(DiffusionPipeline):
             guidance_weak=guidance_weak,
             guidance_rate=guidance_rate,
             batch_size=batch_size,
+            compile=compile,
         )
 
     @property

@@ -7,7 +7,7 @@ an image or a tensor, so this file imports fast.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -196,8 +196,13 @@ class Sampling(Settings):
     """Weak model of autoguidance: primer = the run's own before its last stage, or any RUN."""
     guidance_rate: float = Field(0.5, gt=0, lt=1)
     """Fraction of the patches that sparse guidance hides from the weak answer."""
-    batch_size: int = Field(64, gt=0)
-    """Images at a time per device."""
+    batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
+    """Images at a time per device; auto = as many as keep it busy, fewer where memory runs out."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the network (torch.compile); auto = on a GPU, where there is work for minutes."""
+
+    HOW_FAST: ClassVar[tuple[str, ...]] = ("batch_size", "compile")
+    """Settings that change no image, but for rounding."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Sampling:
@@ -228,8 +233,9 @@ class Recipe(Settings):
     """Fixes initial weights, image order, masks, times and noise."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute precision; auto = bf16 where the hardware is good at it, else fp32."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the network, once a stage (torch.compile); auto = on a GPU."""
+    compile: Literal["auto", "on", "off", "graphs"] = "auto"
+    """Compile the network, once a stage (torch.compile); auto = on a GPU; graphs = and replay its
+    kernels as a CUDA graph, where a step is too small to keep one GPU busy."""
     log_every: int = Field(100, gt=0)
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int = Field(5000, gt=0)

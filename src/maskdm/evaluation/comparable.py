@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from maskdm.evaluation.records import Record
+from maskdm.recipe import Sampling
 
 SHA_SHOWN = 12  # digits
 RecordsOfRuns = Mapping[str, Sequence[Record]]
@@ -60,7 +61,7 @@ def how_drawn(record: Record) -> dict[str, Any]:
     if not samples.get("sampling"):  # images of any origin
         return {}
     return {
-        **{name: value for name, value in samples["sampling"].items() if name != "batch_size"},
+        **{k: v for k, v in samples["sampling"].items() if k not in Sampling.HOW_FAST},
         "weights": samples.get("weights"),
         "precision": samples.get("precision"),
         "weak model": samples.get("weak_sha256") or "none",

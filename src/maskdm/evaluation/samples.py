@@ -22,6 +22,7 @@ from maskdm.images.survey import survey
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Data, Sampling
 from maskdm.sampling.generate import generate
+from maskdm.sampling.speed import compile_for_sampling, images_at_a_time
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def drawn_samples(
     """
     model = trained.model
     precision = choose_precision("auto", model.device)[0]
-    how = sampling.model_dump(mode="json", exclude={"batch_size"})  # it changes no image
+    how = sampling.model_dump(mode="json", exclude=set(Sampling.HOW_FAST))
     facts = {
         "weights_sha256": weights_sha256(model),
         "sampling": how,
@@ -77,10 +78,13 @@ def drawn_samples(
     }
     key = hashlib.sha256(json.dumps([facts, seed], sort_keys=True).encode()).hexdigest()[:20]
     share = math.ceil(num / process_state().num_processes)
+    for one in (trained, weak):
+        if one is not None:
+            compile_for_sampling(one, sampling, share, model.num_patches)
     images = in_pieces(
         folder / f"samples-{key}",
         num,
-        min(sampling.batch_size, share),
+        min(images_at_a_time(model, sampling), share),
         lambda start, stop: generate(trained, sampling, list(range(start, stop)), seed, weak=weak),
         f"drawing {num:,} images of seed {seed}",
         show,

@@ -16,6 +16,7 @@ from maskdm.recipe import Sampling
 from maskdm.sampling.denoise import clipped
 from maskdm.sampling.guidance import guided
 from maskdm.sampling.samplers import SAMPLERS, Denoise, sampling_levels
+from maskdm.sampling.speed import compile_for_sampling, images_at_a_time, in_parts
 from maskdm.seeds import derive_seed
 from maskdm.tokens import gather_patches, patchify, scatter_patches, unpatchify
 
@@ -42,7 +43,7 @@ def generate(
 
     Args:
         trained: the model, on the device to use.
-        settings: sampler, steps, guidance, clipping, batch size.
+        settings: sampler, steps, guidance, clipping, batch size, compiling.
         indices: image numbers, n of them.
         seed: names the sequence of images.
         labels: classes, int64 (n,), num_classes = no class; None = image i gets class i modulo
@@ -60,6 +61,7 @@ def generate(
     Raises:
         ValueError: guidance that the model can't have, labels that it doesn't know, or steps
             that the sampler can't take on its schedule.
+        RuntimeError: so many images at a time don't fit in the device's memory.
     """
     model = trained.model
     if labels is None and (in_turn := default_labels(model, indices)) is not None:
@@ -68,37 +70,48 @@ def generate(
     shape = model.image_shape
     device = next(model.parameters()).device
     levels = sampling_levels(trained.schedule, settings)
-    done = [np.empty((0, *shape), np.uint8)]
-    with tqdm(total=len(indices), desc="sampling", unit="img", disable=not progress) as bar:
-        for start in range(0, len(indices), settings.batch_size):
-            part = slice(start, start + settings.batch_size)
-            noise = patchify(initial_noise(seed, indices[part], shape), model.patch_size).to(device)
-            if visible is None:
-                positions = torch.arange(model.num_patches, device=device).expand(len(noise), -1)
+
+    def draw(part: slice) -> np.ndarray:
+        noise = patchify(initial_noise(seed, indices[part], shape), model.patch_size).to(device)
+        if visible is None:
+            positions = torch.arange(model.num_patches, device=device).repeat(len(noise), 1)
+        else:
+            positions = visible[part].to(device).contiguous()
+            noise = gather_patches(noise, positions)  # (B, V, P)
+        denoise = guided(
+            trained,
+            positions,
+            None if labels is None else labels[part].to(device),
+            settings,
+            weak,
+            _generators(seed, "sparse", indices[part]),
+        )
+        if settings.clip_x0:
+            denoise = clipped(denoise)
+        own = _generators(seed, "sampler", indices[part])
+        with autocast(device):
+            if solve is not None:
+                x = solve(denoise, noise, levels, own)
             else:
-                positions = visible[part].to(device)
-                noise = gather_patches(noise, positions)  # (B, V, P)
-            denoise = guided(
-                trained,
-                positions,
-                None if labels is None else labels[part].to(device),
-                settings,
-                weak,
-                _generators(seed, "sparse", indices[part]),
-            )
-            if settings.clip_x0:
-                denoise = clipped(denoise)
-            own = _generators(seed, "sampler", indices[part])
-            with autocast(device):
-                if solve is not None:
-                    x = solve(denoise, noise, levels, own)
-                else:
-                    x = SAMPLERS[settings.sampler](denoise, noise, levels, settings, own)
-            if visible is not None:
-                x = scatter_patches(x, positions, model.num_patches)
-            done.append(to_uint8(unpatchify(x, model.patch_size, model.grid)).cpu().numpy())
-            bar.update(len(noise))
-    return np.concatenate(done)
+                x = SAMPLERS[settings.sampler](denoise, noise, levels, settings, own)
+        if visible is not None:
+            x = scatter_patches(x, positions, model.num_patches)
+        return to_uint8(unpatchify(x, model.patch_size, model.grid)).cpu().numpy()
+
+    num_visible = model.num_patches if visible is None else visible.shape[1]
+    for one in (trained, weak):
+        if one is not None:
+            compile_for_sampling(one, settings, len(indices), num_visible)
+    size = images_at_a_time(model, settings)
+    with tqdm(total=len(indices), desc="sampling", unit="img", disable=not progress) as bar:
+
+        def counted(part: slice) -> np.ndarray:
+            images = draw(part)
+            bar.update(len(images))
+            return images
+
+        parts = in_parts(len(indices), size, counted, shrink=settings.batch_size == "auto")
+    return np.concatenate([np.empty((0, *shape), np.uint8), *parts])
 
 
 def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:

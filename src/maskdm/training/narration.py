@@ -9,6 +9,7 @@ from maskdm.images.order import num_held_out, training_subset
 from maskdm.images.problems import listed, printable
 from maskdm.images.store import Store
 from maskdm.masks import Grid
+from maskdm.models.attention import attention_kernels
 from maskdm.models.build import Backbone
 from maskdm.models.uvit import UViT
 from maskdm.recipe import Recipe
@@ -57,7 +58,10 @@ def introduce(
         monitor.say(f"  note: {name} needs the whole grid, so that masks save no compute")
     num_stages = len(recipe.stages)
     devices = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
-    monitor.say(f"device  {devices}, {precision}")
+    with accelerator.autocast():
+        kernels = attention_kernels(model)
+    attention = f", {' and '.join(kernels)} attention" if kernels else ""
+    monitor.say(f"device  {devices}, {precision}{attention}")
     monitor.say(
         f"plan    {num_stages} stage{'s' * (num_stages > 1)}, {flops_text(total_flops)} in all"
     )

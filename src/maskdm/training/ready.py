@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from maskdm.diffusion.schedule import Schedule
 from maskdm.models.build import Backbone
+from maskdm.models.compiling import CompiledForward, NotCompiled, wants_compiling
 from maskdm.recipe import Recipe, Stage
-from maskdm.training.compiling import StageForward, wants_compiling
 from maskdm.training.step import Batch, draw_batch
 
 
 def make_ready(
-    network: StageForward,
+    network: CompiledForward,
     model: Backbone,
     recipe: Recipe,
     stage: Stage,
@@ -55,8 +55,28 @@ def make_ready(
     if wants_compiling(recipe.compile, accelerator.device):
         num = min(share, size or share)
         example = _example(recipe, stage, schedule, num, accelerator.device)
-        say(f"  {network.compile(model, example)}")
+        graphs = recipe.compile == "graphs"
+        if graphs and (why_not := _no_graphs(accelerator, is_whole=num == share)):
+            say(f"  note: without CUDA graphs, {why_not}")
+            graphs = False
+        attempt = functools.partial(forward_and_backward, model, example)
+        try:
+            seconds = network.compile(example.x0.shape, attempt, graphs)
+            say(f"  compiled in {seconds:.0f} s{', with CUDA graphs' if graphs else ''}")
+        except NotCompiled as error:
+            say(f"  not compiled, runs as written: {error}")
     return size
+
+
+def _no_graphs(accelerator: Accelerator, is_whole: bool) -> str | None:
+    """Why a stage can't replay CUDA graphs; None = it can."""
+    if accelerator.device.type != "cuda":
+        return f"which {accelerator.device.type} hasn't"
+    if accelerator.num_processes > 1:
+        return "which are for one GPU alone"
+    if not is_whole:  # the next micro-batch would overwrite this one's gradients
+        return "which take a batch as a whole, not in micro-batches"
+    return None
 
 
 def largest_that_fits(share: int, attempt: Callable[[int], None]) -> int:
@@ -89,11 +109,16 @@ def largest_that_fits(share: int, attempt: Callable[[int], None]) -> int:
 
 def _try_step(model: Backbone, batch: Batch) -> None:
     """Takes the memory of a step and gives it back; changes nothing."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    kept = [torch.empty_like(p) for p in parameters for _ in range(3)]  # moments, gradients
-    answer = model(batch.x0, batch.visible, batch.t, batch.labels)
-    torch.autograd.grad(answer.float().square().sum(), parameters, allow_unused=True)
+    kept = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]  # moments, gradients
+    forward_and_backward(model, batch)
     del kept
+
+
+def forward_and_backward(model: Backbone, batch: Batch) -> None:
+    """Asks the network and differentiates its answer, as a step does; changes nothing."""
+    answer = model(batch.x0, batch.visible, batch.t, batch.labels)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(answer.float().square().sum(), parameters, allow_unused=True)
 
 
 def _example(

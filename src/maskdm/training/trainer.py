@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from maskdm.images.order import ImageOrder, training_subset
 from maskdm.images.store import Store, open_store
 from maskdm.masks import num_visible
 from maskdm.models.build import Backbone, build_model
+from maskdm.models.compiling import CompiledForward
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Recipe, Stage
 from maskdm.tokens import grid_shape
@@ -33,7 +33,6 @@ from maskdm.training.checks import (
     refuse_uneven_batches,
     refuse_unfit_labels,
 )
-from maskdm.training.compiling import StageForward
 from maskdm.training.ema import make_average, restart_average, update_average
 from maskdm.training.find import find_checkpoint
 from maskdm.training.load import load_model
@@ -133,7 +132,7 @@ def train(
         progress = load_checkpoint(checkpoint, model, average, optimizer)
         finished = progress.step == sum(stage.steps for stage in recipe.stages)
         monitor.say(f"{'finished with' if finished else 'continuing after'} {checkpoint.name}")
-    network = StageForward(model)
+    network = CompiledForward(model)
     wrapped, stepper = accelerator.prepare(model, optimizer)
     if accelerator.scaler is not None and progress.scaler:
         accelerator.scaler.load_state_dict(progress.scaler)
@@ -304,8 +303,11 @@ def _agreed_checkpoint(accelerator: Accelerator, folder: Path, monitor: Monitor)
 
 def _clip_gradients(accelerator: Accelerator, model: nn.Module, stage: Stage) -> Tensor:
     """Clips the gradient where the stage says so; gives its norm before, on the device."""
-    max_norm = math.inf if stage.clip is None else stage.clip
-    return accelerator.clip_grad_norm_(model.parameters(), max_norm).detach()
+    if stage.clip is not None:
+        return accelerator.clip_grad_norm_(model.parameters(), stage.clip).detach()
+    accelerator.unscale_gradients()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return nn.utils.get_total_norm(gradients)
 
 
 def _read(
