@@ -21,7 +21,7 @@ STEPS = ["--num", "3", "--models", "S-64"]
 PLANS = {
     "quick": [
         ["step.py", *STEPS],
-        ["sampling.py", "--steps", "4", "--num", "1", "--batch-size", "2"],
+        ["sampling.py", "--steps", "4", "--num", "3", "--batch-size", "2"],
         ["data.py", "--num", "5000", "--num-photos", "300", "--num-batches", "20"],
         ["evaluation.py"],
     ],
