@@ -51,7 +51,17 @@ def say(text: str) -> None:
 
 
 def median_sec(run: Callable[[int], Any], num: int) -> float:
-    """Median seconds of `run(i)` over `num` calls, after two that don't count.
+    """Median seconds of `run(i)` over `num` calls; see `seconds_of`."""
+    return statistics.median(seconds_of(run, num))
+
+
+def spread(seconds: list[float]) -> float:
+    """How much measurements differ: from the fastest to the slowest, over the median."""
+    return (max(seconds) - min(seconds)) / statistics.median(seconds)
+
+
+def seconds_of(run: Callable[[int], Any], num: int) -> list[float]:
+    """Seconds of each of `num` calls of `run(i)`, after two that don't count.
 
     On a GPU whole groups of calls are timed: the host isn't made to wait for each.
     """
@@ -63,7 +73,7 @@ def median_sec(run: Callable[[int], Any], num: int) -> float:
             start = time.perf_counter()
             run(i)
             seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
+        return seconds
     group = 5
     for i in range(num):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -73,7 +83,7 @@ def median_sec(run: Callable[[int], Any], num: int) -> float:
         end.record()
         end.synchronize()
         seconds.append(begin.elapsed_time(end) / 1000 / group)
-    return statistics.median(seconds)
+    return seconds
 
 
 def matrix_limit(dtype: torch.dtype, num: int = 5) -> float:
