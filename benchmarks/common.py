@@ -15,6 +15,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does, before torch
 
 import torch
+from torch import Tensor
 
 from maskdm.engine import device_name
 from maskdm.training.monitor import source_commit
@@ -52,7 +53,7 @@ def say(text: str) -> None:
 
 def median_sec(run: Callable[[int], Any], num: int) -> float:
     """Median seconds of `run(i)` over `num` calls; see `seconds_of`."""
-    return statistics.median(seconds_of(run, num))
+    return statistics.median(seconds_of([run], num)[0])
 
 
 def spread(seconds: list[float]) -> float:
@@ -60,37 +61,43 @@ def spread(seconds: list[float]) -> float:
     return (max(seconds) - min(seconds)) / statistics.median(seconds)
 
 
-def seconds_of(run: Callable[[int], Any], num: int) -> list[float]:
-    """Seconds of each of `num` calls of `run(i)`, after two that don't count.
+def seconds_of(runs: list[Callable[[int], Any]], num: int) -> list[list[float]]:
+    """Seconds of `num` calls `run(i)` of each, after two of each that don't count.
 
-    On a GPU whole groups of calls are timed: the host isn't made to wait for each.
+    They take turns, so that a machine that is slow for a while is so for all. On a GPU whole
+    groups of calls are timed: the host isn't made to wait for each.
     """
-    for i in range(2):
-        run(i)
-    seconds = []
-    if device().type != "cuda":
-        for i in range(num):
-            start = time.perf_counter()
+    for run in runs:
+        for i in range(2):
             run(i)
-            seconds.append(time.perf_counter() - start)
-        return seconds
-    group = 5
+    seconds: list[list[float]] = [[] for _ in runs]
     for i in range(num):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for j in range(group):
-            run(group * i + j)
-        end.record()
-        end.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1000 / group)
+        for run, own in zip(runs, seconds, strict=True):
+            own.append(_once(run, i))
     return seconds
 
 
-def matrix_limit(dtype: torch.dtype, num: int = 5) -> float:
-    """FLOP/s of a large square matrix product on this device."""
+def _once(run: Callable[[int], Any], i: int) -> float:
+    """Seconds of a call."""
+    if device().type != "cuda":
+        start = time.perf_counter()
+        run(i)
+        return time.perf_counter() - start
+    group = 5
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for j in range(group):
+        run(group * i + j)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000 / group
+
+
+def matrix_product(dtype: torch.dtype) -> tuple[Callable[[int], Tensor], int]:
+    """A product of large square matrices on this device, and its FLOPs."""
     side = 8192 if device().type == "cuda" else 2048
     a = torch.randn(side, side, device=device(), dtype=dtype)
-    return 2 * side**3 / median_sec(lambda i: a @ a, num)
+    return (lambda i: a @ a), 2 * side**3
 
 
 def copy_limit(num: int = 5) -> float:

@@ -6,9 +6,9 @@
 A table for people on stderr, one JSON line a row on stdout. A step is draw, forward, backward,
 clipping, AdamW and moving average, as `maskdm train` runs it, from images on the device; warm-up
 and compilation left out, median of `--num`. `of limit` is matrix-product FLOPs (counted
-analytically, visible tokens only) per second over those of large products on the same device just
-before and after; `ideal` the FLOPs over the first row's; `other` the share of the step outside the
-network's forward and backward and the optimizer; `spread` from the fastest to the slowest
+analytically, visible tokens only) per second over those of large products on the same device,
+measured in turn with it; `ideal` the FLOPs over the first row's; `other` the share of the step
+outside the network's forward and backward and the optimizer; `spread` from the fastest to the slowest
 measurement over the median: where it is large, something else was running.
 
 Two rows are what a user would otherwise do: `baseline`, a plain step that embeds all patches and
@@ -219,86 +219,105 @@ def main() -> None:
     args = parser.parse_args()
     accelerator, precision, _ = make_accelerator("auto")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    limit, bandwidth = common.matrix_limit(dtype), common.copy_limit()
     facts = common.facts("step") | {
         "precision": precision,
-        "copy_limit_gb_per_sec": round(bandwidth / 1e9, 1),
+        "copy_limit_gb_per_sec": round(common.copy_limit() / 1e9, 1),
     }
     common.say(
-        f"{facts['device']}, {precision}: matrix products {limit / 1e12:,.3g} TFLOP/s, copies "
-        f"{bandwidth / 1e9:,.0f} GB/s"
-    )
-    common.say(
+        f"{facts['device']}, {precision}, copies {facts['copy_limit_gb_per_sec']:,.0f} GB/s\n"
         "model    how      hidden tokens batch   ms/step    img/s  TFLOP/s of limit  of dense "
         "(ideal)  other  spread     GiB  targets"
     )
     for name in args.models:
-        first: dict[str, Any] = {}
         for how in args.how:
-            for rate in args.rates if how != "unet" else [0.0]:
-                row = measured(SIZES[name], rate, args.batch_size, how, accelerator, args.num)
-                before, limit = limit, common.matrix_limit(dtype)
-                near = (before + limit) / 2  # a shared machine changes its speed
-                row["matrix_limit_gflops"] = round(near / 1e9, 1)
-                row["share_of_limit"] = round(row["tflops"] * 1e12 / near, 4)
-                first.setdefault(how, row)
-                row["of_dense"] = round(row["ms_per_step"] / first[how]["ms_per_step"], 4)
-                row["ideal"] = round(row["gflop_per_image"] / first[how]["gflop_per_image"], 4)
-                row["targets"] = targets(name, how, rate, args.batch_size)
-                common.tell({**facts, "model": name, **row})
-                other = "" if row["other"] is None else f"{100 * row['other']:.1f}%"
-                memory = "" if row["peak_mem_gib"] is None else f"{row['peak_mem_gib']:.1f}"
-                common.say(
-                    f"{name:8} {how:8} {100 * rate:4.3g} % {row['tokens']:6} {args.batch_size:5} "
-                    f"{row['ms_per_step']:9,.1f} {row['images_per_sec']:8,.1f} "
-                    f"{row['tflops']:8.3g} {100 * row['share_of_limit']:7.1f}% "
-                    f"{row['of_dense']:9.3f} ({row['ideal']:5.3f}) {other:>6} "
-                    f"{100 * row['spread']:6.0f}% {memory:>7}  "
-                    + ", ".join(f"{name} {value:g}" for name, value in row["targets"].items())
+            rates = args.rates if how != "unet" else [0.0]
+            # In turn, but on a GPU, whose memory is watched, one after the other.
+            groups = [[rate] for rate in rates] if common.device().type == "cuda" else [rates]
+            first: dict[str, Any] = {}
+            for group in groups:
+                rows = measured(
+                    SIZES[name], group, args.batch_size, how, accelerator, args.num, dtype
                 )
+                for row in rows:
+                    first = first or row
+                    row["of_dense"] = round(row["ms_per_step"] / first["ms_per_step"], 4)
+                    row["ideal"] = round(row["gflop_per_image"] / first["gflop_per_image"], 4)
+                    row["targets"] = targets(name, how, row["hidden"], args.batch_size)
+                    common.tell({**facts, "model": name, **row})
+                    common.say(text_of(name, row))
 
 
-def measured(
-    size: Size, rate: float, batch_size: int, how: str, accelerator: Any, num: int
-) -> dict[str, Any]:
-    """One row: a model at a rate, one way of doing it."""
-    common.reset_peak()
+def text_of(model: str, row: dict[str, Any]) -> str:
+    """A row for people."""
+    other = "" if row["other"] is None else f"{100 * row['other']:.1f}%"
+    memory = "" if row["peak_mem_gib"] is None else f"{row['peak_mem_gib']:.1f}"
+    return (
+        f"{model:8} {row['how']:8} {100 * row['hidden']:4.3g} % {row['tokens']:6} "
+        f"{row['batch_size']:5} {row['ms_per_step']:9,.1f} {row['images_per_sec']:8,.1f} "
+        f"{row['tflops']:8.3g} {100 * row['share_of_limit']:7.1f}% {row['of_dense']:9.3f} "
+        f"({row['ideal']:5.3f}) {other:>6} {100 * row['spread']:6.0f}% {memory:>7}  "
+        + ", ".join(f"{name} {value:g}" for name, value in row["targets"].items())
+    )
+
+
+def prepared(
+    size: Size, rate: float, batch_size: int, how: str, accelerator: Any
+) -> tuple[list[Callable[[int], None]], dict[str, Any], int]:
+    """A way of doing a step: the step and perhaps its core; facts; FLOPs for an image."""
     grid = (size.image // size.patch, size.image // size.patch)
     visible = num_visible(make_stage(rate, batch_size).mask, grid)
-    other, attention = None, None
+    facts = {"how": how, "hidden": rate, "tokens": visible, "batch_size": batch_size}
     if how == "unet":
         step, network = unet_step(size, batch_size, accelerator)
-        flops = 3 * network.forward_flops(visible)
-    elif how == "baseline":
+        return [step], facts, 3 * network.forward_flops(visible)
+    if how == "baseline":
         step = baseline_step(size, rate, batch_size, accelerator)
         with torch.device("meta"):
             counted = UViT(size.image, size.patch, 3, size.width, num_heads=size.heads)
-        flops = 3 * counted.forward_flops(visible)
-    else:
-        step, core, model = our_step(size, rate, batch_size, how, accelerator)
-        flops = 3 * model.forward_flops(visible)
-        with accelerator.autocast():
-            attention = attention_kernels(model)
-    measurements = common.seconds_of(step, num)
-    seconds = statistics.median(measurements)
-    memory = common.peak_mem_gib()
-    if how not in ("unet", "baseline"):
-        other = round(max(0.0, 1 - common.median_sec(core, num) / seconds), 4)
+        return [step], facts, 3 * counted.forward_flops(visible)
+    step, core, model = our_step(size, rate, batch_size, how, accelerator)
+    with accelerator.autocast():
+        facts["attention"] = attention_kernels(model)
+    return [step, core], facts, 3 * model.forward_flops(visible)
+
+
+def measured(
+    size: Size,
+    rates: list[float],
+    batch_size: int,
+    how: str,
+    accelerator: Any,
+    num: int,
+    dtype: torch.dtype,
+) -> list[dict[str, Any]]:
+    """A row for each rate: a model, one way of doing the step."""
+    torch.compiler.reset()
+    common.reset_peak()
+    product, product_flops = common.matrix_product(dtype)
+    ways = [prepared(size, rate, batch_size, how, accelerator) for rate in rates]
+    of_product, *seconds = common.seconds_of([product, *(s for way in ways for s in way[0])], num)
+    memory, rows = common.peak_mem_gib(), []
+    for steps, facts, flops in ways:
+        own, seconds = seconds[: len(steps)], seconds[len(steps) :]
+        step_sec, *core_sec = (statistics.median(one) for one in own)
+        rate_of = flops * batch_size / step_sec
+        limit = product_flops / statistics.median(of_product)
+        rows.append(
+            {
+                **facts,
+                "ms_per_step": round(1000 * step_sec, 3),
+                "images_per_sec": round(batch_size / step_sec, 2),
+                "gflop_per_image": round(flops / 1e9, 3),
+                "tflops": round(rate_of / 1e12, 4),
+                "matrix_limit_gflops": round(limit / 1e9, 1),
+                "share_of_limit": round(rate_of / limit, 4),
+                "spread": round(common.spread(own[0]), 4),
+                "other": round(max(0.0, 1 - core_sec[0] / step_sec), 4) if core_sec else None,
+                "peak_mem_gib": memory,
+            }
+        )
     accelerator.free_memory()
-    return {
-        "how": how,
-        "hidden": rate,
-        "tokens": visible,
-        "batch_size": batch_size,
-        "ms_per_step": round(1000 * seconds, 3),
-        "images_per_sec": round(batch_size / seconds, 2),
-        "gflop_per_image": round(flops / 1e9, 3),
-        "tflops": round(flops * batch_size / seconds / 1e12, 4),
-        "spread": round(common.spread(measurements), 4),
-        "other": other,
-        "attention": attention,
-        "peak_mem_gib": memory,
-    }
+    return rows
 
 
 if __name__ == "__main__":
