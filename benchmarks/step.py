@@ -8,8 +8,8 @@ clipping, AdamW and moving average, as `maskdm train` runs it, from images on th
 and compilation left out, median of `--num`. `of limit` is matrix-product FLOPs (counted
 analytically, visible tokens only) per second over those of large products on the same device,
 measured in turn with it; `ideal` the FLOPs over the first row's; `other` the share of the step
-outside the network's forward and backward and the optimizer; `spread` from the fastest to the slowest
-measurement over the median: where it is large, something else was running.
+outside the network's forward and backward and the optimizer; `spread` from the fastest to the
+slowest measurement over the median: where it is large, something else was running.
 
 Two rows are what a user would otherwise do: `baseline`, a plain step that embeds all patches and
 then masks by a Boolean, reads the loss each step and keeps the average in a Python loop; `unet`,
