@@ -54,7 +54,8 @@ if [ -n "${DRY_RUN:-}" ]; then
     step profile 120 "$python" benchmarks/profile_step.py --model tiny --batch-size 2 --num 1
 else
     step tests 90 "$python" -m pytest -q -m gpu tests
-    step benchmarks 400 "$python" benchmarks/run.py --full --out "$out/benchmarks.jsonl"
+    step benchmarks 400 "$python" benchmarks/run.py --full --limit-sec 390 \
+        --out "$out/benchmarks.jsonl"
     step profile 60 "$python" benchmarks/profile_step.py --batch-size 256 --how compiled --num 10
 fi
 rm -rf "$out/cache"

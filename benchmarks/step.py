@@ -7,8 +7,8 @@ A table for people on stderr, one JSON line a row on stdout. A step is draw, for
 clipping, AdamW and moving average, as `maskdm train` runs it, from images on the device; warm-up
 and compilation left out, median of `--num`. `of limit` is matrix-product FLOPs (counted
 analytically, visible tokens only) per second over those of large products on the same device,
-measured in turn with it; `ideal` the FLOPs over the first row's; `other` the share of the step
-outside the network's forward and backward and the optimizer; `spread` from the fastest to the
+measured in turn with it; `ideal` the FLOPs over those of the dense step; `other` the share of the
+step outside the network's forward and backward and the optimizer; `spread` from the fastest to the
 slowest measurement over the median: where it is large, something else was running.
 
 Two rows are what a user would otherwise do: `baseline`, a plain step that embeds all patches and
@@ -233,29 +233,35 @@ def main() -> None:
             rates = args.rates if how != "unet" else [0.0]
             # In turn, but on a GPU, whose memory is watched, one after the other.
             groups = [[rate] for rate in rates] if common.device().type == "cuda" else [rates]
-            first: dict[str, Any] = {}
+            dense: dict[str, Any] | None = None
             for group in groups:
                 rows = measured(
                     SIZES[name], group, args.batch_size, how, accelerator, args.num, dtype
                 )
                 for row in rows:
-                    first = first or row
-                    row["of_dense"] = round(row["ms_per_step"] / first["ms_per_step"], 4)
-                    row["ideal"] = round(row["gflop_per_image"] / first["gflop_per_image"], 4)
+                    dense = row if row["hidden"] == 0 else dense
+                    row["of_dense"] = ratio(row, dense, "ms_per_step")
+                    row["ideal"] = ratio(row, dense, "gflop_per_image")
                     row["targets"] = targets(name, how, row["hidden"], args.batch_size)
                     common.tell({**facts, "model": name, **row})
                     common.say(text_of(name, row))
+
+
+def ratio(row: dict[str, Any], dense: dict[str, Any] | None, figure: str) -> float | None:
+    """A figure over that of the dense step, where there is one."""
+    return None if dense is None else round(row[figure] / dense[figure], 4)
 
 
 def text_of(model: str, row: dict[str, Any]) -> str:
     """A row for people."""
     other = "" if row["other"] is None else f"{100 * row['other']:.1f}%"
     memory = "" if row["peak_mem_gib"] is None else f"{row['peak_mem_gib']:.1f}"
+    of_dense = "" if row["of_dense"] is None else f"{row['of_dense']:.3f} ({row['ideal']:.3f})"
     return (
         f"{model:8} {row['how']:8} {100 * row['hidden']:4.3g} % {row['tokens']:6} "
         f"{row['batch_size']:5} {row['ms_per_step']:9,.1f} {row['images_per_sec']:8,.1f} "
-        f"{row['tflops']:8.3g} {100 * row['share_of_limit']:7.1f}% {row['of_dense']:9.3f} "
-        f"({row['ideal']:5.3f}) {other:>6} {100 * row['spread']:6.0f}% {memory:>7}  "
+        f"{row['tflops']:8.3g} {100 * row['share_of_limit']:7.1f}% {of_dense:>17} "
+        f"{other:>6} {100 * row['spread']:6.0f}% {memory:>7}  "
         + ", ".join(f"{name} {value:g}" for name, value in row["targets"].items())
     )
 

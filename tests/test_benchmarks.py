@@ -42,3 +42,14 @@ def test_a_failed_part_is_told_and_the_rest_runs(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "failed: environment tests benchmarks profile" in done.stdout
+
+
+@pytest.mark.slow
+def test_what_the_time_limit_cuts_off_is_told(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--try", "--limit-sec", "0.01"]
+    command += ["--out", str(tmp_path / "lines.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("cut off by the time")]
+    assert len(told) == 4 and "step.py" in told[0] and "evaluation.py" in told[3]
+    assert (tmp_path / "lines.jsonl").read_text() == ""
