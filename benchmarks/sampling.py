@@ -71,6 +71,7 @@ def measured(trained: TrainedModel, settings: Sampling, num: int) -> dict[str, A
     seconds = common.median_sec(draw, num)
     network = model.forward
     model.forward = lambda patches, *rest: patches
+    settings = settings.model_copy(update={"compile": "off"})
     without = common.median_sec(draw, num)
     model.forward = network
     return {

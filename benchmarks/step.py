@@ -97,8 +97,10 @@ def our_step(
     example = draw_batch(images, None, recipe, stage, schedule, 0)
     if how != "eager":
         attempt = functools.partial(forward_and_backward, model, example)
-        seconds = network.compile(example.x0.shape, attempt, cuda_graphs=how == "graphs")
-        common.say(f"compiled in {seconds:.0f} s")
+        done = network.compile(example.x0.shape, attempt, cuda_graphs=how == "graphs")
+        common.say(f"compiled in {done.seconds:.0f} s")
+        if how == "graphs" and not done.cuda_graphs:
+            raise SystemExit("graphs: there are no CUDA graphs for this network on this device")
 
     def step(i: int) -> None:
         batch = draw_batch(images, None, recipe, stage, schedule, i)

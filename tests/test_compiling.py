@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from functools import partial
 from pathlib import Path
 
@@ -123,6 +125,39 @@ def test_another_shape_runs_as_written(tiny):
     assert counter.frame_count == 1
 
 
+def test_a_copy_answers_with_its_own_weights(tiny):
+    """Of a compiled network: by deepcopy, by pickle, and as a new network with its weights."""
+    model = build_model(tiny)
+    batch = batch_of(tiny, tiny.stages[0])
+    compile_for(CompiledForward(model, "aot_eager"), model, batch)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(
+            other(batch.x0, batch.visible, batch.t), model(batch.x0, batch.visible, batch.t)
+        )
+        torch.nn.init.zeros_(other.head.weight)
+        torch.nn.init.constant_(other.head.bias, 7)
+        assert other(batch.x0, batch.visible, batch.t).eq(7).all()
+    assert not model(batch.x0, batch.visible, batch.t).eq(7).any()
+
+
+def test_more_networks_than_the_compiler_keeps(tiny, changed):
+    """Dynamo keeps eight graphs of a class's forward; each of these is another one."""
+    for width in range(16, 16 + 10 * 4, 4):
+        recipe = changed(model={**tiny.model.model_dump(), "embed_dim": width})
+        model = build_model(recipe)
+        compile_for(CompiledForward(model, "eager"), model, batch_of(recipe, recipe.stages[0]))
+
+
+@pytest.mark.slow
+def test_where_the_compiler_can_have_no_cuda_graphs_it_is_said(tiny):
+    """On a CPU it never can; the run goes on, compiled."""
+    model = build_model(tiny)
+    batch = batch_of(tiny, tiny.stages[0])
+    attempt = partial(forward_and_backward, model, batch)
+    done = CompiledForward(model, "inductor").compile(batch.x0.shape, attempt, cuda_graphs=True)
+    assert done.seconds > 0 and not done.cuda_graphs
+
+
 def test_cuda_graphs_are_left_out_where_they_cannot_be(changed, tmp_path, capsys, monkeypatch):
     class Light(CompiledForward):
         def __init__(self, model):
@@ -131,7 +166,7 @@ def test_cuda_graphs_are_left_out_where_they_cannot_be(changed, tmp_path, capsys
     monkeypatch.setattr("maskdm.training.trainer.CompiledForward", Light)
     train(changed(compile="graphs"), tmp_path / "run")
     told = capsys.readouterr().out
-    assert told.count("note: without CUDA graphs, which cpu hasn't") == 2  # stages
+    assert told.count("note: no CUDA graphs, since the device is cpu") == 2  # stages
     assert told.count("compiled in") == 2
 
 

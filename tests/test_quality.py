@@ -26,7 +26,7 @@ from maskdm.images.output import image_grid, with_caption
 from maskdm.images.store import Store, open_store
 from maskdm.models.build import build_model
 from maskdm.models.trained import TrainedModel
-from maskdm.recipe import Data, Recipe
+from maskdm.recipe import Data, Recipe, Sampling
 from maskdm.training import trainer
 from maskdm.training.monitor import read_metrics
 from maskdm.training.set_points import quality_text
@@ -152,6 +152,11 @@ class Narrow(Normal):
     mean, std = 0.1, 0.2
 
 
+def by(num: int) -> Sampling:
+    """So many images at a time."""
+    return Sampling(batch_size=num)
+
+
 def normal_images(num: int, size: int = 16) -> np.ndarray:
     values = np.random.default_rng(0).normal(Narrow.mean, Narrow.std, (num, size, size, 1))
     return np.clip(np.round((values + 1) * 127.5), 0, 255).astype(np.uint8)
@@ -161,7 +166,7 @@ def normal_images(num: int, size: int = 16) -> np.ndarray:
 def test_the_best_denoiser_of_normal_images_loses_its_posterior_variance(schedule):
     """The oracle: min(SNR, 1) s^2 sigma^2 / (alpha^2 s^2 + sigma^2), averaged over each bucket."""
     model = trained(Narrow, 16, schedule=schedule, prediction="v", weighting="p2")
-    losses = dense_loss(model, normal_images(64), None, 64)
+    losses = dense_loss(model, normal_images(64), None, by(64))
     t = (torch.arange(10_000).double() + 0.5) / 10_000
     noise_to_signal = (-make_schedule(schedule).log_snr(t)).exp()
     variance = Narrow.std**2 * noise_to_signal / (Narrow.std**2 + noise_to_signal)
@@ -174,7 +179,7 @@ def test_the_dense_loss_is_the_same_whatever_was_predicted_and_weighed():
     for prediction in PREDICTIONS:
         for more in ({}, {"weighting": "sigmoid"}, {"loss_space": "x0"}):
             model = trained(Narrow, 4, schedule="cosine", prediction=prediction, **more)
-            losses.append(dense_loss(model, images, None, 20))
+            losses.append(dense_loss(model, images, None, by(20)))
     for other in losses[1:]:
         np.testing.assert_allclose(other, losses[0], rtol=2e-3)
 
@@ -183,15 +188,17 @@ def test_the_dense_loss_depends_on_images_and_weights_alone(tiny):
     model = TrainedModel(build_model(tiny).eval(), tiny.diffusion)
     images = np.asarray(open_store(tiny.data, progress=False).images[:30])
     torch.manual_seed(1)
-    whole = dense_loss(model, images, None, 30)
+    whole = dense_loss(model, images, None, by(30))
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    assert np.array_equal(whole, dense_loss(model, images, None, 30))
+    assert np.array_equal(whole, dense_loss(model, images, None, by(30)))
     assert torch.equal(torch.get_rng_state(), state)
     for batch_size in (1, 7):
-        np.testing.assert_allclose(dense_loss(model, images, None, batch_size), whole, rtol=1e-5)
+        np.testing.assert_allclose(
+            dense_loss(model, images, None, by(batch_size)), whole, rtol=1e-5
+        )
     assert whole.shape == (10,) and whole.dtype == np.float64
-    assert not np.allclose(dense_loss(model, images[1:], None, 30), whole, rtol=1e-5)
+    assert not np.allclose(dense_loss(model, images[1:], None, by(30)), whole, rtol=1e-5)
 
 
 def test_the_dense_loss_sees_every_time_once_all_patches_and_other_noise_each_time(tiny):
@@ -204,7 +211,9 @@ def test_the_dense_loss_sees_every_time_once_all_patches_and_other_noise_each_ti
         seen.append(arguments[1])
 
     model.register_forward_pre_hook(watch)
-    dense_loss(TrainedModel(model, tiny.diffusion), np.zeros((100, 8, 8, 1), np.uint8), None, 40)
+    dense_loss(
+        TrainedModel(model, tiny.diffusion), np.zeros((100, 8, 8, 1), np.uint8), None, by(40)
+    )
     indices = (torch.cat(times).sort().values * 999).round()
     assert torch.equal(indices, torch.arange(1000.0))  # ten times for each of a hundred images
     assert all(torch.equal(positions, torch.arange(16).expand_as(positions)) for positions in seen)

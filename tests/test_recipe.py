@@ -131,6 +131,9 @@ def test_differences_name_each_setting_with_both_values(tiny, changed):
     ]
     assert differences(tiny, changed(stages=stages[:1])) == ["stages: 2 -> 1 of them"]
     assert differences(tiny, tiny) == []
+    faster = {**tiny.sampling.model_dump(), "batch_size": 3, "compile": "off"}
+    assert differences(tiny, changed(sampling=faster)) == []
+    assert differences(tiny, changed(sampling={**faster, "steps": 9})) == ["sampling.steps: 4 -> 9"]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from maskdm.evaluation.samples import drawn_samples
 from maskdm.models.adapters import GridDenoiser
 from maskdm.models.compiling import CompiledForward
 from maskdm.models.trained import TrainedModel
@@ -14,7 +17,12 @@ from maskdm.models.uvit import UViT
 from maskdm.recipe import Diffusion, Sampling
 from maskdm.sampling import speed
 from maskdm.sampling.generate import generate
-from maskdm.sampling.speed import images_at_a_time, in_parts, sampling_flops
+from maskdm.sampling.speed import (
+    compile_for_sampling,
+    images_at_a_time,
+    in_parts,
+    is_worth_compiling,
+)
 
 
 def trained(num_classes: int = 0, depth: int = 3) -> TrainedModel:
@@ -94,13 +102,34 @@ def test_auto_does_not_compile_on_a_cpu(counter, monkeypatch):
     assert counter.frame_count == 0
 
 
-def test_the_work_of_sampling_is_counted():
-    model = trained(3).model
-    one = model.forward_flops(16)
-    assert sampling_flops(model, Sampling(steps=5), 7, 16) == 35 * one
-    assert sampling_flops(model, Sampling(steps=5, sampler="heun"), 7, 16) == 70 * one
-    guided = Sampling(steps=5, guidance="classifier-free")
-    assert sampling_flops(model, guided, 7, 16) == 70 * one
+class OnGPU:
+    """A network of MaskDM-S's size that claims to be on a GPU."""
+
+    num_patches = 256
+
+    def __init__(self):
+        self.parameters = lambda: iter([SimpleNamespace(device=torch.device("cuda"))])
+
+    def forward_flops(self, num_visible: int) -> int:
+        return 10**8 * num_visible
+
+
+@pytest.mark.parametrize(
+    ("settings", "worth"),
+    [
+        ({"steps": 50}, 10**17 // (50 * 256 * 10**8)),
+        ({"steps": 50, "sampler": "heun"}, 10**17 // (100 * 256 * 10**8)),
+        ({"steps": 50, "guidance": "classifier-free"}, 10**17 // (100 * 256 * 10**8)),
+    ],
+)
+def test_auto_compiles_on_a_gpu_where_there_is_work_for_minutes(settings, worth):
+    """1e17 FLOP of the network's forward passes."""
+    model, sampling = OnGPU(), Sampling(**settings)
+    assert is_worth_compiling(model, sampling, worth + 1, 256)
+    assert not is_worth_compiling(model, sampling, worth - 1, 256)
+    assert not is_worth_compiling(model, sampling, worth + 1, 64)  # drawing fewer patches
+    assert not is_worth_compiling(model, Sampling(**settings, compile="off"), 10**9, 256)
+    assert is_worth_compiling(model, Sampling(**settings, compile="on"), 1, 256)
 
 
 def test_auto_takes_as_many_images_as_keep_the_device_busy():
@@ -111,34 +140,111 @@ def test_auto_takes_as_many_images_as_keep_the_device_busy():
         sizes[side] = images_at_a_time(model.to_empty(device="cpu"), Sampling())
         assert images_at_a_time(model, Sampling(batch_size=7)) == 7
     assert sizes == {8: 128, 64: 2, 1024: 1}  # of 16, 1,024 and 262,144 patches
+    assert images_at_a_time(OnGPU(), Sampling()) == 256  # of 65,536 patches
+    options = {"norm_num_groups": 4, "block_out_channels": [8, 8, 8, 8]}
+    unet = GridDenoiser("unet2d", 64, 16, 1, options=options)
+    assert images_at_a_time(unet, Sampling()) == 8  # whatever its masks hide
 
 
-def test_where_memory_runs_out_parts_are_halved_and_no_image_is_missed():
-    tried = []
+class Small(torch.nn.Module):
+    """Memory for so many images at a time."""
 
-    def draw(part: slice) -> list[int]:
-        tried.append(part.stop - part.start)
-        if part.stop - part.start > 3:
+    def __init__(self, inner: UViT, most: int):
+        super().__init__()
+        self.inner, self.most, self.asked = inner, most, []
+
+    def __getattr__(self, name):
+        known = ("image_shape", "patch_size", "num_patches", "grid", "config", "forward_flops")
+        return getattr(self.inner, name) if name in known else super().__getattr__(name)
+
+    def forward(self, patches, *others):
+        if not torch.compiler.is_compiling():
+            self.asked.append(len(patches))
+        if len(patches) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
-        return list(range(part.start, part.stop))
-
-    assert sum(in_parts(11, 8, draw, shrink=True), []) == list(range(11))
-    assert tried == [8, 4, 2, 2, 2, 2, 2, 1]
-    with pytest.raises(RuntimeError, match="8 images at a time don't fit .*: use batch_size auto"):
-        in_parts(11, 8, draw, shrink=False)
+        return self.inner(patches, *others)
 
 
-def test_one_image_that_does_not_fit_and_other_errors_are_raised():
-    def full(part: slice) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+def test_where_memory_runs_out_images_are_drawn_in_smaller_parts():
+    one = trained()
+    expected = generate(one, Sampling(steps=1, batch_size=40), list(range(11)))
+    small = TrainedModel(Small(one.model, 3), one.diffusion)
+    images = generate(small, Sampling(steps=1), list(range(11)))
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    assert small.model.asked == [11, 5, 2, 2, 2, 2, 2, 1]
+    generate(small, Sampling(steps=1), list(range(4)))
+    assert small.model.asked[8:] == [2, 2]  # what fits is remembered
+    with pytest.raises(
+        RuntimeError, match="batch_size 8 does not fit .* memory: use auto, or less"
+    ):
+        generate(small, Sampling(steps=1, batch_size=8), list(range(11)))
+    nothing = TrainedModel(Small(one.model, 0), one.diffusion)
+    with pytest.raises(RuntimeError, match="not even one image fits"):
+        generate(nothing, Sampling(steps=1), [0, 1, 2])
 
+
+def test_what_does_not_fit_is_compiled_for_what_does(counter):
+    one = trained()
+    expected = generate(one, Sampling(steps=2, batch_size=40), list(range(11)))
+    small = TrainedModel(Small(one.model, 3), one.diffusion)
+    compile_for_sampling(small, Sampling(compile="on"), 1000, 16)
+    compiled = small.model.forward
+    assert compiled.shape == (2, 16, 4) and counter.frame_count == 1
+    images = generate(small, Sampling(compile="on"), list(range(11)))
+    assert small.model.forward is compiled and counter.frame_count == 1
+    assert images.shape == expected.shape
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
     def wrong(part: slice) -> None:
         raise RuntimeError("shapes don't match")
 
-    with pytest.raises(RuntimeError, match=r"^1 images at a time don't fit .* memory$"):
-        in_parts(3, 2, full, shrink=True)
     with pytest.raises(RuntimeError, match="shapes don't match"):
-        in_parts(3, 2, wrong, shrink=True)
+        in_parts(trained().model, Sampling(), 3, wrong)
+
+
+def test_settings_decide_anew_at_every_call(counter):
+    one, numbers = trained(), list(range(8))
+    generate(one, Sampling(steps=2, batch_size=4, compile="on"), numbers)
+    forward = one.model.forward
+    assert forward.shape == (4, 16, 4)
+    generate(one, Sampling(steps=2, batch_size=4, compile="off"), numbers)
+    assert forward.shape is None
+    generate(one, Sampling(steps=2, batch_size=2, compile="on"), numbers)
+    assert one.model.forward is forward and forward.shape == (2, 16, 4)
+
+
+def test_guidance_is_refused_before_anything_is_compiled(counter):
+    settings = {"steps": 2, "batch_size": 2, "compile": "on"}
+    with pytest.raises(ValueError, match="classifier-free guidance is not possible"):
+        generate(trained(), Sampling(**settings, guidance="classifier-free"), [0, 1])
+    with pytest.raises(ValueError, match="autoguidance needs a weak model"):
+        generate(trained(), Sampling(**settings, guidance="autoguidance"), [0, 1])
+    assert counter.frame_count == 0
+
+
+def test_a_weak_model_that_is_not_asked_is_not_compiled(counter):
+    generate(
+        trained(), Sampling(steps=2, batch_size=2, compile="on"), [0, 1], weak=trained(depth=1)
+    )
+    assert counter.frame_count == 1
+
+
+def test_an_evaluation_compiles_once_and_only_if_it_draws(counter, tmp_path):
+    settings = Sampling(steps=2, batch_size=4, compile="on")
+    first = drawn_samples(trained(), settings, 20, 0, tmp_path)
+    assert counter.frame_count == 1
+    again = drawn_samples(trained(depth=1), settings, 20, 0, tmp_path / "other")
+    assert counter.frame_count == 2 and not np.array_equal(again.images[:], first.images[:])
+    drawn_samples(trained(), settings, 20, 0, tmp_path)
+    assert counter.frame_count == 2
+
+
+def test_an_evaluation_keeps_its_images_in_few_files(tmp_path):
+    """All are held open at once, and many systems allow 1,024."""
+    samples = drawn_samples(trained(), Sampling(steps=1, batch_size=2), 1001, 0, tmp_path)
+    assert samples.images.shape == (1001, 8, 8, 1)
+    assert len(list(samples.folder.iterdir())) <= 100
 
 
 def test_a_batch_size_is_a_number_or_auto():

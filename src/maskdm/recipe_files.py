@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from maskdm.recipe import Recipe
+from maskdm.recipe import Recipe, Sampling
 
 
 def recipe_names() -> list[str]:
@@ -78,8 +78,13 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Lists the settings in which two recipes differ, as `name: old -> new` lines."""
-    return _differences(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
+    """Lists the settings in which two recipes differ, as `name: old -> new` lines.
+
+    Those of how fast samples are drawn don't count.
+    """
+    left_out = {"sampling": set(Sampling.HOW_FAST)}
+    before, now = (one.model_dump(mode="json", exclude=left_out) for one in (old, new))
+    return _differences(before, now, "")
 
 
 def _differences(old: Any, new: Any, name: str) -> list[str]:

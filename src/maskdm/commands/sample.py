@@ -67,7 +67,7 @@ def sample(
     visible = None
     if mask_image is not None:
         picture = read_picture(mask_image, *model.image_shape[:2])
-        visible = patches_of_picture(picture, model.patch_size).expand(num, -1)
+        visible = patches_of_picture(picture, model.patch_size).repeat(num, 1)
     elif mask.rate:
         visible = masks_of_images(mask, model.grid, range(num), seed)
     labels = None if label is None else class_numbers(model.config, label, num)

@@ -11,7 +11,8 @@ from maskdm.diffusion.times import times_at
 from maskdm.engine import autocast, on_all_ranks
 from maskdm.images.joined import Array
 from maskdm.models.trained import TrainedModel
-from maskdm.recipe import Diffusion
+from maskdm.recipe import Diffusion, Sampling
+from maskdm.sampling.speed import in_parts
 from maskdm.seeds import derive_seed
 from maskdm.tokens import patchify
 
@@ -21,7 +22,7 @@ SEED = 0  # names the noise
 
 @torch.no_grad()
 def dense_loss(
-    trained: TrainedModel, images: Array, labels: np.ndarray | None, batch_size: int
+    trained: TrainedModel, images: Array, labels: np.ndarray | None, settings: Sampling
 ) -> np.ndarray:
     """Mean of min(SNR, 1) (x0 - x0_hat)^2 per value, of whole images, by time.
 
@@ -37,7 +38,7 @@ def dense_loss(
         trained: the model, on the device to use.
         images: uint8 (N, H, W, C), N at least 1.
         labels: their classes, int64 (N,); None where the model has none.
-        batch_size: images at a time on this device.
+        settings: how many images at a time.
 
     Returns:
         float64 (10,), from the cleanest times to the noisiest.
@@ -45,13 +46,14 @@ def dense_loss(
     device = next(trained.model.parameters()).device
 
     def of_images(numbers: list[int]) -> Tensor:
-        parts = []
-        for start in range(0, len(numbers), batch_size):
-            chosen = np.array(numbers[start : start + batch_size])
+        def of_part(part: slice) -> Tensor:
+            chosen = np.array(numbers[part])
             pixels = torch.from_numpy(images[chosen]).to(device)
             classes = None if labels is None else torch.from_numpy(labels[chosen]).to(device)
             places = (torch.from_numpy(chosen).to(device) + 0.5) / len(images)  # in a bucket
-            parts.append(_losses(trained, pixels, classes, chosen, places))
+            return _losses(trained, pixels, classes, chosen, places)
+
+        parts = in_parts(trained.model, settings, len(numbers), of_part)
         return torch.cat(parts)  # (n, buckets)
 
     losses = on_all_ranks(len(images), of_images).cpu().double()
@@ -83,7 +85,7 @@ def _losses(
         }
     )
     x0 = patchify(images, model.patch_size).float().div_(127.5).sub_(1)  # (n, N, P)
-    visible = torch.arange(model.num_patches, device=x0.device).expand(len(x0), -1)
+    visible = torch.arange(model.num_patches, device=x0.device).repeat(len(x0), 1)
     losses = []
     for bucket in range(NUM_BUCKETS):
         noise = torch.stack([_noise(number, bucket, tuple(x0.shape[1:])) for number in numbers])

@@ -134,7 +134,7 @@ def _load(path: Path, num: int) -> np.ndarray | None:
     """A piece, memory-mapped; None where the file is damaged."""
     try:
         rows = np.load(path, mmap_mode="r")
-    except (ValueError, OSError, EOFError):
+    except (ValueError, EOFError):
         return None
     return rows if len(rows) == num else None
 

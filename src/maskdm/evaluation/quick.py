@@ -18,7 +18,6 @@ from maskdm.images.store import Store
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Recipe, Sampling
 from maskdm.sampling.generate import generate_on_all_ranks
-from maskdm.sampling.speed import images_at_a_time
 from maskdm.seeds import derive_seed
 from maskdm.settings import changed
 
@@ -87,8 +86,7 @@ class QuickLook:
         if self._has_classes:
             assert self._store.labels is not None  # else training was refused
             labels = self._store.labels[chosen]
-        size = images_at_a_time(trained.model, self._sampling)
-        return dense_loss(trained, self._store.images[chosen], labels, size)
+        return dense_loss(trained, self._store.images[chosen], labels, self._sampling)
 
     def _distances(self, trained: TrainedModel) -> dict[str, Any]:
         if self._reference is None:

@@ -21,8 +21,10 @@ from maskdm.images.store import cache_dir, is_store, load_store, open_store
 from maskdm.images.survey import survey
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Data, Sampling
-from maskdm.sampling.generate import generate
-from maskdm.sampling.speed import compile_for_sampling, images_at_a_time
+from maskdm.sampling.generate import generate, prepare_to_draw
+from maskdm.sampling.speed import images_at_a_time
+
+MOST_PIECES = 100  # files that are held open at once, for each seed
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,18 @@ def drawn_samples(
     }
     key = hashlib.sha256(json.dumps([facts, seed], sort_keys=True).encode()).hexdigest()[:20]
     share = math.ceil(num / process_state().num_processes)
-    for one in (trained, weak):
-        if one is not None:
-            compile_for_sampling(one, sampling, share, model.num_patches)
+
+    def draw(start: int, stop: int) -> np.ndarray:
+        prepare_to_draw(trained, sampling, weak, share, model.num_patches)  # for all pieces
+        return generate(trained, sampling, list(range(start, stop)), seed, weak=weak)
+
+    at_a_time = images_at_a_time(model, sampling)
+    num_pieces = max(MOST_PIECES, 4 * process_state().num_processes)
     images = in_pieces(
         folder / f"samples-{key}",
         num,
-        min(images_at_a_time(model, sampling), share),
-        lambda start, stop: generate(trained, sampling, list(range(start, stop)), seed, weak=weak),
+        min(at_a_time * math.ceil(num / (at_a_time * num_pieces)), share),
+        draw,
         f"drawing {num:,} images of seed {seed}",
         show,
     )

@@ -47,15 +47,16 @@ def attention_kernels(model: Backbone) -> list[str]:
 
     It chooses by device and precision: of the network, and of the autocast round this call.
     `flash`, `efficient`, `cudnn` are fused: their memory grows with the number of tokens, not its
-    square; `math` is products and a softmax. Found by asking the network about one image.
+    square; `math` is products and a softmax. Found by asking the network about a part of an image.
 
     Returns:
         Sorted; empty for a network that has no such attention.
     """
     device = model.device
     values = model.patch_size**2 * model.image_shape[2]
-    patches = torch.zeros(1, model.num_patches, values, device=device)
-    positions = torch.arange(model.num_patches, device=device)[None]
+    num = min(model.num_patches, 64)
+    patches = torch.zeros(1, num, values, device=device)
+    positions = torch.arange(num, device=device)[None]
     labels = torch.zeros(1, dtype=torch.int64, device=device) if model.config.num_classes else None
     t = torch.zeros(1, device=device)
     with _Kernels() as kernels, _Calls() as calls:

@@ -14,9 +14,9 @@ from maskdm.models.build import Backbone
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Sampling
 from maskdm.sampling.denoise import clipped
-from maskdm.sampling.guidance import guided
+from maskdm.sampling.guidance import guided, refuse_guidance
 from maskdm.sampling.samplers import SAMPLERS, Denoise, sampling_levels
-from maskdm.sampling.speed import compile_for_sampling, images_at_a_time, in_parts
+from maskdm.sampling.speed import compile_for_sampling, in_parts
 from maskdm.seeds import derive_seed
 from maskdm.tokens import gather_patches, patchify, scatter_patches, unpatchify
 
@@ -98,11 +98,9 @@ def generate(
             x = scatter_patches(x, positions, model.num_patches)
         return to_uint8(unpatchify(x, model.patch_size, model.grid)).cpu().numpy()
 
+    refuse_guidance(trained, settings, weak)
     num_visible = model.num_patches if visible is None else visible.shape[1]
-    for one in (trained, weak):
-        if one is not None:
-            compile_for_sampling(one, settings, len(indices), num_visible)
-    size = images_at_a_time(model, settings)
+    prepare_to_draw(trained, settings, weak, len(indices), num_visible)
     with tqdm(total=len(indices), desc="sampling", unit="img", disable=not progress) as bar:
 
         def counted(part: slice) -> np.ndarray:
@@ -110,8 +108,27 @@ def generate(
             bar.update(len(images))
             return images
 
-        parts = in_parts(len(indices), size, counted, shrink=settings.batch_size == "auto")
+        parts = in_parts(model, settings, len(indices), counted)
     return np.concatenate([np.empty((0, *shape), np.uint8), *parts])
+
+
+def prepare_to_draw(
+    trained: TrainedModel,
+    settings: Sampling,
+    weak: TrainedModel | None,
+    num: int,
+    num_visible: int,
+) -> None:
+    """Compiles the networks that will be asked, where it is wanted.
+
+    Args:
+        trained, settings, weak: as for `generate`.
+        num: images that will be drawn on this device, perhaps in several calls.
+        num_visible: patches of an image that are drawn.
+    """
+    compile_for_sampling(trained, settings, num, num_visible)
+    if weak is not None and settings.guidance == "autoguidance":
+        compile_for_sampling(weak, settings, num, num_visible)
 
 
 def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:

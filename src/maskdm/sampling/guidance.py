@@ -71,6 +71,14 @@ def guided(
     return denoise
 
 
+def refuse_guidance(trained: TrainedModel, settings: Sampling, weak: TrainedModel | None) -> None:
+    """Raises ValueError where a model can't have the guidance that settings ask for."""
+    if settings.guidance == "classifier-free":
+        no_class(trained.model, 0)
+    elif settings.guidance == "autoguidance":
+        refuse_weak(trained, weak)
+
+
 def no_class(model: Backbone, num: int) -> Tensor:
     """Labels that say "no class": int64 (num,). Raises ValueError where the model knows none."""
     config = model.config

@@ -2,91 +2,108 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import nn
 
 from maskdm.engine import autocast
+from maskdm.models.adapters import GridDenoiser
 from maskdm.models.build import Backbone
 from maskdm.models.compiling import CompiledForward, NotCompiled
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Sampling
 from maskdm.sampling.denoise import x0_denoiser
 
-TOKENS_ON_CPU = 2048  # within its caches, MaskDM-S is fastest so
-TOKENS_ON_GPU = 65_536  # longer matrix products are not faster
+TOKENS_ON_CPU = 2048  # within its caches: MaskDM-S was fastest so
+TOKENS_ON_GPU = 65_536  # rows of its matrix products; an estimate
+PIXELS_A_TOKEN = 16  # of a U-Net, which computes on pixels
 MOST_AT_A_TIME = 1024  # of tiny images
 COMPILE_FROM_FLOPS = 1e17  # minutes of a GPU; less is over before compiling has paid
 
 T = TypeVar("T")
+
+_fitting: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # where more did not
 
 
 def images_at_a_time(model: Backbone, settings: Sampling) -> int:
     """How many images to draw at a time: as the settings say, or as keeps the device busy."""
     if settings.batch_size != "auto":
         return settings.batch_size
-    tokens = TOKENS_ON_CPU if model.device.type == "cpu" else TOKENS_ON_GPU
-    return min(max(1, tokens // model.num_patches), MOST_AT_A_TIME)
+    tokens = model.num_patches
+    if isinstance(model, GridDenoiser) and model.config.kind == "unet2d":
+        height, width, _ = model.image_shape
+        tokens = height * width // PIXELS_A_TOKEN
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    size = (TOKENS_ON_CPU if on_cpu else TOKENS_ON_GPU) // max(tokens, 1)
+    return min(max(1, size), MOST_AT_A_TIME, _fitting.get(model, MOST_AT_A_TIME))
 
 
-def in_parts(num: int, size: int, draw: Callable[[slice], T], shrink: bool) -> list[T]:
-    """Draws `num` images part by part.
+def in_parts(
+    model: Backbone, settings: Sampling, num: int, compute: Callable[[slice], T]
+) -> list[T]:
+    """Computes `num` images part by part; with batch_size auto in smaller ones if memory runs out.
 
     Args:
+        model: what computes.
+        settings: the batch size.
         num: images.
-        size: of a part, at most.
-        draw: draws a part.
-        shrink: halve the parts where memory runs out.
+        compute: what is wanted of a part.
 
     Raises:
-        RuntimeError: they don't fit in the device's memory.
+        RuntimeError: so many images at a time don't fit in the device's memory.
     """
     done, start = [], 0
     while start < num:
+        size = min(images_at_a_time(model, settings), num - start)
         try:
-            done.append(draw(slice(start, min(start + size, num))))
-            start += size
-            continue
+            done.append(compute(slice(start, start + size)))
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            if not shrink or size == 1:
+            if settings.batch_size != "auto":
                 raise RuntimeError(
-                    f"{size} images at a time don't fit in the device's memory"
-                    + ("" if shrink else ": use batch_size auto, or fewer")
+                    f"batch_size {size} does not fit in the device's memory: use auto, or less"
                 ) from error
-        size = max(1, size // 2)
-        gc.collect()  # here the error, which holds the tensors of its frames, is gone
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            if size == 1:
+                raise RuntimeError("not even one image fits in the device's memory") from error
+            _fitting[model] = size // 2
+        else:
+            start += size
+            continue
+        clear_device_cache(garbage_collection=True)  # the error, which holds tensors, is gone
     return done
 
 
-def sampling_flops(model: Backbone, settings: Sampling, num: int, num_visible: int) -> int:
-    """Floating-point operations of a network's forward passes in drawing `num` images.
+def is_worth_compiling(model: Backbone, settings: Sampling, num: int, num_visible: int) -> bool:
+    """Whether to compile a network before it draws.
 
     Args:
         model: the network.
-        settings: sampler, steps, guidance.
-        num: images.
-        num_visible: patches of an image that are drawn.
+        settings: `compile`; sampler, steps, guidance.
+        num: images to draw.
+        num_visible: patches of each.
     """
+    if settings.compile != "auto":
+        return settings.compile == "on"
+    if next(model.parameters()).device.type != "cuda":
+        return False
     evaluations = settings.steps * (2 if settings.sampler == "heun" else 1)
     if settings.guidance == "classifier-free":
         evaluations *= 2
-    return num * evaluations * model.forward_flops(num_visible)
+    return num * evaluations * model.forward_flops(num_visible) >= COMPILE_FROM_FLOPS
 
 
 def compile_for_sampling(
     trained: TrainedModel, settings: Sampling, num: int, num_visible: int
 ) -> None:
-    """Compiles a network for the batches of `generate`, where the settings want it and it pays.
+    """Compiles a network for the batches of `generate`, where it is wanted; once is enough.
 
-    Smaller batches run as written. A network that can't be compiled does, with a warning.
+    Smaller batches run as written. So does what can't be compiled, with a warning.
 
     Args:
         trained: the model, on the device to use.
@@ -94,27 +111,34 @@ def compile_for_sampling(
         num: images that will be drawn on this device, perhaps in several calls.
         num_visible: patches of an image that are drawn.
     """
-    model, device = trained.model, trained.model.device
-    size = images_at_a_time(model, settings)
-    if isinstance(model.forward, CompiledForward) or num < size or settings.compile == "off":
+    model = trained.model
+    forward = model.forward if isinstance(model.forward, CompiledForward) else None
+    if settings.compile == "off" and forward is not None:
+        forward.run_as_written()
+    if not is_worth_compiling(model, settings, num, num_visible):
         return
-    if settings.compile == "auto" and (
-        device.type == "cpu"
-        or sampling_flops(model, settings, num, num_visible) < COMPILE_FROM_FLOPS
-    ):
-        return
-    noise = torch.zeros(size, num_visible, model.patch_size**2 * model.image_shape[2]).to(device)
-    positions = torch.arange(num_visible, device=device).repeat(size, 1)
-    has_classes = model.config.num_classes > 0
-    labels = torch.zeros(size, dtype=torch.int64, device=device) if has_classes else None
-    denoise = x0_denoiser(trained, positions, labels)
+    device = next(model.parameters()).device
+    values = model.patch_size**2 * model.image_shape[2]
 
     @torch.no_grad()
-    def attempt() -> None:
+    def ask(part: slice) -> None:
+        noise = torch.zeros(part.stop - part.start, num_visible, values, device=device)
+        positions = torch.arange(num_visible, device=device).repeat(len(noise), 1)
+        labels = None
+        if model.config.num_classes:
+            labels = torch.zeros(len(noise), dtype=torch.int64, device=device)
         with autocast(device):
-            denoise(noise, 0.0)
+            x0_denoiser(trained, positions, labels)(noise, 0.0)
 
+    size = images_at_a_time(model, settings)
+    if num < size or (forward is not None and forward.shape == (size, num_visible, values)):
+        return
+    if forward is None:
+        forward = CompiledForward(model)
+    forward.run_as_written()
+    in_parts(model, settings, size, ask)  # finds what fits
+    size = images_at_a_time(model, settings)
     try:
-        CompiledForward(model).compile(noise.shape, attempt)
+        forward.compile((size, num_visible, values), lambda: ask(slice(0, size)))
     except NotCompiled as error:
         warnings.warn(f"not compiled, runs as written: {error}", stacklevel=2)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.utils.checkpoint import checkpoint
 
 from maskdm.diffusion.schedule import Schedule
@@ -57,25 +56,31 @@ def make_ready(
         example = _example(recipe, stage, schedule, num, accelerator.device)
         graphs = recipe.compile == "graphs"
         if graphs and (why_not := _no_graphs(accelerator, is_whole=num == share)):
-            say(f"  note: without CUDA graphs, {why_not}")
+            say(f"  note: no CUDA graphs, since {why_not}")
             graphs = False
         attempt = functools.partial(forward_and_backward, model, example)
         try:
-            seconds = network.compile(example.x0.shape, attempt, graphs)
-            say(f"  compiled in {seconds:.0f} s{', with CUDA graphs' if graphs else ''}")
+            done = network.compile(example.x0.shape, attempt, graphs)
         except NotCompiled as error:
             say(f"  not compiled, runs as written: {error}")
+        else:
+            say(
+                f"  compiled in {done.seconds:.0f} s"
+                + (", with CUDA graphs" if done.cuda_graphs else "")
+            )
+            if graphs and not done.cuda_graphs:
+                say("  note: no CUDA graphs, since the compiler can't have them for this network")
     return size
 
 
 def _no_graphs(accelerator: Accelerator, is_whole: bool) -> str | None:
     """Why a stage can't replay CUDA graphs; None = it can."""
     if accelerator.device.type != "cuda":
-        return f"which {accelerator.device.type} hasn't"
+        return f"the device is {accelerator.device.type}"
     if accelerator.num_processes > 1:
-        return "which are for one GPU alone"
+        return "they are for one GPU alone"
     if not is_whole:  # the next micro-batch would overwrite this one's gradients
-        return "which take a batch as a whole, not in micro-batches"
+        return "they take a batch as a whole, not in micro-batches"
     return None
 
 
@@ -98,9 +103,7 @@ def largest_that_fits(share: int, attempt: Callable[[int], None]) -> int:
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
     raise RuntimeError(
         "not even one image at a time fits in the device's memory: use activation_checkpointing, "
         "a smaller model, or larger patches"
