@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from functools import partial
 from pathlib import Path
 
@@ -254,7 +255,21 @@ def test_the_default_compiler_compiles_a_run(changed, tmp_path, capsys):
     assert capsys.readouterr().out.count("compiled in") == 1
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["step"] == 6
-    assert lines[0]["elapsed_sec"] > 1  # compiling is time spent on the run
+
+
+def test_compiling_is_time_spent_on_the_run(changed, tmp_path, monkeypatch):
+    def slow(graph, inputs):
+        time.sleep(1.5)
+        return graph.forward
+
+    class Slow(CompiledForward):
+        def __init__(self, model):
+            super().__init__(model, slow)
+
+    monkeypatch.setattr("maskdm.training.trainer.CompiledForward", Slow)
+    train(changed(compile="on"), tmp_path / "run", show=False)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert lines[0]["elapsed_sec"] > 1.5 and lines[-1]["elapsed_sec"] > 3  # two stages
 
 
 def test_auto_compiles_on_gpus_only():
