@@ -240,6 +240,15 @@ def test_an_evaluation_compiles_once_and_only_if_it_draws(counter, tmp_path):
     assert counter.frame_count == 2
 
 
+def test_an_evaluation_compiles_for_all_that_it_draws(counter, tmp_path, monkeypatch):
+    """Whether it is worth it depends on all images, not on those of a piece."""
+    monkeypatch.setattr(speed, "is_worth_compiling", lambda m, s, num, visible: num >= 20)
+    drawn_samples(trained(), Sampling(steps=2, batch_size=4), 19, 0, tmp_path)
+    assert counter.frame_count == 0
+    drawn_samples(trained(), Sampling(steps=3, batch_size=4), 20, 0, tmp_path)
+    assert counter.frame_count == 1
+
+
 def test_an_evaluation_keeps_its_images_in_few_files(tmp_path):
     """All are held open at once, and many systems allow 1,024."""
     samples = drawn_samples(trained(), Sampling(steps=1, batch_size=2), 1001, 0, tmp_path)
