@@ -234,7 +234,7 @@ class Recipe(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute precision; auto = bf16 where the hardware is good at it, else fp32."""
     compile: Literal["auto", "on", "off", "graphs"] = "auto"
-    """Compile the network, once a stage (torch.compile); auto = on a GPU; graphs = also replay its
+    """Compile the network, once a stage (torch.compile); auto = on a GPU; graphs = also replay
     kernels as a CUDA graph: for steps too small to keep the GPU busy, on one GPU."""
     log_every: int = Field(100, gt=0)
     """Steps between two lines of metrics.jsonl."""
