@@ -2,7 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench gpu-check clean
+.PHONY: demo test lint bench bench-try gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/maskdm train digits --out runs/digits
@@ -10,8 +10,9 @@ demo: $(VENV)/installed
 	$(BIN)/maskdm evaluate runs/digits
 	@echo "grid of samples: runs/digits/grid.png    loss plot: runs/digits/loss.png"
 
+# A worker for each core, with one thread: small networks gain nothing from more.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -20,6 +21,10 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py
+
+# Every benchmark in tiny sizes, to see that the scripts run; the figures mean nothing.
+bench-try: $(VENV)/installed
+	DRY_RUN=1 PYTHON=$(abspath $(BIN)/python) benchmarks/gpu.sh $(shell mktemp -d)
 
 gpu-check: $(VENV)/installed
 	PYTHON=$(abspath $(BIN)/python) benchmarks/gpu.sh gpu-check

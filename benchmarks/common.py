@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from maskdm.engine import device_name
-from maskdm.training.monitor import source_commit
+from maskdm.runs.environment import source_commit
 
 
 def device() -> torch.device:

@@ -39,7 +39,7 @@ from maskdm.images.order import ImageOrder
 from maskdm.images.store import open_store
 from maskdm.images.workers import num_cores
 from maskdm.recipe import Data
-from maskdm.training.monitor import source_commit
+from maskdm.runs.environment import source_commit
 from maskdm.training.step import mirror
 
 TARGETS = {

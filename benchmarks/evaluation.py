@@ -31,12 +31,11 @@ import torch
 from PIL import Image, ImageFilter
 
 from maskdm.evaluation.features import features_of, make_features
-from maskdm.evaluation.measure import measure
-from maskdm.evaluation.reference import Known
-from maskdm.evaluation.statistics import statistics_of
+from maskdm.evaluation.measure import Compared, measure, metrics_to_measure
+from maskdm.evaluation.reference import ReferenceFeatures
 from maskdm.images.store import Store, open_store
 from maskdm.recipe import Data, Evaluation
-from maskdm.training.monitor import source_commit
+from maskdm.runs.environment import source_commit
 
 TARGET_SEC = 180  # of a whole evaluation of 10,000 images of 32 pixels
 
@@ -116,14 +115,17 @@ def main() -> None:
     reference = Store(store.images[half], None, {**store.manifest, "sha256": "every other image"})
     features = make_features(settings, reference, device)
     vectors = features_of(reference.images, features, None)
-    known = Known(statistics_of(vectors), vectors)
+    real = ReferenceFeatures(reference.images, vectors)
+    assert len(real.statistics.mean)  # computed before the clock starts
+    wanted = metrics_to_measure(Compared(settings, features, reference=real))
     print(f"against {len(reference):,} of {source}, {features.name}", file=sys.stderr)
     names: list[str] = []
     for what, images in kinds_of_samples(store, args.num).items():
         start = time.perf_counter()
         of_samples = features_of(images, features, None)
         middle = time.perf_counter()
-        found = measure(of_samples, None, known, settings)
+        compared = Compared(settings, features, images, of_samples, reference=real)
+        found = measure(compared, wanted)
         if not names:
             names = list(found)
             print(f"{'samples':22}{'num':>7}" + "".join(f"{n:>18}" for n in names), file=sys.stderr)

@@ -35,8 +35,7 @@ from maskdm.diffusion.objective import masked_denoising_loss
 from maskdm.diffusion.schedule import make_schedule
 from maskdm.engine import make_accelerator
 from maskdm.masks import num_visible
-from maskdm.models.adapters import GridDenoiser
-from maskdm.models.attention import attention_kernels
+from maskdm.models.adapters import DiffusersDenoiser
 from maskdm.models.compiling import CompiledForward
 from maskdm.models.uvit import TIME_SCALE, UViT, timestep_embedding
 from maskdm.recipe import Data, Diffusion, Mask, Model, Recipe, Stage
@@ -171,11 +170,11 @@ def baseline_step(
 
 def unet_step(
     size: Size, batch_size: int, accelerator: Any
-) -> tuple[Callable[[int], None], GridDenoiser]:
+) -> tuple[Callable[[int], None], DiffusersDenoiser]:
     """diffusers' UNet2DModel with its default channels, whole images."""
     device = accelerator.device
     options = {"norm_num_groups": 32, "block_out_channels": [224, 448, 672, 896]}
-    model = GridDenoiser("unet2d", size.image, size.patch, options=options).to(device)
+    model = DiffusersDenoiser("unet2d", size.image, size.patch, options=options).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     values = size.patch**2 * 3
@@ -284,8 +283,6 @@ def prepared(
             counted = UViT(size.image, size.patch, 3, size.width, num_heads=size.heads)
         return [step], facts, 3 * counted.forward_flops(visible)
     step, core, model = our_step(size, rate, batch_size, how, accelerator)
-    with accelerator.autocast():
-        facts["attention"] = attention_kernels(model)
     return [step, core], facts, 3 * model.forward_flops(visible)
 
 

@@ -1,6 +1,6 @@
 """Draws the pictures of these pages: `python docs/pictures.py [RUN]`.
 
-Schedules, weights and masks need nothing. Solvers, guidance and inpainting are drawn from a run of
+Schedules, weights and masks need no run. Solvers, guidance and inpainting are drawn with a run of
 `maskdm train digits --model.num-classes 10 --out RUN`.
 """
 
@@ -18,24 +18,25 @@ from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits, load_sample_image
 
 from maskdm.diffusion.objective import loss_weight, space_factor
-from maskdm.diffusion.schedule import SCHEDULES, make_schedule
+from maskdm.diffusion.schedule import make_schedule
 from maskdm.evaluation.distances import frechet_distance
-from maskdm.evaluation.features import FEATURES
+from maskdm.evaluation.features import make_features
+from maskdm.families import SAMPLERS, SCHEDULES
 from maskdm.images.output import image_grid
-from maskdm.images.store import center_crop
+from maskdm.images.prepare import center_crop
+from maskdm.images.store import open_store
 from maskdm.masks import draw_visible, effective_rate
-from maskdm.recipe import Diffusion, Evaluation, Mask, Sampling
+from maskdm.recipe import Data, Diffusion, Evaluation, Mask, Sampling
+from maskdm.runs.load import load_model, load_weak
 from maskdm.sampling.generate import generate
 from maskdm.sampling.inpaint import inpaint
-from maskdm.sampling.samplers import SAMPLERS
 from maskdm.tokens import patchify, unpatchify
-from maskdm.training.load import load_model, load_weak
 
 IMAGES = Path(__file__).parent / "images"
 
 
 def draw_schedules() -> None:
-    """Signal, log-SNR over time; the weights of the error in eps over log-SNR."""
+    """Signal and log-SNR over time; the weights of the error in eps over log-SNR."""
     figure, (power, ratio, weight) = _figure(13, 3.8, 3)
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     for name in SCHEDULES:
@@ -51,7 +52,7 @@ def draw_schedules() -> None:
     log_snr = schedule.log_snr(t)
     middle = int(log_snr.abs().argmin())
     for kind in ("uniform", "min-snr", "p2", "sigmoid"):
-        settings = Diffusion(schedule="vp-cosine", prediction="eps", weighting=kind)
+        settings = Diffusion(schedule="vp-cosine", prediction="eps", weighting={"kind": kind})
         values = loss_weight(settings, schedule, t)
         weight.plot(log_snr, values / values[middle], label=kind)
     settings = Diffusion(schedule="vp-cosine", prediction="eps", loss_space="v")
@@ -65,7 +66,7 @@ def draw_schedules() -> None:
 def draw_masks() -> None:
     """The paper's masks on a photograph: 64 pixels, patches of 4."""
     photo = Image.fromarray(load_sample_image("flower.jpg")).crop((170, 40, 530, 400))
-    pixels = np.asarray(center_crop(photo, 64))
+    pixels = np.asarray(center_crop(photo, (64, 64)))
     masks = [
         ("whole", Mask()),
         ("patch 50 %", Mask(kind="patch", rate=0.5)),
@@ -97,9 +98,10 @@ def draw_masks() -> None:
 def draw_solvers(run: str) -> None:
     """Distance of 1,000 samples from the digits by solver and number of evaluations."""
     loaded = load_model(run)
-    real = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[..., None]
-    features = FEATURES["pca"](real, Evaluation(num_components=32, pixel_max=16))
-    reference, curves = features(real), {}
+    real = open_store(Data(source="digits", size=8, channels=1))
+    settings = Evaluation(features="pca", num_components=32, pixel_max=16)
+    features = make_features(settings, real, torch.device("cpu"))
+    reference, curves = features.extract(real.images[:]), {}
     for sampler in SAMPLERS:
         points = []
         for steps in (5, 8, 12, 20, 35, 60, 100, 200):
@@ -107,9 +109,9 @@ def draw_solvers(run: str) -> None:
             settings = Sampling(sampler=sampler, steps=steps, spacing=spacing, batch_size=1000)
             try:
                 images = generate(loaded.trained, settings, list(range(1000)))
-            except ValueError:  # Euler-Maruyama refuses to take so few
+            except ValueError:  # Euler-Maruyama refuses so few steps
                 continue
-            distance = frechet_distance(features(images), reference)
+            distance = frechet_distance(features.extract(images), reference)
             points.append((2 * steps - 1 if sampler == "heun" else steps, distance))
             print(f"{sampler:16} {steps:4} steps  {distance:7.2f}", flush=True)
         curves[sampler] = points
@@ -117,7 +119,7 @@ def draw_solvers(run: str) -> None:
 
 
 def plot_solvers(curves: dict[str, list[tuple[int, float]]]) -> None:
-    """Draws (evaluations, distance) by sampler."""
+    """Plots distance against evaluations, a line for each sampler."""
     figure, (axes,) = _figure(7, 4, 1)
     for sampler, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker=".", label=sampler)
@@ -132,15 +134,15 @@ def plot_solvers(curves: dict[str, list[tuple[int, float]]]) -> None:
 
 
 def draw_guidance(run: str) -> None:
-    """The same noise and classes under each kind of guidance."""
+    """Images from the same noise and classes under each kind of guidance."""
     loaded = load_model(run)
     kinds = [
         ("no guidance", {}),
-        ("classifier-free 3", {"guidance": "classifier-free", "guidance_scale": 3.0}),
-        ("autoguidance 1.3", {"guidance": "autoguidance", "guidance_scale": 1.3}),
-        ("sparse 1.5", {"guidance": "sparse", "guidance_scale": 1.5}),
+        ("classifier-free 3", {"guidance": {"kind": "classifier-free", "scale": 3.0}}),
+        ("autoguidance 1.3", {"guidance": {"kind": "autoguidance", "scale": 1.3}}),
+        ("sparse 1.5", {"guidance": {"kind": "sparse", "scale": 1.5}}),
     ]
-    weak = load_weak(loaded.found, "primer").trained
+    weak = load_weak(loaded.location, "primer").trained
     titled = []
     for name, changes in kinds:
         settings = Sampling(**{"steps": 50, **changes})
@@ -150,7 +152,7 @@ def draw_guidance(run: str) -> None:
 
 
 def draw_inpainting(run: str) -> None:
-    """Six digits with a part hidden, and four ways to fill each."""
+    """Six digits with their right half hidden, each filled four times."""
     loaded = load_model(run)
     digits = np.round(load_digits().images[[3, 5, 8, 17, 20, 29]] * (255 / 16)).astype(np.uint8)
     unknown = np.zeros((8, 8), bool)
@@ -188,7 +190,7 @@ def _dress(axes: Axes, title: str, x: str, y: str) -> None:
 
 
 def _row(titled: list[tuple[str, Image.Image]]) -> Image.Image:
-    """Pictures side by side, each under its title."""
+    """Pictures side by side, each with its title above."""
     gap, top = 10, 26
     width = sum(image.width + gap for _, image in titled) + gap
     sheet = Image.new("RGB", (width, max(image.height for _, image in titled) + top + gap), "white")

@@ -3,11 +3,11 @@
     python examples/swiss_roll.py [--seed 0] [--out swiss-roll.png] [--json results.json]
 
 A point (x, y) is an image of two patches, each a single value. Pre-training hides one of the two,
-so all that there is to learn are the marginals p(x) and p(y); fine-tuning then shows both. The
-dense control spends the same compute on both from the start. Each is sampled, measured and drawn.
+so only the marginals p(x) and p(y) can be learned; fine-tuning then shows both. The dense control
+spends the same compute on both patches from the start. Each model is sampled, measured and drawn.
 
-The primer is sampled twice: one patch at a time, as it was trained, which gives p(x) p(y); and
-with both at once, as Figure 2 has it, which no step of its training saw.
+The primer is sampled in two ways: one patch at a time, as it was trained, which gives p(x) p(y);
+and both at once, as in Figure 2, which no step of its training showed it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from torch import Generator, Tensor, nn
 from maskdm.diffusion.objective import masked_denoising_loss
 from maskdm.diffusion.schedule import make_schedule
 from maskdm.diffusion.times import Share, draw_times
+from maskdm.families import SAMPLERS
 from maskdm.masks import draw_visible, num_visible
 from maskdm.models.trained import TrainedModel
 from maskdm.models.uvit import UViT
 from maskdm.recipe import Diffusion, Mask, Sampling, Stage
 from maskdm.sampling.denoise import x0_denoiser
-from maskdm.sampling.samplers import SAMPLERS, sampling_levels
+from maskdm.sampling.samplers import sampling_levels
 from maskdm.seeds import derive_seed
 from maskdm.tokens import gather_patches
 from maskdm.training.ema import make_average, update_average
@@ -42,8 +43,8 @@ GRID = (1, 2)  # rows, columns of patches: x at position 0, y at position 1
 NUM_TRAIN, NUM_FRESH, NUM_SAMPLES = 100_000, 20_000, 5_000
 
 # A point settles on one of the roll's arms while the noise is nearly as wide as the gap between
-# them, at times around a quarter: these are drawn most.
-TIMES = {"time_sampling": "logit-normal", "logit_mean": -1.0}
+# them, at times around 0.25, so training draws these most often.
+TIMES = {"times": {"kind": "logit-normal", "mean": -1.0}}
 DIFFUSION = Diffusion(schedule="flow", prediction="flow", **TIMES)
 SAMPLING = Sampling(sampler="dpm-solver", steps=50, clip_x0=False)
 
@@ -63,19 +64,19 @@ def make_model(seed: int) -> UViT:
 
 
 def make_stage(name: str, mask: Mask, steps: int) -> Stage:
-    """A stage of training; the mask and the length are all that differs."""
+    """A stage of training; stages differ only in mask and length."""
     rates: dict[str, Any] = {"lr": 4e-3, "lr_schedule": "cosine", "ema_decay": 0.995}
-    rates |= {"warmup_steps": min(100, steps // 2), "betas": (0.9, 0.99)}
+    rates |= {"warmup": min(100, steps // 2), "betas": (0.9, 0.99)}
     return Stage(name=name, mask=mask, steps=steps, batch_size=256, **rates)
 
 
 def stage_flops(model: UViT, stage: Stage) -> int:
-    """Operations of a stage: a step is a forward pass, and twice that backward."""
+    """Floating-point operations of a stage; a backward pass costs two forward passes."""
     return 3 * model.forward_flops(num_visible(stage.mask, GRID)) * stage.batch_size * stage.steps
 
 
 def train(model: UViT, stage: Stage, points: Tensor, seed: int) -> UViT:
-    """Trains a model in place on points (N, 2, 1); gives the average of its weights."""
+    """Trains a model in place on points (N, 2, 1); returns the average of its weights."""
     print(f"{stage.name}: {stage.steps:,} steps", flush=True)
     generator = Generator().manual_seed(derive_seed(seed, stage.name))
     schedule, share = make_schedule(DIFFUSION.schedule), Share(stage.batch_size)
@@ -85,7 +86,7 @@ def train(model: UViT, stage: Stage, points: Tensor, seed: int) -> UViT:
         drawn = torch.randint(len(points), (stage.batch_size,), generator=generator)
         visible = draw_visible(stage.mask, GRID, stage.batch_size, generator)  # (B, V)
         x0 = gather_patches(points[drawn], visible)  # (B, V, 1)
-        t = draw_times(DIFFUSION, schedule, share, generator, generator)
+        t = draw_times(DIFFUSION.times, schedule, share, generator, generator)
         noise = torch.randn(x0.shape, generator=generator)
 
         # Follow the gradient of the denoising loss on the visible patches.
@@ -102,14 +103,14 @@ def train(model: UViT, stage: Stage, points: Tensor, seed: int) -> UViT:
 
 @torch.no_grad()
 def sample(model: UViT, num: int, seed: int, groups: list[list[int]]) -> Tensor:
-    """Points (num, 2, 1); the network is shown one group of patches without the others.
+    """Samples points (num, 2, 1); the network sees one group of patches at a time.
 
-    [[0, 1]] are samples of both, [[0], [1]] of each one's own marginal.
+    [[0, 1]] samples both together, [[0], [1]] each from its own marginal.
     """
     noise = torch.randn(num, 2, 1, generator=Generator().manual_seed(derive_seed(seed, "sample")))
     trained = TrainedModel(model, DIFFUSION)
     levels = sampling_levels(trained.schedule, SAMPLING)
-    solve, parts = SAMPLERS[SAMPLING.sampler], []
+    solve, parts = SAMPLERS[SAMPLING.sampler].run, []
     for group in groups:
         denoise = x0_denoiser(trained, torch.tensor(group).expand(num, -1), labels=None)
         parts.append(solve(denoise, noise[:, group], levels, SAMPLING, []))
@@ -119,11 +120,11 @@ def sample(model: UViT, num: int, seed: int, groups: list[list[int]]) -> Tensor:
 def energy_distance(a: Tensor, b: Tensor, block_size: int = 100) -> float:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| over all pairs of two sets of points, (N, D) and (M, D).
 
-    0 for equal sets, above it else. Holds `block_size` rows of a table of distances at a time.
+    0 for equal sets, otherwise above 0. Holds `block_size` rows of the distance table at a time.
     """
 
     def mean_distance(u: Tensor, v: Tensor) -> float:
-        exact = "donot_use_mm_for_euclid_dist"  # matrix products would round small distances off
+        exact = "donot_use_mm_for_euclid_dist"  # matrix products lose small distances to rounding
         blocks = u.double().split(block_size)
         total = sum(torch.cdist(x, v.double(), compute_mode=exact).sum().item() for x in blocks)
         return total / (len(u) * len(v))
@@ -132,13 +133,13 @@ def energy_distance(a: Tensor, b: Tensor, block_size: int = 100) -> float:
 
 
 def distances(points: Tensor, data: Tensor) -> dict[str, float]:
-    """Energy distance of points (N, 2, 1) from data (M, 2, 1), Wasserstein ones of x and y."""
+    """Energy distance of points (N, 2, 1) from data (M, 2, 1); Wasserstein distances of x and y."""
     x, y = (float(wasserstein_distance(points[:, i, 0], data[:, i, 0])) for i in (0, 1))
     return {"energy": energy_distance(points[..., 0], data[..., 0]), "W1 x": x, "W1 y": y}
 
 
 def plot(panels: dict[str, Tensor], rows: dict[str, dict[str, float]], path: Path) -> None:
-    """Draws densities of points (N, 2, 1) side by side, in the same colours."""
+    """Plots densities of points (N, 2, 1) side by side, in the same colours."""
     figure = Figure(figsize=(3 * len(panels), 3.5), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharex=True, sharey=True)
     for axes, (name, points) in zip(all_axes, panels.items(), strict=True):
@@ -155,12 +156,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("swiss-roll.png"), help="the picture")
     parser.add_argument("--json", type=Path, help="a file for the figures")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the steps and samples")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps and samples")
     args = parser.parse_args(argv)
     seed, num = args.seed, round(args.scale * NUM_SAMPLES)
     points = roll(NUM_TRAIN, seed, "train")
 
-    # Pre-train with one patch of two hidden; go on from there with both shown.
+    # Pre-train with one of the two patches hidden, then fine-tune with both shown.
     pre_train = make_stage("pre-train", Mask(kind="patch", rate=0.5), round(args.scale * 1500))
     fine_tune = make_stage("fine-tune", Mask(), round(args.scale * 4800))
     model = make_model(seed)
@@ -173,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     control = make_stage("dense control", Mask(), control_steps)
     dense = train(make_model(seed), control, points, seed)
 
-    # Draw as many points of each, from the same noise; measure all against fresh data.
+    # Draw the same number of points from each, from the same noise; measure against fresh data.
     panels = {
         "data": roll(num, seed, "data"),
         "primer, one patch at a time": sample(primer, num, seed, [[0], [1]]),
@@ -195,5 +196,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # of steps this small a second thread makes slower ones
+    torch.set_num_threads(1)  # a second thread makes steps this small slower
     main()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import maskdm  # noqa: F401  # isort: skip (before torch: it sets how threads wait)
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from torch import nn
 
 from maskdm.recipe import Recipe
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does, before torch
 settings.register_profile("maskdm", deadline=None)  # nothing is timed in a test
 settings.load_profile("maskdm")
 
@@ -34,11 +34,11 @@ def _same_numbers_every_time():
 
 
 def tiny_settings() -> dict[str, Any]:
-    stage = {"batch_size": 8, "lr": 1e-3, "betas": (0.9, 0.99), "warmup_steps": 2, "clip": 1.0}
+    stage = {"batch_size": 8, "lr": 1e-3, "betas": (0.9, 0.99), "warmup": 2, "clip": 1.0}
     return {
         "data": {"source": "digits", "size": 8, "channels": 1},
         "model": {"patch_size": 2, "embed_dim": 16, "depth": 3, "num_heads": 2},
-        "diffusion": {"schedule": "cosine", "prediction": "x0", "weighting": "min-snr"},
+        "diffusion": {"schedule": "cosine", "prediction": "x0", "weighting": {"kind": "min-snr"}},
         "stages": [
             {"name": "hide", "mask": {"kind": "block", "rate": 0.5}, "steps": 6, **stage},
             {"name": "show", "steps": 5, **stage},

@@ -10,11 +10,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskdm.hub import load_pipeline, pipeline_of_run, save_pipeline
-from maskdm.models.adapters import GridDenoiser
-from maskdm.models.attention import attention_kernels
+from maskdm.export.pipeline import load, pipeline_of_run, save_pipeline
+from maskdm.models.adapters import DiffusersDenoiser
 from maskdm.models.build import build_model
 from maskdm.recipe import Sampling
+from maskdm.tokens import gather_patches, patchify
 from maskdm.training.trainer import train
 
 README = Path(__file__).parents[1] / "README.md"
@@ -26,51 +26,70 @@ KINDS = {"dit": {"depth": 2}, "unet2d": {"options": UNET}}
 SIZES = {"image_size": 8, "patch_size": 2, "channels": 1, "embed_dim": 16, "num_heads": 2}
 
 
-def network(kind: str, **changes) -> GridDenoiser:
-    model = GridDenoiser(kind, **{**SIZES, **KINDS[kind], **changes}).eval()
+def network(kind: str, **changes) -> DiffusersDenoiser:
+    model = DiffusersDenoiser(kind, **{**SIZES, **KINDS[kind], **changes}).eval()
     for parameter in model.parameters():  # diffusers starts some layers at zero
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
-def test_the_kernel_of_attention_is_found():
-    plain = {**UNET, "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-    without = network("unet2d", options={**plain, "add_attention": False})
-    assert attention_kernels(network("dit")) == ["flash"]
-    assert attention_kernels(without) == []
-    with sdpa_kernel(SDPBackend.MATH):
-        assert attention_kernels(network("dit", num_classes=3)) == ["math"]
+def as_patches(images: torch.Tensor) -> torch.Tensor:
+    """(B, 1, 8, 8) as patches of 2x2 pixels: (B, 16, 4)."""
+    return patchify(images.movedim(1, 3), 2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_answer_is_the_networks_own_where_patches_are_shown(kind):
+def test_the_unets_answer_is_its_own_where_patches_are_shown():
     """Against diffusers' network called by hand on an image whose hidden patches are zero."""
-    model = network(kind)
-    patches, t = torch.randn(2, 3, 4), torch.tensor([0.2, 0.8])
+    model = network("unet2d")
+    images, t = torch.zeros(2, 1, 8, 8), torch.tensor([0.2, 0.8])
     visible = torch.tensor([[0, 5, 15], [2, 3, 9]])
-    images = torch.zeros(2, 1, 8, 8)
     for b in range(2):
-        for v, place in enumerate(visible[b].tolist()):
+        for place in visible[b].tolist():
             row, column = 2 * (place // 4), 2 * (place % 4)
-            images[b, 0, row : row + 2, column : column + 2] = patches[b, v].view(2, 2)
-    labels = torch.zeros(2, dtype=torch.int64) if kind == "dit" else None
+            images[b, 0, row : row + 2, column : column + 2] = torch.randn(2, 2)
     with torch.no_grad():
-        expected = model.net(images, t * 999, class_labels=labels).sample
-        actual = model(patches, visible, t)
-    for b in range(2):
-        for v, place in enumerate(visible[b].tolist()):
-            row, column = 2 * (place // 4), 2 * (place % 4)
-            answer = expected[b, 0, row : row + 2, column : column + 2].flatten()
-            torch.testing.assert_close(actual[b, v], answer)
+        expected = as_patches(model.net(images, t * 999).sample)
+        actual = model(gather_patches(as_patches(images), visible), visible, t)
+    torch.testing.assert_close(actual, gather_patches(expected, visible))
+
+
+def test_dit_on_all_patches_is_diffusers_own():
+    model = network("dit", num_classes=3)
+    images, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.2, 0.8]), torch.tensor([1, 3])
+    places = torch.arange(16).expand(2, 16)
+    with torch.no_grad():
+        expected = as_patches(model.net(images, t * 999, class_labels=labels).sample)
+        torch.testing.assert_close(model(as_patches(images), places, t, labels), expected)
+        order = torch.randperm(16)  # nothing but its position tells a patch where it is
+        shuffled = model(as_patches(images)[:, order], places[:, order], t, labels)
+        torch.testing.assert_close(shuffled, expected[:, order])
+
+
+def test_dit_starts_as_adaln_zero_does():
+    """The output is 0, and each block is the identity (Peebles & Xie 2022, Section 3.2)."""
+    model = DiffusersDenoiser("dit", **SIZES, depth=2)
+    x, step, label = torch.randn(2, 5, 16), torch.tensor([0.0, 999.0]), torch.zeros(2).long()
+    with torch.no_grad():
+        for block in model.net.transformer_blocks:
+            assert torch.equal(block(x, timestep=step, class_labels=label), x)
+        answer = model(torch.randn(1, 3, 4), torch.tensor([[0, 5, 9]]), torch.rand(1))
+    assert torch.equal(answer, torch.zeros(1, 3, 4))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_masks_save_no_compute_and_the_count_says_so(kind):
+def test_the_count_of_operations_is_pytorchs_and_tells_what_masks_save(kind):
     model = network(kind)
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused ones may go uncounted
-        model(torch.randn(1, 16, 4), torch.arange(16)[None], torch.rand(1))
-    assert model.forward_flops(16) == model.forward_flops(2) == counter.get_total_flops() > 0
+    counts = []
+    for num in (2, 16):
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused: may be uncounted
+            model(torch.randn(1, num, 4), torch.arange(num)[None], torch.rand(1))
+        assert model.forward_flops(num) == counter.get_total_flops() > 0
+        counts.append(model.forward_flops(num))
+    if kind == "dit":
+        assert counts[0] < counts[1] / 4
+    else:
+        assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,11 +117,11 @@ def test_options_that_diffusers_does_not_take_are_refused(changed, tiny):
         network("unet2d", options={"blocks": 3})
     with pytest.raises(ValueError, match="dropout draws numbers that a resumed run"):
         network("dit", options={"dropout": 0.1})
-    with pytest.raises(ValueError, match="UNet2DModel can't be made so for images of 8x8 pixels"):
+    with pytest.raises(ValueError, match="UNet2DModel cannot be made .* for images of 8x8 pixels"):
         network("unet2d", options={**UNET, "block_out_channels": [8]})
-    with pytest.raises(ValueError, match=r"it turns \(1, 1, 8, 8\) into \(1, 2, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"it turns \(1, 16, 4\) into \(1, 16, 8\)"):
         network("dit", options={"out_channels": 2})
-    with pytest.raises(ValueError, match="UNet2DModel can't be made so for images of 6x6 pixels"):
+    with pytest.raises(ValueError, match="UNet2DModel cannot be made .* for images of 6x6 pixels"):
         network(
             "unet2d",
             image_size=6,
@@ -113,9 +132,9 @@ def test_options_that_diffusers_does_not_take_are_refused(changed, tiny):
                 "up_block_types": ["UpBlock2D"] * 3,
             },
         )
-    with pytest.raises(ValueError, match="unknown kind of network 'unet': known are dit, unet2d"):
-        GridDenoiser("unet")
-    with pytest.raises(ValueError, match="options are for kind dit or unet2d"):
+    with pytest.raises(ValueError, match="unknown kind of network 'unet': did you mean unet2d"):
+        DiffusersDenoiser("unet")
+    with pytest.raises(ValueError, match="options is for kind dit or unet2d"):
         changed(model={**tiny.model.model_dump(), "options": {"a": 1}})
 
 
@@ -125,16 +144,16 @@ def test_a_recipe_trains_saves_and_samples_them(kind, tiny, changed, tmp_path, c
     stages = [{**stage.model_dump(), "activation_checkpointing": True} for stage in tiny.stages]
     recipe = changed(model=model, stages=stages)
     result = train(recipe, tmp_path / "run")
-    name = {"dit": "DiT", "unet2d": "U-Net"}[kind]
-    assert f"{name} needs the whole grid, so that masks save no compute" in capsys.readouterr().out
+    is_noted = "U-Net needs the whole grid: masks save no compute" in capsys.readouterr().out
+    assert is_noted == (kind == "unet2d")
     first = build_model(recipe).state_dict()
     last = result.ema.state_dict()
     moved = [key for key in first if not torch.equal(first[key], last[key])]
     assert len(moved) > 0.9 * len(first)
     save_pipeline(pipeline_of_run(result.ema, recipe), tmp_path / "run" / "model")
     for place in ("run", "run@hide"):
-        pipeline = load_pipeline(f"{tmp_path}/{place}")
-        settings = Sampling(steps=3, guidance="classifier-free")
+        pipeline = load(f"{tmp_path}/{place}")
+        settings = Sampling(steps=3, guidance={"kind": "classifier-free"})
         images = pipeline(num_images=2, settings=settings, output_type="np").images
         assert images.shape == (2, 8, 8, 1)
 

@@ -21,15 +21,16 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from maskdm.cli import main
-from maskdm.commands.check_sheet import HIDDEN, draw_sheet, hide
 from maskdm.images import check, duplicates
 from maskdm.images.check import Samples, examine
 from maskdm.images.diagnosis import Report
+from maskdm.images.inspection import inspect_images
 from maskdm.images.known import KNOWN
-from maskdm.images.look import look_at, on_grey
+from maskdm.images.output import on_grey
 from maskdm.images.prepare import reason
 from maskdm.masks import effective_rate
 from maskdm.recipe import Data, Mask, Recipe
+from maskdm.report.sheets import HIDDEN, draw_sheet, hide
 
 
 def texture(seed: int, size: tuple[int, int] = (32, 32), channels: int = 3) -> np.ndarray:
@@ -100,7 +101,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (dog / "bomb.png").write_bytes(bomb())
     (dog / "gone.png").symlink_to(root / "nowhere.png")
     (cat / os.fsdecode(b"latin-\xe9.png")).write_bytes(b"no image")
-    # No images.
+    # Not images.
     (root / ".DS_Store").write_bytes(b"litter")
     (root / "notes.txt").write_text("a note")
     (dog / "phone.heic").write_bytes(b"....ftypheic")
@@ -112,7 +113,7 @@ BAD = {
     "dog/bomb.png": "decompression bomb: far too many pixels",
     "dog/cut.jpg": "truncated: the file ends early",
     "dog/empty.jpg": "empty file",
-    "dog/gone.png": "dangling link: what it points to isn't there",
+    "dog/gone.png": "dangling link: its target does not exist",
     "dog/text.png": "not an image",
 }
 
@@ -139,19 +140,17 @@ def test_the_report_counts_images_and_classes(report, mixed):
     assert report.classes == {"cat": 8, "dog": 8} and report.no_classes is None
 
 
-def test_the_report_tells_sizes_as_they_are_seen(report):
+def test_the_report_has_sizes_after_rotation(report):
     assert report.width == (4, 32, 400) and report.height == (4, 32, 40)
     assert report.sizes[0] == (32, 32, 13)
     assert (24, 40, 1) in report.sizes  # turned
     assert report.enlarged == ["dog/tiny.png"]
     assert report.extreme == ["dog/panorama.png"]
-    assert "1 image is smaller than what is asked for and will be enlarged" in (
-        texts(report, "warning")
-    )
-    assert "crop center cuts away more than half of 1 image" in texts(report, "warning")
+    assert "1 image is smaller than 16x16 and will be enlarged" in (texts(report, "warning"))
+    assert "crop center removes more than half of 1 image" in texts(report, "warning")
 
 
-def test_the_report_tells_formats_modes_and_what_is_special(report):
+def test_the_report_has_formats_modes_and_special_traits(report):
     assert report.formats == {"PNG": 9, "JPEG": 4, "GIF": 2, "BMP": 1}
     assert report.modes == {"RGB": 9, "P": 2, "RGBA": 2, "CMYK": 1, "I;16": 1, "L": 1}
     assert report.traits == {
@@ -163,26 +162,26 @@ def test_the_report_tells_formats_modes_and_what_is_special(report):
         "several frames": 1,
     }
     notes = texts(report, "note")
-    assert "2 images have transparent parts, to be laid on white: --data.background" in notes
-    assert "1 file has several frames, and the first is used" in notes
+    assert "2 images have transparent parts, drawn over white: --data.background" in notes
+    assert "1 file has several frames, of which the first is used" in notes
 
 
 def test_the_report_names_unreadable_images_with_the_reason(report):
     assert dict(report.unreadable) == BAD
     assert not report.usable
     assert texts(report, "error") == (
-        "6 images of 22 can't be read, and training leaves out 1% by itself: mend or remove them, "
-        "or leave them out with --data.on-bad skip (here --on-bad skip)"
+        "6 images of 22 cannot be read, but training skips up to 1% by default: fix or remove "
+        "them, or skip them with --data.on-bad skip (here --on-bad skip)"
     )
 
 
-def test_a_file_that_may_not_be_read_is_said_to_be_one():
+def test_a_file_without_read_permission_has_a_reason_of_its_own():
     assert reason(PermissionError(13, "Permission denied", "a.png")) == "permission denied"
 
 
-def test_the_report_tells_files_passed_over_and_why(report):
-    assert report.passed_over == {".heic": 1, ".txt": 1, "hidden": 1}
-    assert "1 .heic file is passed over; Pillow can't read HEIC: convert" in (
+def test_the_report_counts_skipped_files_and_says_why(report):
+    assert report.skipped == {".heic": 1, ".txt": 1, "hidden": 1}
+    assert "1 .heic file is skipped, because Pillow cannot read HEIC: convert" in (
         texts(report, "warning")
     )
 
@@ -210,7 +209,7 @@ def test_it_is_printed_in_lines_of_a_terminals_width(mixed, monkeypatch, capsys)
     assert "cat/latin-\\udce9.png: not an image" in text
     assert "dog/cut.jpg: truncated: the file ends early" in text
     assert "and 1 more; --json lists all" in text  # of six unreadable ones
-    assert "passed over .heic (1), .txt (1), hidden (1)" in text
+    assert "skipped .heic (1), .txt (1), hidden (1)" in text
     assert "equal cat/one.png, dog/one-again.bmp" in text
     assert text.endswith("not usable: 1 error")
 
@@ -227,11 +226,11 @@ def test_unreadable_images_make_a_source_unusable_by_on_bad(tmp_path, capsys):
         picture(i).save(tmp_path / f"{i}.png")
     assert printed(capsys, str(tmp_path), "--size", "32").endswith("\nusable\n")
     (tmp_path / "bad.png").write_bytes(b"no image")
-    assert "1 image of 4 can't be read, and training" in " ".join(
+    assert "1 image of 4 cannot be read, but training" in " ".join(
         printed(capsys, str(tmp_path), code=2).split()
     )
     text = printed(capsys, str(tmp_path), "--on-bad", "skip")
-    assert "1 image of 4 can't be read and will be left out" in " ".join(text.split())
+    assert "1 image of 4 cannot be read and will be skipped" in " ".join(text.split())
     assert "on-bad error allows none" in printed(capsys, str(tmp_path), "--on-bad", "error", code=2)
     for i in range(3):
         (tmp_path / f"{i}.png").unlink()
@@ -263,7 +262,7 @@ def test_settings_are_the_recipes_unless_flags_say_otherwise(tmp_path, capsys):
         ("nowhere", "nowhere does not exist"),
         ("images --recipe digts", "did you mean digits"),
         ("images --size 30 --recipe celeba64", "not a multiple of model.patch_size 4: use 28"),
-        ("images --sheet x.jpg", "name a file that ends in .png"),
+        ("images --sheet x.jpg", "use the name of a file that ends in .png"),
         ("store", "store is a packed store: check the images that it was made from"),
         ("celeba", "get it from https://mmlab"),
     ],
@@ -283,15 +282,15 @@ def test_without_classes_it_says_why(tmp_path):
         return examine(Data(source=str(source)), progress=False).no_classes
 
     picture(0).save(tmp_path / "a.png")
-    assert why(tmp_path) == "all images lie in one folder"
+    assert why(tmp_path) == "all images are in one folder"
     (tmp_path / "cat").mkdir()
     picture(1).save(tmp_path / "cat" / "b.png")
-    assert why(tmp_path) == "some images lie outside of the class folders, such as a.png"
+    assert why(tmp_path) == "some images are outside the class folders, such as a.png"
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "label": "cat"}\n')
-    assert why(tmp_path) == "some images have a label and some have none, such as cat/b.png"
+    assert why(tmp_path) == "some images have a label and some do not, such as cat/b.png"
     np.savez(tmp_path / "x.npz", texture(0)[None], np.array([-1]))
     report = examine(Data(source=str(tmp_path / "x.npz")), progress=False)
-    assert "labels go from -1 to -1" in texts(report, "error") and not report.usable
+    assert "labels range from -1 to -1" in texts(report, "error") and not report.usable
 
 
 def test_shards_and_arrays_are_checked_too(tmp_path):
@@ -307,7 +306,7 @@ def test_shards_and_arrays_are_checked_too(tmp_path):
                 archive.addfile(info, io.BytesIO(content))
     report = examine(Data(source=str(tmp_path / "shard.tar"), size=32), progress=False)
     assert report.kind == "tar archive" and report.num_images == 4 and report.usable
-    assert report.classes == {"0": 2, "1": 2} and report.passed_over == {".txt": 4}
+    assert report.classes == {"0": 2, "1": 2} and report.skipped == {".txt": 4}
     images = np.stack([texture(i, channels=1) for i in (0, 1, 0)])
     np.savez(tmp_path / "images.npz", arr_0=images, arr_1=np.array([0, 2, 0]))
     report = examine(Data(source=str(tmp_path / "images.npz"), size=32), progress=False)
@@ -317,7 +316,7 @@ def test_shards_and_arrays_are_checked_too(tmp_path):
     assert "all images are grey: --data.channels 1" in texts(report, "note")
 
 
-def test_an_archive_that_ends_early_is_told_with_what_came_before(tmp_path):
+def test_an_archive_that_ends_early_is_reported_with_what_came_before(tmp_path):
     path = tmp_path / "shard.tar"
     with tarfile.open(path, "w") as archive:
         for i in range(6):
@@ -329,7 +328,7 @@ def test_an_archive_that_ends_early_is_told_with_what_came_before(tmp_path):
     path.write_bytes(path.read_bytes()[:end])
     report = examine(Data(source=str(path), size=8), progress=False)
     assert report.num_images == 4 and not report.usable  # the last whole one may lack a label
-    assert "the source can't be read to its end" in texts(report, "error")
+    assert "the source cannot be read to its end" in texts(report, "error")
     assert "ends early, after 4 images" in texts(report, "error")
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(ValueError, match="damaged or ends early, after 0 images"):
@@ -344,23 +343,21 @@ def test_a_known_set_is_compared_with_what_it_should_be(tmp_path, monkeypatch):
     data = Data(source="celeba", size=64, crop="center")
     report = examine(data, progress=False)
     warnings = texts(report, "warning")
-    assert f"has 202,599 images, and here are 2: get the rest from {KNOWN['celeba'].where}" in (
-        warnings
-    )
+    assert f"but this copy has 2: get the rest from {KNOWN['celeba'].where}" in warnings
     assert "have 178x218 pixels, but some here have 178x200" in warnings
-    assert "by crop celeba, and this is crop center" in texts(report, "note")
+    assert "papers use crop celeba for CelebA, aligned and" in texts(report, "note")
     report = examine(Data(source="celeba", size=144, crop="auto"), progress=False)
     assert report.crop == "celeba" and report.enlarged == ["000001.jpg"]
     ((name, why),) = report.unreadable
     assert name == "000002.jpg" and "this one is 178x200: use crop center" in why
 
 
-def test_a_store_that_the_disk_has_no_room_for_is_told(tmp_path, monkeypatch):
+def test_a_store_that_does_not_fit_on_the_disk_is_reported(tmp_path, monkeypatch):
     picture(0).save(tmp_path / "a.png")
     full = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     report = examine(Data(source=str(tmp_path), size=64), progress=False)
-    assert "the store needs 12.3 kB" in texts(report, "error")
+    assert "the image store needs 12.3 kB" in texts(report, "error")
     assert "MASKDM_CACHE" in texts(report, "error")
 
 
@@ -370,7 +367,7 @@ def test_squeezed_images_are_extreme_where_nothing_is_cut(tmp_path):
     assert report.extreme == ["wide.png"]
     assert "squeezed to less than half in one direction" in texts(report, "warning")
     report = examine(Data(source=str(tmp_path), size=(16, 80)), progress=False)
-    assert report.extreme == []  # what is asked for has that shape itself
+    assert report.extreme == []  # the prepared images have that shape too
     assert report.enlarged == []
     report = examine(Data(source=str(tmp_path), size=24), progress=False)
     assert report.enlarged == ["wide.png"]  # in height only
@@ -378,9 +375,9 @@ def test_squeezed_images_are_extreme_where_nothing_is_cut(tmp_path):
 
 def groups_of(contents: list[bytes], size: int = 32) -> list[list[int]]:
     """Near duplicates among encoded images, by their places."""
-    looks = look_at(contents, Data(size=size), with_images=False).looks
-    hashes = np.array([look.difference_hash for look in looks], np.uint64)
-    thumbnails = np.stack([np.frombuffer(look.thumbnail, np.uint8) for look in looks])
+    facts, _, _ = inspect_images(contents, Data(size=size), with_images=False)
+    hashes = np.array([fact.difference_hash for fact in facts], np.uint64)
+    thumbnails = np.stack([np.frombuffer(fact.thumbnail, np.uint8) for fact in facts])
     groups, is_whole = duplicates.near_groups(hashes, thumbnails)
     assert is_whole
     return [group.tolist() for group in groups]
@@ -535,9 +532,9 @@ def test_a_sheet_can_be_looked_at_whatever_the_size(shape, side):
     assert sheet.width == 6 * (side + 4) + 4
 
 
-def test_transparency_is_kept_where_it_is_asked_for(mixed):
+def test_four_channels_keep_transparency(mixed):
     report = examine(Data(source=str(mixed), size=16, channels=4), progress=False)
-    assert "transparent parts, and 4 channels keep them" in texts(report, "note")
+    assert "kept in 4 channels: --data.channels 3 removes them" in texts(report, "note")
 
 
 @pytest.mark.parametrize(("channels", "background"), [(3, "navy"), (4, "white")])
@@ -552,8 +549,8 @@ def test_a_folder_of_everything_trains(mixed, tmp_path, capsys, channels, backgr
     run = tmp_path / "run"
     assert main(["train", str(tmp_path / "recipe.yaml"), "--out", str(run)]) == 0
     printed = capsys.readouterr().out
-    assert f"data    16 images 16x16x{channels}" in printed and "6 unreadable left out" in printed
-    assert "left out: cat/latin-\\udce9.png (not an image), dog/bomb.png" in printed
+    assert f"data    16 images 16x16x{channels}" in printed and "6 unreadable" in printed
+    assert "skipped: cat/latin-\\udce9.png (not an image), dog/bomb.png" in printed
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line["loss"]) for line in lines) and lines[-1]["step"] == 11
     out = tmp_path / "cats.npz"

@@ -1,4 +1,4 @@
-"""Comparing runs: what compares, what is noise, what a quality cost; by hand-written files."""
+"""Comparing runs: what is comparable, what is noise, what a quality cost; on hand-written files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from maskdm.evaluation.compare import compare_records, welch
 from maskdm.evaluation.curves import Facts, costs_to_quality, curves_of, first_reaching
 from maskdm.evaluation.retrainings import retrainings, short_names, training_of_recipe
 from maskdm.recipe import Recipe
-from maskdm.report import quality_figure
+from maskdm.report.plots import quality_figure
 
 
 def recipe(seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -98,60 +98,67 @@ def test_without_an_error_nothing_is_called_real_or_noise(tmp_path, capsys):
     runs = [evaluated(tmp_path, "a", record(10, None)), evaluated(tmp_path, "b", record(20))]
     assert main(["compare", *runs]) == 0
     text = capsys.readouterr().out
-    assert "not known: an error is missing" in text and "within the noise" not in text
+    assert "unknown: an error is missing" in text and "within the noise" not in text
 
 
-def test_the_newest_evaluations_that_compare_are_taken():
+def test_the_newest_comparable_evaluations_are_compared():
     found = {
         "a": [pca(1, day=1), record(10, day=2), record(11, day=5, samples={"num": 10_000})],
         "b": [pca(2, day=3), record(20, day=4)],
     }
     comparison = compare_records(found)
     assert [one["metrics"]["frechet"]["value"] for one in comparison.records.values()] == [10, 20]
-    assert any("comparable too, but older: features pca" in note for note in comparison.notes)
+    older = "older evaluations are comparable, too: features pca"
+    assert any(older in note for note in comparison.notes)
     again = {"a": [record(10), record(12, day=3, samples={"seeds": [1]})], "b": found["b"]}
     assert compare_records(again).figures("frechet")["a"].value == 12
     by_name = compare_records(found, features="pca").records
     assert [one["metrics"]["frechet"]["value"] for one in by_name.values()] == [1, 2]
-    with pytest.raises(ValueError, match="b has no evaluation in features clip, but in pca, incep"):
+    with pytest.raises(ValueError, match="b has not been evaluated in features clip, but in pca"):
         compare_records({"a": [record(features={"name": "clip"})], "b": found["b"]}, "clip")
 
 
-def test_of_several_the_one_that_was_drawn_alike_is_taken_else_it_is_noted():
+def test_evaluations_with_equal_sampling_are_preferred_and_others_noted():
     fast = {"samples": {"sampling": {"sampler": "ddim", "steps": 10}}}
     slow = {"samples": {"sampling": {"sampler": "ddim", "steps": 50}}}
     found = {"a": [record(1, **slow), record(2, **fast)], "b": [record(3, day=2, **slow)]}
     comparison = compare_records(found)
     assert [one["metrics"]["frechet"]["value"] for one in comparison.records.values()] == [1, 3]
-    assert not any("other sampling" in note for note in comparison.notes)
+    assert not any("sampling differs" in note for note in comparison.notes)
     other = compare_records({"a": [record(2, **fast)], "b": found["b"]})
-    assert any("other sampling: steps 10 (a), 50 (b)" in note for note in other.notes)
+    assert any("sampling differs: steps 10 (a), 50 (b)" in note for note in other.notes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"samples": {"num": 10_000}}, r"number of samples: 50,000 \(a, c\), 10,000 \(b\)"),
-        ({"features": {"name": "pca", "sha256": "p" * 64}}, r"inception \(a, c\), pca \(b\)"),
+        (
+            {"features": {"name": "pca", "sha256": "p" * 64}},
+            r"inception f{12} \(a, c\), pca p{12} \(b\)",
+        ),
         ({"features": {"sha256": "0" * 64}}, r"inception f{12} \(a, c\), inception 0{12} \(b\)"),
-        ({"reference": {"crop": "center"}}, r"reference: crop celeba \(a, c\), crop center \(b\)"),
-        ({"reference": {"shape": [32, 32, 3]}}, r"shape 64x64x3 \(a, c\), shape 32x32x3 \(b\)"),
-        ({"reference": {"fingerprint": "0" * 64}}, r"fingerprint 0{12} \(b\)"),
-        ({"reference": {"sha256": "0" * 64}}, r"fingerprint 0{12} \(b\)"),
+        ({"reference": {"crop": "center"}}, r"reference: crop celeba \(a, c\), center \(b\)"),
+        ({"reference": {"shape": [32, 32, 3]}}, r"shape 64x64x3 \(a, c\), 32x32x3 \(b\)"),
+        ({"reference": {"fingerprint": "0" * 64}}, r"fingerprint r{12} \(a, c\), 0{12} \(b\)"),
+        ({"reference": {"sha256": "0" * 64}}, r"fingerprint r{12} \(a, c\), 0{12} \(b\)"),
     ],
 )
-def test_what_does_not_compare_is_refused_with_the_property_and_the_runs(changes, told):
-    unlike = record(**changes)
-    with pytest.raises(ValueError, match=told) as error:
-        compare_records({"a": [record()], "b": [unlike], "c": [record()]})
+def test_evaluations_that_are_not_comparable_are_refused_with_what_differs(changes, message):
+    other = record(**changes)
+    with pytest.raises(ValueError, match=message) as error:
+        compare_records({"a": [record()], "b": [other], "c": [record()]})
+    assert "these evaluations are not comparable" in str(error.value)
     assert str(error.value).count("; in ") == 0  # nothing that is equal is blamed
-    compare_records({"a": [record()], "b": [unlike, record()], "c": [record()]})
+    found = compare_records({"a": [record()], "b": [other, record()], "c": [record()]})
+    assert found.records["b"] == record()
 
 
-def test_equal_pixels_compare_whatever_they_are_called():
+def test_references_with_equal_pixels_are_comparable_whatever_their_names():
     there = {"sha256": "s" * 64, "source": "elsewhere", "fingerprint": "x", "crop": "none"}
     here = {"sha256": "s" * 64}
-    compare_records({"a": [record(reference=here)], "b": [record(reference=there)]})
+    runs = {"a": [record(reference=here)], "b": [record(reference=there)]}
+    assert compare_records(runs).metrics == ("frechet",)
 
 
 def test_metrics_that_all_have_are_shown_and_the_best_by_their_direction():
@@ -165,12 +172,13 @@ def test_metrics_that_all_have_are_shown_and_the_best_by_their_direction():
     assert compare_records(found, metric="precision").metrics == ("precision",)
     partly = compare_records({"a": [both("kid", 0.5)], "b": found["b"]})
     assert partly.metrics == ("frechet",)
-    assert "kid is left out: not measured on b" in partly.notes
-    with pytest.raises(ValueError, match="--metric kid is not in the evaluation of b: all have fr"):
+    assert "kid is left out: not measured for b" in partly.notes
+    lacking = "kid was not measured for b; measured were a: frechet, kid; b: frechet, precision"
+    with pytest.raises(ValueError, match=lacking):
         compare_records({"a": [both("kid", 0.5)], "b": found["b"]}, metric="kid")
 
 
-def test_up_to_three_runs_in_pairs_more_against_the_best():
+def test_up_to_three_runs_are_compared_in_pairs_more_with_the_best():
     def pairs(*values: float) -> list[tuple[str, str]]:
         found = {name: [record(v)] for name, v in zip("abcd", values, strict=False)}
         return [(one.first, one.second) for one in compare_records(found).differences]
@@ -184,26 +192,29 @@ def test_welchs_interval_is_scipys():
     difference, half = welch(first, second)
     wanted = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
     assert (difference - half, difference + half) == pytest.approx((wanted.low, wanted.high))
-    assert welch([0.1 + 0.2, 0.3], [0.3, 0.3]) == (pytest.approx(0), 0.0)
+    assert welch([0.1 + 0.2, 0.3], [0.3, 0.3]) == (0.0, 0.0)
 
 
-def test_retrainings_differ_in_their_seed_and_in_nothing_that_is_trained():
-    runs = [
-        training_of_recipe(one)
-        for one in (
-            recipe(0),
-            recipe(0, precision="bf16"),
-            recipe(1, log_every=7, evaluation={"num": 99}),  # the first's, watched otherwise
-            recipe(1, precision="bf16"),
-            None,
-            recipe(1),  # the third's seed once more
-            None,
-        )
-    ]
-    assert retrainings(runs) == ([[0, 2], [1, 3], [4], [5], [6]], [(5, 2)])
+def test_retrainings_differ_in_the_seed_and_in_nothing_that_is_trained():
+    recipes = {
+        "x-0": recipe(0),
+        "y-0": recipe(0, precision="bf16"),
+        "x-1": recipe(1, log_every=7, evaluation={"num": 99}),  # measured in another way
+        "y-1": recipe(1, precision="bf16"),
+        "unknown": None,
+        "again": recipe(1),  # the seed of x-1 once more
+        "other": None,
+    }
+    groups, notes = retrainings({run: training_of_recipe(one) for run, one in recipes.items()})
+    assert groups == {
+        "x-* (2)": ("x-0", "x-1"), "y-* (2)": ("y-0", "y-1"),
+        "unknown": ("unknown",), "again": ("again",), "other": ("other",),
+    }  # fmt: skip
+    same = "again has the same recipe and seed as x-1: it is not counted as a retraining"
+    assert notes == [same]
 
 
-def test_retrainings_are_told_together_and_judged_by_their_scatter(tmp_path, capsys):
+def test_retrainings_are_grouped_and_compared_by_their_scatter(tmp_path, capsys):
     dense = {"model": {**tiny_settings()["model"], "depth": 5}}
     values = {"dense-0": 10.0, "masked-0": 9.0, "dense-1": 10.2, "masked-1": 9.4, "dense-2": 9.8}
     runs = [
@@ -248,16 +259,17 @@ def test_another_moment_of_training_or_sampling_makes_no_retraining():
     assert groups(samples={"sampling": {"sampler": "heun", "steps": 50}}) == 0
 
 
-def test_one_training_each_is_said_but_not_of_one_model_sampled_twice():
+def test_single_trainings_are_noted_but_not_for_one_model_sampled_twice():
     def notes(**samples: Any) -> str:
         found = {name: [record(samples=samples)] for name in "ab"}
         return " ".join(compare_records(found).notes)
 
-    assert "one training each: retraining with another seed alone moves FID by 1-2 %" in notes()
+    each = "one training of each run: retraining with another seed alone moves FID by 1-2 %"
+    assert each in notes()
     assert "one training" not in notes(weights_sha256="w" * 64)
     found = {name: [record(recipe=recipe(seed))] for seed, name in enumerate("ab")}
     found["c"] = [record()]
-    assert any("one training only of c" in note for note in compare_records(found).notes)
+    assert any("one training of c:" in note for note in compare_records(found).notes)
 
 
 def test_the_table_is_aligned_in_ascii_and_narrow(tmp_path, capsys):
@@ -296,7 +308,7 @@ def test_distances_in_other_features_are_not_called_fid(tmp_path, capsys):
     assert "Frechet (pca)" in text and "FID " not in text.split("note:")[0]
 
 
-def test_stages_and_files_are_named_too_and_equal_names_told_apart(tmp_path, capsys):
+def test_stages_and_files_are_compared_and_equal_names_made_different(tmp_path, capsys):
     one = evaluated(tmp_path, "x/run", record(1, notes=["mind the step"]))
     other = evaluated(tmp_path, "y/run", record(2))
     stage = tmp_path / "y" / "run" / "evaluation-hide.json"
@@ -312,7 +324,7 @@ def test_stages_and_files_are_named_too_and_equal_names_told_apart(tmp_path, cap
                                                                             "e/d/c"]  # fmt: skip
 
 
-def test_wrong_use_of_compare_is_told_in_a_line(tmp_path, capsys):
+def test_wrong_usage_is_reported_in_one_line(tmp_path, capsys):
     run = evaluated(tmp_path, "a", record())
     (tmp_path / "empty").mkdir()
     curve = trained(tmp_path, "curve", line(1, 5.0))
@@ -323,17 +335,19 @@ def test_wrong_use_of_compare_is_told_in_a_line(tmp_path, capsys):
         ((run, str(tmp_path / "none")), "(it does not exist)"),
         ((run, str(tmp_path / "empty")), "has no evaluation yet"),
         ((run, f"{run}@hide"), "has no evaluation yet"),
-        ((run, run, "--y", "kid"), "--y is of curves: give --x"),
-        ((run, run, "--out", "x.png"), "--out is of curves: give --x"),
-        ((curve, "--x", "flops", "--metric", "kid"), "--metric is of the table"),
+        ((run, run, "--y", "kid"), "--y is for curves: add --x images, flops, time"),
+        ((run, run, "--out", "x.png"), "--out is for curves: add --x"),
+        ((curve, "--x", "flops", "--metric", "kid"), "--metric is for the table"),
         ((curve, "--x", "flops", "--out", "x.txt"), "name a file that ends in .png"),
+        ((curve, "--x", "flop"), "unknown cost 'flop': did you mean flops?"),
+        ((curve, "--x", "flops", "--y", "recall"), "recall is not measured in training: known: "),
         ((run, "--x", "flops"), "has no quality.jsonl"),
-        ((f"{curve}@hide", "--x", "flops"), "is no run's folder"),
+        ((f"{curve}@hide", "--x", "flops"), "is not a run's folder"),
         (("--x", "flops"), "name the runs, the baseline first"),
     ):
         assert message in failure(capsys, *arguments)
     (tmp_path / "a" / "evaluation.json").write_text("{")
-    assert "can't be read" in failure(capsys, run, evaluated(tmp_path, "b", record()))
+    assert "cannot be read" in failure(capsys, run, evaluated(tmp_path, "b", record()))
 
 
 def test_a_quality_is_reached_on_the_straight_line_between_two_measurements():
@@ -343,7 +357,7 @@ def test_a_quality_is_reached_on_the_straight_line_between_two_measurements():
     assert first_reaching(cost, quality, 1.9) is None
 
 
-def test_time_to_quality_is_relative_to_the_first_run(tmp_path, capsys):
+def test_costs_to_quality_are_relative_to_the_first_run(tmp_path, capsys):
     runs = [
         trained(tmp_path, "dense", line(100, 9), line(200, 5), line(300, 3)),
         trained(tmp_path, "masked", line(50, 7, "hide"), line(100, 5, "hide"), line(150, 1)),
@@ -385,7 +399,7 @@ def test_a_target_that_the_baseline_misses_gives_costs_without_ratios():
     assert other.cost == pytest.approx(175) and other.ratio is None
 
 
-def test_qualities_that_do_not_compare_are_refused_with_the_difference(tmp_path, capsys):
+def test_qualities_that_are_not_comparable_are_refused_with_what_differs(tmp_path, capsys):
     base = trained(tmp_path, "base", line(1, 5.0, dense_loss=0.1), line(2, 4.0, dense_loss=0.1))
 
     def refused(name: str, *lines: dict[str, Any], y: str = "sliced", **settings: Any) -> str:
@@ -393,31 +407,33 @@ def test_qualities_that_do_not_compare_are_refused_with_the_difference(tmp_path,
         return failure(capsys, base, run, "--x", "images", "--y", y, "--out", str(tmp_path / "a"
                        ".png"))  # fmt: skip
 
-    assert "they differ in num: 1000 (base), 500 (few)" in refused("few", line(1, 5.0, num=500))
+    assert "they differ in num 1,000 (base), 500 (few)" in refused("few", line(1, 5.0, num=500))
     other = line(1, 5.0, features_sha256="0" * 64)
-    assert "differ in features_sha256: pp" in refused("features", other)
-    assert "kid was not measured in base, bare" in refused("bare", line(1, 5.0), y="kid")
-    assert "measured are base: sliced, dense_loss; lossless: sliced" in refused(
+    assert "differ in features_sha256 pp" in refused("features", other)
+    why = "(trained with evaluation.quick_num 0 or features pca?)"
+    bare = refused("bare", line(1, 5.0), y="kid")
+    assert f"kid was not measured for base, bare {why}" in bare
+    assert "measured were base: sliced, dense_loss; lossless: sliced" in refused(
         "lossless", line(1, 5.0), y="dense_loss"
     )
     linear = {"diffusion": {**tiny_settings()["diffusion"], "schedule": "linear"}}
     with_loss = line(1, 5.0, dense_loss=0.1)
-    assert "last stage's noise schedule: cosine (base), linear (schedule)" in refused(
+    assert "last stage's noise schedule cosine (base), linear (schedule)" in refused(
         "schedule", with_loss, y="dense_loss", **linear
     )
     subset = {"data": {**tiny_settings()["data"], "subset_seed": 3}}
-    assert "differ in data.subset_seed: 0 (base), 3 (part)" in refused(
+    assert "differ in data.subset_seed 0 (base), 3 (part)" in refused(
         "part", with_loss, y="dense_loss", **subset
     )
     moved = trained(tmp_path, "moved", with_loss)
     (Path(moved) / "environment.json").write_text(json.dumps([{"images_sha256": "0" * 64}]))
     for y in ("sliced", "dense_loss"):
         text = failure(capsys, base, moved, "--x", "images", "--y", y, "--out", "/nowhere/a.png")
-        assert f"{y} doesn't compare between these runs: they differ in images" in text
+        assert f"{y} is not comparable between these runs: they differ in images" in text
     assert main(["compare", base, "--x", "images", "--out", str(tmp_path / "a.png")]) == 0
 
 
-def test_losses_of_a_stage_under_another_noise_are_left_out():
+def test_losses_under_another_noise_schedule_are_left_out():
     stages = tiny_settings()["stages"]
     stages[0]["schedule"] = "linear"
     lines = [line(1, 5, "hide", dense_loss=0.01), line(2, 4, dense_loss=0.2), line(3, 3)]
@@ -425,14 +441,14 @@ def test_losses_of_a_stage_under_another_noise_are_left_out():
     (curve,), notes = curves_of({"run": lines}, facts, "images", "dense_loss")
     assert curve.cost.tolist() == [2] and curve.error is None
     assert notes == [
-        "run: hide left out: under another noise schedule than the last stage's its loss doesn't "
-        "compare"
+        "run: hide left out: its noise schedule differs from the last stage's, so losses are not "
+        "comparable"
     ]
     (curve,), notes = curves_of({"run": lines}, facts, "images", "sliced")
     assert curve.cost.tolist() == [1, 2, 3] and not notes
 
 
-def test_what_a_cost_leaves_out_is_noted():
+def test_what_a_cost_does_not_include_is_noted():
     lines = {"a": [line(1, 5)], "b": [line(1, 5)]}
     facts = {
         "a": Facts(recipe(init="runs/before"), "i" * 64, ("1 x NVIDIA H100",)),
@@ -440,13 +456,13 @@ def test_what_a_cost_leaves_out_is_noted():
     }
     notes = curves_of(lines, facts, "time", "sliced")[1]
     assert "a began from runs/before, whose cost is not counted" in notes
-    assert "times compare the machines too (a: 1 x NVIDIA H100; b: 8 x NVIDIA A100)" in notes
-    assert "on which images b trained is unknown" in notes
-    assert any("other sampling: preview_steps" in note for note in notes)
+    assert "times depend on the machines, too: 1 x NVIDIA H100 (a), 8 x NVIDIA A100 (b)" in notes
+    assert "the training images of b are unknown" in notes
+    assert any("sampling differs: preview_steps" in note for note in notes)
     assert not any("machines" in note for note in curves_of(lines, facts, "flops", "sliced")[1])
 
 
-def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path, capsys, monkeypatch):
+def test_a_line_cut_off_by_a_kill_is_skipped(tmp_path, capsys, monkeypatch):
     run = trained(tmp_path, "run", line(100, 9), line(200, 5))
     with (tmp_path / "run" / "quality.jsonl").open("a") as file:
         file.write('{"step": 300, "sli')
@@ -461,7 +477,7 @@ def lines_of(figure: Any) -> dict[str, Any]:
     return {one.get_label(): one for one in figure.axes[0].get_lines()}
 
 
-def test_the_figure_has_each_runs_curve_its_band_and_its_stages_end():
+def test_the_figure_has_each_runs_curve_its_band_and_the_ends_of_stages():
     lines = {
         "dense": [line(3600, 9), line(7200, 5)],
         "masked": [line(1800, 7, "hide"), line(3600, 5, "hide"), line(5400, 1)],
@@ -487,7 +503,7 @@ def test_the_figure_has_each_runs_curve_its_band_and_its_stages_end():
     assert figure.axes[0].get_yscale() == "linear"  # an unbiased distance may be below 0
 
 
-def test_retrainings_are_thin_lines_round_their_mean():
+def test_retrainings_are_thin_lines_around_their_mean():
     lines = {
         "a-0": [line(1, 9), line(2, 5)],
         "a-1": [line(1, 7), line(2, 3)],

@@ -14,7 +14,8 @@ from maskdm.diffusion.prediction import (
     x0_and_noise_from,
 )
 from maskdm.diffusion.schedule import SCHEDULES, log_snr_shift, make_schedule, schedule_of
-from maskdm.diffusion.times import TIME_SAMPLING, Share, draw_times
+from maskdm.diffusion.times import Share, draw_times
+from maskdm.families import TIMES
 from maskdm.recipe import Diffusion
 
 TABLE_TIMES = torch.arange(1000) / 999
@@ -113,13 +114,13 @@ def draw(settings: Diffusion, num=200_000, rank=0, num_ranks=1, seed=0) -> torch
     own, shared = torch.Generator().manual_seed(seed + 7 * rank), torch.Generator()
     schedule = make_schedule(settings.schedule)
     share = Share(num, rank, num_ranks)
-    return draw_times(settings, schedule, share, own, shared.manual_seed(seed))
+    return draw_times(settings.times, schedule, share, own, shared.manual_seed(seed))
 
 
-@pytest.mark.parametrize("sampling", TIME_SAMPLING)
+@pytest.mark.parametrize("sampling", TIMES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_times_stay_in_the_schedules_range(schedule, sampling):
-    t = draw(Diffusion(schedule=schedule, time_sampling=sampling), num=20_000)
+    t = draw(Diffusion(schedule=schedule, times={"kind": sampling}), num=20_000)
     assert t.dtype == torch.float32 and t.min() >= 0 and t.max() <= 1
     if schedule in DISCRETE:
         index = (t * 999).round()
@@ -130,14 +131,14 @@ def test_times_stay_in_the_schedules_range(schedule, sampling):
 
 @pytest.mark.parametrize("sampling", ["uniform", "stratified"])
 def test_times_are_drawn_from_the_whole_table_evenly(sampling):
-    t = draw(Diffusion(time_sampling=sampling))
+    t = draw(Diffusion(times={"kind": sampling}))
     counts = torch.bincount((t * 999).round().long(), minlength=1000)
     slack = 1 if sampling == "stratified" else 5 * 200**0.5
     assert counts.min() >= 200 - slack and counts.max() <= 200 + slack
 
 
 def test_stratified_times_fill_the_global_batch_evenly_and_alone_are_uniform():
-    settings = Diffusion(schedule="flow", time_sampling="stratified")
+    settings = Diffusion(schedule="flow", times={"kind": "stratified"})
     ranks = [draw(settings, 4, rank, 3, seed=5) for rank in range(3)]
     gaps = torch.cat(ranks).sort().values.diff()
     torch.testing.assert_close(gaps, torch.full((11,), 1 / 12), rtol=1e-3, atol=1e-4)
@@ -147,9 +148,7 @@ def test_stratified_times_fill_the_global_batch_evenly_and_alone_are_uniform():
 
 
 def test_logit_normal_times_have_a_normal_logit():
-    t = draw(
-        Diffusion(schedule="flow", time_sampling="logit-normal", logit_mean=0.8, logit_std=0.5)
-    )
+    t = draw(Diffusion(schedule="flow", times={"kind": "logit-normal", "mean": 0.8, "std": 0.5}))
     logit = (t.double() / (1 - t.double())).log()
     assert logit.mean() == pytest.approx(0.8, abs=0.01)
     assert logit.std() == pytest.approx(0.5, abs=0.01)
@@ -157,7 +156,7 @@ def test_logit_normal_times_have_a_normal_logit():
 
 
 def test_soft_truncation_draws_the_least_time_of_a_step_log_uniformly():
-    settings = Diffusion(schedule="vp-sde", time_sampling="soft-truncation")
+    settings = Diffusion(schedule="vp-sde", times={"kind": "soft-truncation"})
     least = torch.stack([draw(settings, 400, seed=seed).min() for seed in range(400)])
     # ln(least) / ln(1e-5) is uniform; the minimum of 400 lies a little above the least
     place = least[least > 0.05].log() / math.log(1e-5)
@@ -254,7 +253,13 @@ def test_a_loss_space_is_clipped_near_the_ends():
 @pytest.mark.parametrize("schedule", ["linear", "flow"])
 def test_a_weighting_is_one_loss_written_for_every_prediction(schedule, weighting, t):
     losses = [
-        loss_of(believes_in_nothing(p), prediction=p, schedule=schedule, weighting=weighting, t=t)
+        loss_of(
+            believes_in_nothing(p),
+            prediction=p,
+            schedule=schedule,
+            weighting={"kind": weighting},
+            t=t,
+        )
         for p in PREDICTIONS
     ]
     for loss in losses[1:]:
@@ -271,21 +276,25 @@ def test_weights_follow_their_formulas():
 
     torch.testing.assert_close(weight(prediction="eps"), torch.ones(3))
     clipped = torch.minimum(snr, torch.tensor(5.0))
-    torch.testing.assert_close(weight(prediction="x0", weighting="min-snr"), clipped)
-    torch.testing.assert_close(weight(prediction="eps", weighting="min-snr"), clipped / snr)
-    torch.testing.assert_close(weight(prediction="v", weighting="min-snr"), clipped / (snr + 1))
-    p2 = weight(prediction="eps", weighting="p2", p2_gamma=0.5)
+    torch.testing.assert_close(weight(prediction="x0", weighting={"kind": "min-snr"}), clipped)
+    torch.testing.assert_close(
+        weight(prediction="eps", weighting={"kind": "min-snr"}), clipped / snr
+    )
+    torch.testing.assert_close(
+        weight(prediction="v", weighting={"kind": "min-snr"}), clipped / (snr + 1)
+    )
+    p2 = weight(prediction="eps", weighting={"kind": "p2", "gamma": 0.5})
     torch.testing.assert_close(p2, 1 / (1 + snr).sqrt())
     slope = (schedule.log_snr(t + 1e-3) - schedule.log_snr(t - 1e-3)) / 2e-3
-    sigmoid = weight(prediction="eps", weighting="sigmoid", sigmoid_bias=-1.0)
+    sigmoid = weight(prediction="eps", weighting={"kind": "sigmoid", "bias": -1.0})
     expected = -slope / (1 + (log_snr + 1).exp())
     torch.testing.assert_close(sigmoid, expected, rtol=1e-2, atol=0)
 
 
 def test_unknown_names_list_the_known():
-    with pytest.raises(ValueError, match="unknown schedule 'sqrt': known are linear, cosine, vp"):
+    with pytest.raises(ValueError, match="unknown schedule 'sqrt': known: linear, cosine, vp"):
         make_schedule("sqrt")
-    with pytest.raises(ValueError, match="known are eps, x0, v, flow"):
+    with pytest.raises(ValueError, match="known: eps, x0, v, flow"):
         target_from("u", *torch.zeros(4, 1))
     with pytest.raises(ValueError, match="loss_space same, or weighting uniform"):
-        Diffusion(weighting="p2", loss_space="v")
+        Diffusion(weighting={"kind": "p2"}, loss_space="v")

@@ -29,7 +29,7 @@ from maskdm.images.joined import JoinedArrays
 
 
 def gaussian(num: int, mean, cov, seed: int) -> np.ndarray:
-    """A sample whose mean and covariance are exactly as asked."""
+    """A sample with exactly this mean and covariance."""
     x = np.random.default_rng(seed).standard_normal((num, len(mean)))
     x -= x.mean(0)
     x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
@@ -42,7 +42,7 @@ def normal(num: int, dim: int, seed: int, shift: float = 0.0) -> np.ndarray:
 
 
 def mixed(num: int, dim: int, seed: int) -> np.ndarray:
-    """Correlated features of unlike scale, far from the origin."""
+    """Correlated features of different scales, far from the origin."""
     generator = np.random.default_rng(seed)
     mix = np.random.default_rng(99).standard_normal((dim, dim)) * np.geomspace(0.1, 10, dim)
     return (generator.standard_normal((num, dim)) @ mix + 50).astype(np.float32)
@@ -58,13 +58,13 @@ def test_the_distance_of_two_gaussians_is_the_closed_form():
 @pytest.mark.parametrize("dim", [2, 12, 64])
 def test_the_distance_is_torch_fidelitys(dim):
     a, b = mixed(400, dim, 0), mixed(300, dim, 1) + np.float32(0.5)
-    told = [fid_features_to_statistics(torch.from_numpy(x.astype(np.float64))) for x in (a, b)]
-    expected = fid_statistics_to_metric(*told, False)["frechet_inception_distance"]
+    theirs = [fid_features_to_statistics(torch.from_numpy(x.astype(np.float64))) for x in (a, b)]
+    expected = fid_statistics_to_metric(*theirs, False)["frechet_inception_distance"]
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
     assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-6)
 
 
-def test_equal_sets_have_no_distance_and_degenerate_ones_a_finite():
+def test_equal_sets_have_distance_0_and_degenerate_ones_a_finite_one():
     a = np.random.default_rng(0).standard_normal((50, 4))
     assert frechet_distance(a, a[::-1]) == pytest.approx(0, abs=1e-9)
     flat = np.ones((10, 4))
@@ -80,7 +80,7 @@ def test_a_large_mean_costs_no_digits():
     assert frechet_distance(*far) == pytest.approx(expected, rel=1e-6)
 
 
-def test_statistics_are_read_a_piece_at_a_time_and_are_numpys():
+def test_statistics_are_read_in_chunks_and_equal_numpys():
     read = []
 
     class Watched(JoinedArrays):
@@ -90,45 +90,46 @@ def test_statistics_are_read_a_piece_at_a_time_and_are_numpys():
             return rows
 
     whole = mixed(10_000, 5, 0)
-    found = statistics_of(Watched([whole[:3000], whole[3000:3001], whole[3001:]]))
+    measured = statistics_of(Watched([whole[:3000], whole[3000:3001], whole[3001:]]))
     assert max(read) < 5000
-    np.testing.assert_allclose(found.mean, whole.mean(0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(measured.mean, whole.mean(0, dtype=np.float64), rtol=1e-12)
     np.testing.assert_allclose(
-        found.cov, np.cov(whole, rowvar=False, dtype=np.float64), rtol=1e-9, atol=1e-9
+        measured.cov, np.cov(whole, rowvar=False, dtype=np.float64), rtol=1e-9, atol=1e-9
     )
 
 
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        (np.zeros((1, 3)), r"at least 2 vectors of features, got an array \(1, 3\)"),
+        (np.zeros((1, 3)), r"at least 2 vectors of features, got shape \(1, 3\)"),
         (np.zeros(3), "at least 2 vectors"),
-        (np.full((4, 3), np.nan), "infinite or no numbers"),
+        (np.full((4, 3), np.nan), "features contain NaN or infinite values"),
     ],
 )
-def test_what_has_no_statistics_is_refused(features, message):
+def test_statistics_of_one_vector_or_of_nan_are_refused(features, message):
     with pytest.raises(ValueError, match=message):
         statistics_of(features)
 
 
-def test_features_of_unlike_length_are_refused():
-    with pytest.raises(ValueError, match="of 3 values can't be compared with the reference's 4"):
+def test_features_of_different_length_are_refused():
+    different = "of 3 values cannot be compared with features of 4 values"
+    with pytest.raises(ValueError, match=different):
         frechet(normal(10, 3, 0), statistics_of(normal(10, 4, 0)))
-    with pytest.raises(ValueError, match="of 3 and of 4 values"):
+    with pytest.raises(ValueError, match=different):
         frechet_distance(normal(10, 3, 0), normal(10, 4, 0))
 
 
 def test_the_kernel_distance_is_torch_fidelitys():
     a, b = normal(500, 12, 0), normal(400, 12, 1, 0.3)
-    told = kid_features_to_metric(
+    theirs = kid_features_to_metric(
         torch.from_numpy(a).double(),
         torch.from_numpy(b).double(),
         kid_subset_size=200,
         verbose=False,
     )
-    found = kid(a, b, 200)
-    assert found.value == pytest.approx(told["kernel_inception_distance_mean"], rel=1e-9)
-    assert found.spread == pytest.approx(told["kernel_inception_distance_std"], rel=1e-9)
+    measured = kid(a, b, 200)
+    assert measured.value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+    assert measured.spread == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-9)
 
 
 def test_the_kernel_distance_of_shifted_points_is_the_closed_form():
@@ -139,11 +140,11 @@ def test_the_kernel_distance_of_shifted_points_is_the_closed_form():
 
 def test_precision_and_recall_are_torch_fidelitys():
     a, b = normal(300, 6, 0), normal(250, 6, 1, 0.5)
-    told = prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), verbose=False)
+    theirs = prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), verbose=False)
     precision, recall = precision_recall(a, b)
-    assert precision.value == pytest.approx(told["precision"])
-    assert recall.value == pytest.approx(told["recall"])
-    binomial = np.sqrt(told["precision"] * (1 - told["precision"]) / 300)
+    assert precision.value == pytest.approx(theirs["precision"])
+    assert recall.value == pytest.approx(theirs["recall"])
+    binomial = np.sqrt(theirs["precision"] * (1 - theirs["precision"]) / 300)
     assert precision.error == pytest.approx(binomial, rel=0.05)
     everything, _ = precision_recall(b, b)
     assert everything.value == 1 and everything.error > 0
@@ -164,7 +165,7 @@ def test_precision_and_recall_of_equal_disjoint_and_mode_dropped_sets():
 
 
 def test_precision_of_three_images_is_refused():
-    with pytest.raises(ValueError, match="more than 3 images of each kind"):
+    with pytest.raises(ValueError, match="more than 3 samples and real images"):
         precision_recall(normal(3, 4, 0), normal(10, 4, 0))
 
 
@@ -172,13 +173,13 @@ def test_the_sliced_distance_of_a_shift_is_its_square_like_frechets():
     a = normal(700, 30, 0)
     shift = np.random.default_rng(1).standard_normal(30).astype(np.float32)
     expected = float(np.square(shift).sum())
-    found = sliced(a + shift, a, num_directions=4000)
-    assert found.value == pytest.approx(expected, rel=0.05)  # 4,000 random directions
+    measured = sliced(a + shift, a, num_directions=4000)
+    assert measured.value == pytest.approx(expected, rel=0.05)  # 4,000 random directions
     assert frechet_distance(a + shift, a) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_sliced_distance_in_one_dimension_is_the_wasserstein_distance():
-    """Of sets of unlike size too: both quantile functions are steps."""
+    """For sets of different size, too: both quantile functions are steps."""
     a, b = np.float32([[0.0], [1.0]]), np.float32([[0.0], [0.0], [3.0]])
     # quantiles: a 0 | 0 | 1 | 1 over (0, 1/3, 1/2, 2/3, 1), b 0 | 0 | 0 | 3
     assert sliced(a, b).value == pytest.approx(1 / 6 * 1 + 1 / 3 * 4)
@@ -197,42 +198,42 @@ def test_the_sliced_distance_sees_equal_disjoint_and_mode_dropped_sets():
     assert 20 * alike < dropped < disjoint
 
 
-def test_the_inception_score_is_torch_fidelitys_and_knows_its_extremes():
+def test_the_inception_score_is_torch_fidelitys_and_has_its_extremes():
     logits = normal(200, 7, 0)
-    told = isc_features_to_metric(torch.from_numpy(logits))
-    found = inception_score(logits)
-    assert found.value == pytest.approx(told["inception_score_mean"])
-    assert found.spread == pytest.approx(told["inception_score_std"])
+    theirs = isc_features_to_metric(torch.from_numpy(logits))
+    measured = inception_score(logits)
+    assert measured.value == pytest.approx(theirs["inception_score_mean"])
+    assert measured.spread == pytest.approx(theirs["inception_score_std"])
     assert inception_score(np.zeros((50, 7), np.float32)).value == pytest.approx(1)
     sure = 100 * np.eye(5, dtype=np.float32)[np.random.default_rng(0).integers(5, size=5000)]
     assert inception_score(sure).value == pytest.approx(5, rel=0.01)
 
 
 @pytest.mark.parametrize("metric", ["frechet", "kid", "sliced"])
-def test_errors_tell_how_much_other_samples_would_change_the_figure(metric):
-    """Of sets that differ by more than chance; near chance errors are told too large."""
+def test_errors_are_the_deviation_over_other_samples(metric):
+    """For sets that differ by more than chance; near chance, errors are too large."""
     reference = normal(3000, 6, 0)
     measures = {
         "frechet": lambda x: frechet(x, statistics_of(reference), 40),
         "kid": lambda x: kid(x, reference, 150),
         "sliced": lambda x: sliced(x, reference, 40),
     }
-    found = [measures[metric](normal(300, 6, seed, 0.6)) for seed in range(1, 31)]
-    spread = np.std([one.value for one in found], ddof=1)
-    told = np.mean([one.error for one in found])
-    assert 0.7 * spread < told < 1.5 * spread
-    one = found[0]
+    measured = [measures[metric](normal(300, 6, seed, 0.6)) for seed in range(1, 31)]
+    spread = np.std([one.value for one in measured], ddof=1)
+    error = np.mean([one.error for one in measured])
+    assert 0.7 * spread < error < 1.5 * spread
+    one = measured[0]
     assert one.interval == pytest.approx(
         (one.value - 1.96 * one.error, one.value + 1.96 * one.error)
     )
 
 
-def test_the_frechet_distances_error_knows_of_the_covariance():
-    """Of sets that differ in spread alone, the mean tells nothing."""
+def test_the_frechet_distances_error_depends_on_the_covariance():
+    """For sets that differ in spread alone, the means are equal."""
     reference = statistics_of(normal(3000, 4, 0))
-    found = [frechet(1.6 * normal(300, 4, seed), reference, 40) for seed in range(1, 31)]
-    spread = np.std([one.value for one in found], ddof=1)
-    assert 0.7 * spread < np.mean([one.error for one in found]) < 1.5 * spread
+    measured = [frechet(1.6 * normal(300, 4, seed), reference, 40) for seed in range(1, 31)]
+    spread = np.std([one.value for one in measured], ddof=1)
+    assert 0.7 * spread < np.mean([one.error for one in measured]) < 1.5 * spread
 
 
 def test_chance_is_the_distance_of_disjoint_parts():
@@ -244,7 +245,7 @@ def test_chance_is_the_distance_of_disjoint_parts():
     assert part_distance(one, 5000) < part_distance(one, 100)  # at most half of it
 
 
-def test_statistics_survive_their_file(tmp_path):
+def test_statistics_survive_a_round_trip(tmp_path):
     kept = statistics_of(mixed(50, 4, 0), {"shape": [8, 8, 1]})
     save_statistics(kept, tmp_path / "new" / "s.npz")
     read = load_statistics(tmp_path / "new" / "s.npz")
@@ -259,8 +260,11 @@ def test_statistics_survive_their_file(tmp_path):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda p: np.savez(p, mu=np.zeros(3), sigma=np.eye(4)), r"mu of \(3,\) and sigma of"),
-        (lambda p: p.write_bytes(b"no zip"), "can't be read"),
+        (
+            lambda p: np.savez(p, mu=np.zeros(3), sigma=np.eye(4)),
+            r"mu \(3,\) and sigma \(4",
+        ),
+        (lambda p: p.write_bytes(b"no zip"), "cannot be read"),
     ],
 )
 def test_damaged_statistics_are_refused(tmp_path, write, message):
@@ -270,7 +274,7 @@ def test_damaged_statistics_are_refused(tmp_path, write, message):
         load_statistics(path)
 
 
-def test_a_gaussian_is_known_by_mean_and_covariance_alone():
+def test_the_distance_from_a_gaussian_needs_its_mean_and_covariance_alone():
     a, b = Statistics(np.zeros(2), np.eye(2)), normal(4000, 2, 0)
     assert frechet(b, a, 0).value == pytest.approx(0, abs=0.01)
     assert frechet(b, a, 0).error is None and frechet(b, a, 0).interval is None

@@ -22,7 +22,7 @@ from maskdm.images.order import ImageOrder, training_subset
 from maskdm.images.store import open_store
 from maskdm.models.build import build_model
 from maskdm.recipe import Recipe, Sampling
-from maskdm.training.load import load_model
+from maskdm.runs.load import load_model
 from maskdm.training.step import draw_batch
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def settings() -> dict:
     return {
         **tiny,
         "data": {**tiny["data"], "held_out": 7},
-        "diffusion": {**tiny["diffusion"], "time_sampling": "stratified"},
+        "diffusion": {**tiny["diffusion"], "times": {"kind": "stratified"}},
         "evaluation": {**tiny["evaluation"], "quick_num": 9},
         "evaluate_every": 4,
     }

@@ -1,4 +1,4 @@
-"""`maskdm evaluate`: what is compared, with what, how it continues, and what is written down."""
+"""`maskdm evaluate`: what is compared, with what, how it continues, and what it records."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from sklearn.datasets import load_digits
 
 import maskdm.evaluation.samples as samples_module
 from maskdm.cli import main
-from maskdm.commands.evaluation_text import figure
-from maskdm.evaluation import pieces
+from maskdm.evaluation import shards
 from maskdm.evaluation.distances import frechet_distance
 from maskdm.evaluation.evaluate import evaluate
 from maskdm.evaluation.features import features_of, make_features
 from maskdm.evaluation.reference import own_reference
 from maskdm.evaluation.samples import Samples, drawn_samples
-from maskdm.hub import pipeline_of_run, save_pipeline
+from maskdm.export.pipeline import pipeline_of_run, save_pipeline
 from maskdm.images.order import training_subset
 from maskdm.models.build import build_model
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Data, Evaluation, Recipe
+from maskdm.words import figure
 
 DIGITS = np.round(load_digits().images * 255 / 16).astype(np.uint8)[..., None]  # (1797, 8, 8, 1)
 CLASSES = load_digits().target
@@ -62,7 +62,7 @@ def save_folder(pixels: np.ndarray, folder: Path, suffix: str = "png") -> str:
 
 
 def record_of(*arguments: object) -> dict:
-    """What `maskdm evaluate ...` writes; its last record."""
+    """The last record that `maskdm evaluate ...` writes."""
     assert main(["evaluate", *map(str, arguments)]) == 0
     named = [str(a) for a in arguments]
     path = Path(named[named.index("--out") + 1]) if "--out" in named else None
@@ -70,7 +70,7 @@ def record_of(*arguments: object) -> dict:
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that a refused command says."""
+    """The one line that a refused command prints."""
     capsys.readouterr()
     assert main(["evaluate", *map(str, arguments)]) == 2
     text = capsys.readouterr().err
@@ -81,7 +81,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 # Runs
 
 
-def test_the_record_holds_all_that_the_figures_depend_on(run, tiny):
+def test_the_record_has_all_that_the_figures_depend_on(run, tiny):
     record = record_of(run, "--num", 24, "--seed", 3)
     assert set(record["metrics"]) == {"frechet", "sliced", "precision", "recall"}
     for one in record["metrics"].values():
@@ -168,8 +168,8 @@ def test_ranks_share_what_is_missing(tmp_path, monkeypatch):
     """Two ranks, one after the other: together they compute each row once."""
     rows: list[list[int]] = [[], []]
     np.save(tmp_path / "00000003-00000005.npy", np.arange(3, 5))
-    missing = pieces._missing(tmp_path, 20, 4)
-    monkeypatch.setattr(pieces, "broadcast_object_list", lambda objects: [missing])
+    missing = shards._missing(tmp_path, 20, 4)
+    monkeypatch.setattr(shards, "broadcast_object_list", lambda objects: [missing])
     for rank in (1, 0):
         state = SimpleNamespace(
             process_index=rank,
@@ -177,26 +177,26 @@ def test_ranks_share_what_is_missing(tmp_path, monkeypatch):
             is_main_process=rank == 0,
             wait_for_everyone=lambda: None,
         )
-        monkeypatch.setattr(pieces, "process_state", lambda state=state: state)
+        monkeypatch.setattr(shards, "process_state", lambda state=state: state)
 
         def compute(start: int, stop: int, rank: int = rank) -> np.ndarray:
             rows[rank] += range(start, stop)
             return np.arange(start, stop)
 
         if rank == 1:  # it can't have all yet
-            with pytest.raises(ValueError, match="all nodes need one shared disk"):
-                pieces.in_pieces(tmp_path, 20, 4, compute, "counting")
+            with pytest.raises(ValueError, match="all nodes must share the disk"):
+                shards.in_shards(tmp_path, 20, 4, compute, "counting")
         else:
-            joined = pieces.in_pieces(tmp_path, 20, 4, compute, "counting")
+            joined = shards.in_shards(tmp_path, 20, 4, compute, "counting")
     assert np.array_equal(joined[:], np.arange(20))
     assert sorted(rows[0] + rows[1]) == [0, 1, 2, *range(5, 20)]
     assert rows[0] and rows[1]
 
 
-def test_a_damaged_piece_is_drawn_again(run, monkeypatch):
+def test_a_damaged_shard_is_drawn_again(run, monkeypatch):
     whole = record_of(run, "--num", 12, "--batch-size", 4)
-    (piece,) = (run / "evaluation").glob("samples-*/00000004-00000008.npy")
-    piece.write_bytes(piece.read_bytes()[:-7])
+    (shard,) = (run / "evaluation").glob("samples-*/00000004-00000008.npy")
+    shard.write_bytes(shard.read_bytes()[:-7])
     drawn = counted(monkeypatch)
     assert record_of(run, "--num", 12, "--batch-size", 4)["metrics"] == whole["metrics"]
     assert drawn == [(0, i) for i in range(4, 8)]
@@ -230,38 +230,38 @@ def test_seeds_repeat_the_drawing(run, monkeypatch):
     assert record["samples"]["seeds"] == [5, 6, 7]
 
 
-def test_what_is_printed_tells_the_figure_and_what_it_stands_on(run, capsys):
+def test_the_text_has_the_figures_and_what_they_depend_on(run, capsys):
     record = record_of(run, "--num", 12)
     text = capsys.readouterr().out
     words = " ".join(text.split())
-    for told in (
+    for part in (
         f"Frechet distance {figure(record['metrics']['frechet']['value'])} 95 %: ",
-        "sliced distance ",
+        "sliced Wasserstein distance ",
         f"12 images from {run / 'model'} (ema), seed 0, 4 steps of ddim",
-        "1,797 images of digits, 8x8x1, crop center, not mirrored",
+        "1,797 images from digits, 8x8x1, crop center, not mirrored",
         "pca, 4 values, of pixels from 0 to 255",
         f"written to {run / 'evaluation.json'}",
         f"the images are kept in {run / 'evaluation'}",
     ):
-        assert told in words, told
+        assert part in words, part
     assert max(len(line) for line in text.splitlines() if str(run) not in line) <= 100
 
 
-def test_a_reference_in_other_preparation_is_refused(run, capsys, tmp_path):
+def test_a_reference_prepared_differently_is_refused(run, capsys, tmp_path):
     colour = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "large.npz", DIGITS[:6].repeat(2, 1).repeat(2, 2))
     np.savez(tmp_path / "colour.npz", colour)
     small = save_folder(DIGITS[:6, :4, :4], tmp_path / "small")
-    told = failure(capsys, run, "--reference", tmp_path / "large.npz")
-    assert "images of 16x16x1 (height, width, channels), but the samples have 8x8x1" in told
-    told = failure(capsys, run, "--reference", tmp_path / "colour.npz")
-    assert "8x8x3 (height, width, channels), but the samples have 8x8x1" in told
+    text = failure(capsys, run, "--reference", tmp_path / "large.npz")
+    assert "images of 16x16x1 (height, width, channels), but the samples have 8x8x1" in text
+    text = failure(capsys, run, "--reference", tmp_path / "colour.npz")
+    assert "8x8x3 (height, width, channels), but the samples have 8x8x1" in text
     assert "4x4 pixels, smaller than the samples' 8x8" in failure(capsys, run, "--reference", small)
     source = save_folder(DIGITS[:6], tmp_path / "source")
     packed = str(tmp_path / "packed")
     assert main(["pack", source, packed, "--size", "8", "--channels", "1", "--crop", "resize"]) == 0
-    told = failure(capsys, run, "--reference", packed)
-    assert "was packed by crop resize, but the samples are of crop center" in told
+    text = failure(capsys, run, "--reference", packed)
+    assert "was packed with crop resize, but the samples have crop center" in text
     assert not (run / "evaluation").exists()  # refused before anything was drawn
 
 
@@ -282,12 +282,14 @@ def test_the_record_of_a_stage_or_a_checkpoint_goes_to_its_own_place(run):
 
 def test_damaged_records_are_not_overwritten(run, capsys):
     (run / "evaluation.json").write_text('{"distance": 1}')
-    assert "holds no list of evaluations): move it away" in failure(capsys, run, "--num", 6)
+    assert "does not contain a list of evaluations): move it away" in failure(
+        capsys, run, "--num", 6
+    )
     assert (run / "evaluation.json").read_text() == '{"distance": 1}'
 
 
 def test_copies_of_training_images_are_found_and_drawn(run, monkeypatch):
-    """A model that gives back what it was trained on, but for the images held out of training."""
+    """A model that repeats the images that it was trained on, without those held out."""
     data = Data(**{**Data(source="digits", size=8, channels=1).model_dump(), "held_out": 300})
     recipe = Recipe(**{**tiny_settings(), "data": data.model_dump()})
     (run / "recipe.yaml").write_text(recipe.to_yaml())
@@ -302,7 +304,7 @@ def test_copies_of_training_images_are_found_and_drawn(run, monkeypatch):
     assert found["num_train"] == 1497 and found["calibration"] == "held-out images"
     assert found["exact"] == 150 and found["flagged"] == 1
     assert found["verdict"].startswith("more copies than chance")
-    assert "small sets are memorised" in found["warning"]
+    assert "small training sets are memorised" in found["warning"]
     pair = found["pairs"][0]
     np.testing.assert_array_equal(DIGITS[known[pair["sample"] * 7]], DIGITS[known[pair["train"]]])
     with Image.open(run / "memorization.png") as sheet:
@@ -317,12 +319,12 @@ def test_copies_of_training_images_are_found_and_drawn(run, monkeypatch):
     assert fresh["flagged"] < 0.1 and not fresh["verdict"].startswith("more copies")
 
 
-def test_copies_are_looked_for_among_a_runs_own_images_alone(run, tmp_path, capsys):
+def test_copies_are_looked_for_only_among_a_runs_own_images(run, tmp_path, capsys):
     other = save_folder(DIGITS[:30], tmp_path / "other")
     record = record_of(run, "--num", 8, "--reference", other, "--metrics", "frechet")
     assert record["memorization"] is None and not (run / "memorization.png").exists()
-    told = failure(capsys, run, "--reference", other, "--metrics", "memorization")
-    assert "memorization is looked for among a run's own images" in told
+    text = failure(capsys, run, "--reference", other, "--metrics", "memorization")
+    assert "metric memorization needs the images that the model was trained on" in text
 
 
 # Images of any origin
@@ -364,20 +366,20 @@ def test_jpeg_samples_are_noted(tmp_path):
     assert record["notes"] == []
 
 
-def test_samples_that_cannot_be_one_models_are_refused(tmp_path, capsys):
+def test_images_that_are_not_samples_of_one_model_are_refused(tmp_path, capsys):
     folder = save_folder(DIGITS[:5], tmp_path / "mixed")
     Image.new("L", (9, 8)).save(tmp_path / "mixed" / "other.png")
-    told = failure(capsys, folder, "--reference", "digits")
-    assert "of different shapes (8x8 with 1 channels, 9x8 with 1 channels)" in told
+    text = failure(capsys, folder, "--reference", "digits")
+    assert "have different shapes (8x8 with 1 channel, 9x8 with 1 channel)" in text
     colour = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-    told = failure(capsys, save_folder(colour, tmp_path / "rgb"), "--reference", "digits")
-    assert "the reference digits has images of 8x8x1" in told and "samples have 8x8x3" in told
+    text = failure(capsys, save_folder(colour, tmp_path / "rgb"), "--reference", "digits")
+    assert "the reference digits has images of 8x8x1" in text and "samples have 8x8x3" in text
     one = save_folder(DIGITS[:6], tmp_path / "one")
     assert "name the real ones with --reference" in failure(capsys, one)
-    told = failure(capsys, one, "--reference", "digits", "--steps", "3")
-    assert "flags of drawing do nothing here" in told
-    told = failure(capsys, one, "--reference", "digits", "--num", "7")
-    assert "has 6 images" in told
+    text = failure(capsys, one, "--reference", "digits", "--steps", "3")
+    assert "flags for sampling have no effect" in text
+    text = failure(capsys, one, "--reference", "digits", "--num", "7")
+    assert "has only 6 images" in text
 
 
 # Features and statistics
@@ -395,7 +397,7 @@ def test_features_rank_damage_as_they_should():
     assert one_missing < half_missing
 
 
-def test_reference_statistics_are_kept_and_found_again(run, monkeypatch, tmp_path):
+def test_reference_statistics_are_cached(run, monkeypatch, tmp_path):
     monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
     first = record_of(run, "--num", 8)
     kept = sorted((tmp_path / "cache").glob("images-*/features-*/*.np*"))
@@ -408,7 +410,7 @@ def test_reference_statistics_are_kept_and_found_again(run, monkeypatch, tmp_pat
     assert len(list((tmp_path / "cache").glob("images-*/features-*"))) == 2
 
 
-def test_statistics_are_written_in_the_fields_form_and_read_again(run, tmp_path, capsys):
+def test_statistics_survive_a_round_trip_through_the_fields_format(run, tmp_path, capsys):
     network, npz = mean_network(tmp_path), tmp_path / "digits.npz"
     whole = record_of(run, "--num", 9, "--features", network, "--save-statistics", npz)
     with np.load(npz) as arrays:
@@ -419,15 +421,15 @@ def test_statistics_are_written_in_the_fields_form_and_read_again(run, tmp_path,
         whole["metrics"]["frechet"]["value"]
     )
     assert again["reference"]["fingerprint"] == whole["reference"]["fingerprint"]
-    told = failure(
+    text = failure(
         capsys, run, "--num", 9, "--features", network, "--reference", npz, "--metrics", "kid"
     )
-    assert "metric kid needs the reference's images" in told
-    told = failure(capsys, run, "--num", 9, "--reference", npz)
-    assert "features pca come from the reference images" in told
+    assert "metric kid needs the reference's images, but only their mean" in text
+    text = failure(capsys, run, "--num", 9, "--reference", npz)
+    assert "features pca are fitted to the reference's images" in text
 
 
-def test_foreign_statistics_are_read_with_a_warning_or_refused(run, tmp_path, capsys):
+def test_foreign_statistics_get_a_note_or_are_refused(run, tmp_path, capsys):
     network = mean_network(tmp_path)
     arguments = [run, "--num", 9, "--features", network, "--reference"]
     foreign = tmp_path / "theirs.npz"
@@ -435,28 +437,28 @@ def test_foreign_statistics_are_read_with_a_warning_or_refused(run, tmp_path, ca
     record = record_of(*arguments, foreign)
     assert any("is unknown" in note for note in record["notes"])
     foreign.rename(tmp_path / "theirs-64x64.npz")
-    told = failure(capsys, *arguments, tmp_path / "theirs-64x64.npz")
-    assert "of images of 64x64 pixels, but the samples have 8x8 (going by its name" in told
+    text = failure(capsys, *arguments, tmp_path / "theirs-64x64.npz")
+    assert "of images of 64x64 pixels, but the samples have 8x8 (judged by its name" in text
     with_images = {"arr_0": np.zeros((2, 32, 32, 3), np.uint8)}
     np.savez(foreign, mu=np.zeros(4), sigma=np.eye(4), **with_images)
     assert "of images of 32x32 pixels, but" in failure(capsys, *arguments, foreign)
     np.savez(foreign, mu=np.zeros(5), sigma=np.eye(5))
-    told = failure(capsys, *arguments, foreign)
-    assert "quarters.pt2 have 4 values, but the statistics in" in told
+    text = failure(capsys, *arguments, foreign)
+    assert "quarters.pt2 have 4 values, but the statistics in" in text
 
 
 def test_statistics_of_other_features_are_refused(run, tmp_path, capsys):
     npz = tmp_path / "pca.npz"
     record_of(run, "--num", 9, "--save-statistics", npz)
-    told = failure(capsys, run, "--features", mean_network(tmp_path), "--reference", npz)
-    assert "are of features pca" in told and "not of" in told
+    text = failure(capsys, run, "--features", mean_network(tmp_path), "--reference", npz)
+    assert "are of features pca" in text and "not of" in text
 
 
-def test_few_samples_are_cautioned(trained, tiny, tmp_path):
+def test_few_samples_get_a_caution(trained, tiny, tmp_path):
     reference = own_reference(tiny.data, progress=False)
     draw = functools.partial(drawn_samples, trained, tiny.sampling, 6, 0, tmp_path)
     record = evaluate([draw], (8, 8, 1), reference, Evaluation(num_components=8)).record
-    assert any("6 samples cannot fix a covariance of 8" in note for note in record["notes"])
+    assert any("6 samples do not determine a covariance of 8" in note for note in record["notes"])
 
 
 def test_a_reference_of_another_shape_is_refused(tiny, tmp_path):
@@ -466,7 +468,7 @@ def test_a_reference_of_another_shape_is_refused(tiny, tmp_path):
         evaluate([lambda: samples], (8, 8, 1), reference, Evaluation())
 
 
-def test_metrics_that_cannot_be_had_are_refused_before_anything_is_drawn(run, capsys):
-    told = failure(capsys, run, "--num", 8, "--metrics", "inception-score")
-    assert "the Inception score is of features inception" in told
+def test_metrics_that_are_not_available_are_refused_before_anything_is_drawn(run, capsys):
+    text = failure(capsys, run, "--num", 8, "--metrics", "inception-score")
+    assert "metric inception_score needs the classes of the Inception network" in text
     assert not (run / "evaluation").exists()

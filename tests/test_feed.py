@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from maskdm.images.joined import JoinedArrays
 from maskdm.images.order import ImageOrder, training_subset
 from maskdm.images.store import Store, open_store
 from maskdm.recipe import Data
+from maskdm.training import tick
 from maskdm.training.step import mirror
 from maskdm.training.trainer import train
 
@@ -90,7 +91,7 @@ def test_a_part_of_the_data_is_fed_alone(store, feeds, resident):
     assert feeds(store, resident=resident).next(0, 4)[1] is None
 
 
-def test_the_next_batches_are_fetched_before_they_are_asked_for(store, feeds, monkeypatch):
+def test_the_next_batches_are_fetched_before_they_are_requested(store, feeds, monkeypatch):
     fetched, gather = [], feed_module._gather
     two_more = threading.Event()
 
@@ -143,27 +144,33 @@ def test_batches_go_to_any_kind_of_device(store):
     assert images.device == labels.device == nowhere
 
 
-def test_waiting_is_told_once_and_not_for_a_cold_start(store, feeds):
+def test_waiting_is_noted_once_and_not_for_a_cold_start(store, feeds):
     feed = feeds(store)
     notes = [feed.note_waiting(share) for share in (0.9, 0.04, 0.06, 0.3, 0.9, 0, 0.9, 0.9)]
     assert [note is not None for note in notes] == [False] * 3 + [True] + [False] * 4
-    assert "30 % of the time goes into waiting" in notes[3] and "MASKDM_CACHE" in notes[3]
+    assert "30 % of the time is spent waiting" in notes[3] and "MASKDM_CACHE" in notes[3]
     assert "--data.resident on" in notes[3]
     resident = feeds(store, resident="on")
     assert "--data.resident" not in [resident.note_waiting(0.5) for _ in range(2)][1]
 
 
 def test_a_run_that_waits_for_images_says_what_to_do(tiny, tmp_path, monkeypatch, capsys):
-    gather = feed_module._gather
+    now, fetch, add = [0.0], Feed.next, tick.Tick.add
 
-    def slow(images, indices):
-        time.sleep(0.1)
-        return gather(images, indices)
+    def slow_next(*args):
+        now[0] += 1
+        return fetch(*args)
 
-    monkeypatch.setattr(feed_module, "_gather", slow)
+    def slow_step(*args):
+        now[0] += 3
+        return add(*args)
+
+    monkeypatch.setattr(tick, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Feed, "next", slow_next)
+    monkeypatch.setattr(tick.Tick, "add", slow_step)
     train(tiny, tmp_path / "run")
     printed = capsys.readouterr().out
-    assert printed.count("of the time goes into waiting for images") == 1
+    assert printed.count("note: 25 % of the time is spent waiting for images") == 1
     assert "feed    115 kB memory-mapped, 2 batches ahead" in printed
 
 

@@ -9,10 +9,10 @@ from gaussians import Correlated, Normal, trained
 
 from maskdm.models.build import build_model
 from maskdm.models.trained import TrainedModel
-from maskdm.recipe import Mask, Sampling
+from maskdm.recipe import Guidance, Mask, Sampling
 from maskdm.sampling.denoise import sparse_denoiser, x0_denoiser
 from maskdm.sampling.generate import generate
-from maskdm.sampling.guidance import guided
+from maskdm.sampling.guidance import Wanted, guided
 from maskdm.sampling.inpaint import inpaint, repaint
 from maskdm.sampling.marginal import masks_of_images, patches_of_picture
 from maskdm.sampling.samplers import sampling_levels
@@ -33,8 +33,8 @@ def test_autoguidance_goes_away_from_the_weak_model(scale):
     """Also where the weak one learnt another schedule and prediction: the same noise is meant."""
     strong = trained(Normal, 2, schedule="vp-sde", prediction="v")
     weak = trained(Narrow, 2, schedule="flow", prediction="flow")
-    settings = Sampling(guidance="autoguidance", guidance_scale=scale)
-    denoise = guided(strong, FOUR, None, settings, weak, generators())
+    settings = Guidance(kind="autoguidance", scale=scale)
+    denoise = guided(Wanted(strong, FOUR, None, settings, weak, generators()))
     x = torch.randn(3, 4, 1)
     for log_snr in (-6.0, 0.0, 5.0):
         alpha, sigma = (
@@ -52,8 +52,8 @@ def test_autoguidance_goes_away_from_the_weak_model(scale):
 def test_guidance_acts_within_its_interval_alone():
     strong = trained(Normal, 2, schedule="vp-sde", prediction="x0")
     weak = trained(Narrow, 2, schedule="vp-sde", prediction="x0")
-    settings = Sampling(guidance="autoguidance", guidance_start=0.3, guidance_end=0.6)
-    denoise = guided(strong, FOUR, None, settings, weak, generators())
+    settings = Guidance(kind="autoguidance", start=0.3, end=0.6)
+    denoise = guided(Wanted(strong, FOUR, None, settings, weak, generators()))
     plain = x0_denoiser(strong, FOUR, None)
     x, t = torch.randn(3, 4, 1), torch.tensor([0.2, 0.29, 0.31, 0.59, 0.61, 0.9])
     acts = [
@@ -62,8 +62,8 @@ def test_guidance_acts_within_its_interval_alone():
     ]
     assert acts == [False, False, True, True, False, False]
     assert len(weak.model.calls) == 2  # elsewhere it isn't even asked
-    with pytest.raises(ValueError, match="guidance_start 0.6 is not below guidance_end 0.3"):
-        Sampling(guidance_start=0.6, guidance_end=0.3)
+    with pytest.raises(ValueError, match="start 0.6 is not below end 0.3"):
+        Guidance(start=0.6, end=0.3)
 
 
 def test_classifier_free_guidance_goes_away_from_no_class(tiny, changed):
@@ -72,12 +72,12 @@ def test_classifier_free_guidance_goes_away_from_no_class(tiny, changed):
     torch.nn.init.normal_(model.model.label_embed.weight)
     torch.nn.init.normal_(model.model.head.weight)
     positions, labels = torch.arange(16).expand(3, -1), torch.tensor([0, 1, 2])
-    settings = Sampling(guidance="classifier-free", guidance_scale=3.0)
+    settings = Guidance(kind="classifier-free", scale=3.0)
     x = torch.randn(3, 16, 4)
     with torch.no_grad():
         with_class = x0_denoiser(model, positions, labels)(x, 0.5)
         without = x0_denoiser(model, positions, torch.full((3,), 3))(x, 0.5)
-        actual = guided(model, positions, labels, settings, None, generators())(x, 0.5)
+        actual = guided(Wanted(model, positions, labels, settings, None, generators()))(x, 0.5)
     torch.testing.assert_close(actual, 3 * with_class - 2 * without, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(with_class, without)
 
@@ -88,21 +88,23 @@ def test_guidance_that_a_model_cannot_have_is_refused(tiny, changed):
         return TrainedModel(build_model(recipe).eval(), recipe.diffusion)
 
     def ask(strong, weak=None, labels=None, **settings):
-        return generate(strong, Sampling(steps=2, **settings), [0, 1], labels=labels, weak=weak)
+        return generate(
+            strong, Sampling(steps=2, guidance=settings), [0, 1], labels=labels, weak=weak
+        )
 
     plain, blind = model(), model(num_classes=3, label_dropout=0.0)
     with pytest.raises(ValueError, match="the model has no classes"):
-        ask(plain, guidance="classifier-free")
-    with pytest.raises(ValueError, match="was never shown images of no class"):
-        ask(blind, guidance="classifier-free")
-    with pytest.raises(ValueError, match="labels go from 3 to 3.*from 0 to 2$"):
+        ask(plain, kind="classifier-free")
+    with pytest.raises(ValueError, match="was not trained without classes"):
+        ask(blind, kind="classifier-free")
+    with pytest.raises(ValueError, match="labels are 3 to 3.*are 0 to 2$"):
         ask(blind, labels=torch.tensor([3, 3]))
     with pytest.raises(ValueError, match="autoguidance needs a weak model"):
-        ask(plain, guidance="autoguidance")
+        ask(plain, kind="autoguidance")
     with pytest.raises(ValueError, match="weak model has num_classes 3, the guided one 0"):
-        ask(plain, blind, guidance="autoguidance")
+        ask(plain, blind, kind="autoguidance")
     with pytest.raises(ValueError, match="classifier-free guidance needs model.num_classes"):
-        changed(sampling={"guidance": "classifier-free"})
+        changed(sampling={"guidance": {"kind": "classifier-free"}})
 
 
 def test_sparse_denoising_shows_each_patch_only_its_group():

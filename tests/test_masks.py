@@ -14,7 +14,7 @@ def draw(mask: Mask, grid: tuple[int, int], num: int = 64, seed: int = 0) -> tor
 
 
 @given(
-    st.sampled_from(sorted(MASKS)),
+    st.sampled_from(sorted(set(MASKS) - {"none"})),
     st.integers(1, 12),
     st.integers(1, 12),
     st.floats(0, 0.99),
@@ -69,7 +69,7 @@ def test_masks_depend_on_the_generator_alone_and_differ_between_images():
 
 
 def test_rate_zero_shows_every_patch_by_the_same_path():
-    for kind in ["none", *MASKS]:
+    for kind in MASKS:
         visible = draw(Mask(kind=kind, rate=0), (2, 3), num=2)
         assert torch.equal(visible, torch.arange(6).expand(2, 6))
 

@@ -1,4 +1,4 @@
-"""Copies of training images are found among samples, and perfect samples are no copies."""
+"""Copies of training images are found among samples, and perfect samples are not flagged."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from scipy.stats import beta, betabinom, hypergeom
 
 from maskdm.evaluation import neighbours
 from maskdm.evaluation.features import Features
-from maskdm.evaluation.memorization import ImageSet, check_memorization
+from maskdm.evaluation.memorization import ImageSet, check_memorization, closest_pairs
 from maskdm.evaluation.neighbours import nearest
-from maskdm.evaluation.pairs_sheet import draw_pairs
 from maskdm.images.joined import JoinedArrays
-from maskdm.images.look import on_grey
+from maskdm.images.output import on_grey
+from maskdm.report.sheets import pairs_sheet
 
 SHAPE = (6, 8, 1)
 DIRECTIONS = np.random.default_rng(99).standard_normal((12, 48))
@@ -51,10 +51,10 @@ def check(samples, train, held_out=None, flip=False):
 TRAIN, REAL = draw(2000, 1), draw(1000, 2)
 
 
-@pytest.mark.parametrize("block_values", [2**24, 700, 1])
+@pytest.mark.parametrize("block_values", [2**24, 700, 5])
 def test_neighbours_are_those_of_brute_force_whatever_the_blocks(block_values, monkeypatch):
     monkeypatch.setattr(neighbours, "BLOCK_VALUES", block_values)
-    monkeypatch.setattr(neighbours, "PAIR_VALUES", 50)
+    monkeypatch.setattr(neighbours, "PAIR_VALUES", 500)
     generator = np.random.default_rng(0)
     base = generator.standard_normal((150, 5)).astype(np.float32)
     queries = generator.standard_normal((70, 5)).astype(np.float32)
@@ -83,7 +83,7 @@ def test_near_copies_far_from_the_origin_keep_their_digits(monkeypatch):
     assert np.array_equal(distances[:, 0], abs(queries[:, 0] - base[::5, 0]).astype(np.float64))
 
 
-def test_of_equal_vectors_the_first_is_the_nearest(monkeypatch):
+def test_the_first_of_equal_vectors_is_the_nearest(monkeypatch):
     base = np.random.default_rng(0).standard_normal((20, 33)).astype(np.float32)
     many = np.concatenate([base] * 6)
     for block_values in (2**24, 33 * 25):
@@ -96,9 +96,13 @@ def test_of_equal_vectors_the_first_is_the_nearest(monkeypatch):
     ("queries", "base", "text"),
     [
         (np.zeros((2, 3)), np.zeros((4, 2)), "are not the same features"),
-        (np.full((2, 3), np.nan), np.zeros((4, 3)), "features are infinite or no numbers"),
-        (np.zeros((2, 3)), np.full((4, 3), np.inf), "features are infinite or no numbers"),
-        (np.zeros((2, 3)), np.zeros((0, 3)), "1 neighbours can't be found among 0 vectors"),
+        (np.full((2, 3), np.nan), np.zeros((4, 3)), "features contain NaN or infinite values"),
+        (np.zeros((2, 3)), np.full((4, 3), np.inf), "features contain NaN or infinite values"),
+        (
+            np.zeros((2, 3)),
+            np.zeros((0, 3)),
+            "1 neighbours of a vector were requested, but there are 0",
+        ),
     ],
 )
 def test_vectors_that_cannot_be_compared_are_refused(queries, base, text):
@@ -108,7 +112,7 @@ def test_vectors_that_cannot_be_compared_are_refused(queries, base, text):
 
 @pytest.mark.parametrize("held_out", [REAL, None], ids=["held-out", "leave-one-out"])
 @pytest.mark.parametrize("flip", [False, True])
-def test_of_independent_draws_about_one_in_a_hundred_is_suspect(held_out, flip):
+def test_about_one_in_a_hundred_independent_draws_is_flagged(held_out, flip):
     record = check(draw(1000, 3), TRAIN, held_out, flip)
     assert record["calibration"] == ("leave-one-out" if held_out is None else "held-out images")
     assert (record["num"], record["num_real"], record["num_train"]) == (1000, 1000, 2000)
@@ -146,7 +150,7 @@ def test_copies_are_found(levels, held_out):
     assert record["exact"] == (50 if levels == 0 else 0)
     assert record["verdict"].startswith("more copies than chance: ")
     assert f"{1000 * record['flagged']:.0f} of 1,000 samples are nearer" in record["verdict"]
-    assert ("50 equal one but for 2 grey levels" in record["verdict"]) == (levels == 0)
+    assert ("50 equal one within 2 grey levels" in record["verdict"]) == (levels == 0)
     assert [pair["train"] - pair["sample"] for pair in record["pairs"]] == [400] * 16
     distances = [pair["distance"] for pair in record["pairs"]]
     assert distances == sorted(distances) and distances[-1] < record["threshold"]
@@ -163,25 +167,26 @@ def test_mirrored_copies_are_found_where_training_mirrored_images():
     assert [pair["train"] - pair["sample"] for pair in flipped["pairs"]] == [400] * 16
 
 
-def test_one_exact_copy_is_told_though_it_proves_nothing_by_number():
+def test_one_exact_copy_is_reported_though_one_may_be_chance():
     samples = draw(500, 3)
     samples[77] = TRAIN[11]
     record = check(samples, TRAIN, REAL)
     assert record["exact"] == 1 and record["probability"] > 0.01
     assert record["verdict"].startswith("a few copies: ")
+    assert record["verdict"].endswith(", 1 equals one within 2 grey levels")
     closest = {"sample": 77, "train": 11, "distance": 0.0, "mirrored": False, "equal": True}
     assert record["pairs"][0] == closest
 
 
-def test_pale_samples_are_no_copies():
+def test_pale_samples_are_not_copies():
     pale = np.round((draw(1000, 3).astype(float) - 128) / 2 + 128).astype(np.uint8)
     record = check(pale, TRAIN, REAL)
     distances, real = (nearest(seen(few).vectors, seen(TRAIN).vectors)[0] for few in (pale, REAL))
-    assert (distances < np.quantile(real, 0.01)).mean() > 0.05  # though near to everything
+    assert (distances < np.quantile(real, 0.01)).mean() > 0.05  # although near to everything
     assert record["probability"] > 0.01
 
 
-def test_images_that_are_there_twice_neither_blind_nor_alarm():
+def test_duplicated_images_neither_hide_copies_nor_raise_false_alarms():
     train = np.concatenate([TRAIN, TRAIN[:400]])
     record = check(draw(1000, 3), train)
     assert record["duplicates"] == pytest.approx(800 / 2400, abs=0.05)
@@ -198,7 +203,7 @@ def test_images_that_are_there_twice_neither_blind_nor_alarm():
     assert record["calibration"] == "held-out images" and record["threshold"] > 0
 
 
-def test_copies_of_an_image_that_is_there_forty_times_are_found():
+def test_copies_of_an_image_that_occurs_forty_times_are_found():
     train = np.concatenate([TRAIN, TRAIN[:1].repeat(39, axis=0)])
     samples = draw(1000, 3)
     samples[:40] = noisy(TRAIN[:1].repeat(40, axis=0), 8)
@@ -207,13 +212,13 @@ def test_copies_of_an_image_that_is_there_forty_times_are_found():
     assert {pair["sample"] for pair in record["pairs"]} <= set(range(40))
 
 
-def test_without_enough_unseen_images_training_images_stand_in():
+def test_without_enough_unseen_images_training_images_take_their_place():
     for held_out in (REAL[:98], TRAIN[:500], REAL[:0]):
         assert check(draw(200, 3), TRAIN, held_out)["calibration"] == "leave-one-out"
     assert check(draw(200, 3), TRAIN, REAL[:99])["calibration"] == "held-out images"
 
 
-def test_a_thousand_samples_are_spread_over_all_and_keep_their_numbers():
+def test_a_thousand_samples_are_spread_over_all_and_keep_their_indices():
     samples = draw(2500, 3)
     samples[2200:] = TRAIN[:300]
     record = check(samples, TRAIN, REAL)
@@ -227,16 +232,16 @@ def test_a_thousand_samples_are_spread_over_all_and_keep_their_numbers():
     assert again == record
 
 
-def test_small_sets_are_warned_of():
+def test_small_training_sets_get_a_warning():
     many = draw(5000, 5)
     assert check(draw(100, 3), many)["warning"] is None
     warning = check(draw(100, 3), many[:4999])["warning"]
-    assert warning.startswith("small sets are memorised (4,999 images)")
+    assert warning.startswith("small training sets are memorised (4,999 images)")
 
 
 @pytest.mark.parametrize("num_train", [1, 2, 3, 5, 60])
 @pytest.mark.parametrize("flip", [False, True])
-def test_few_images_tell_little_but_their_copies(num_train, flip):
+def test_few_images_are_too_few_except_for_their_copies(num_train, flip):
     record = check(draw(10, 3), TRAIN[:num_train], flip=flip)
     assert record["verdict"].startswith("too few ")
     assert (record["threshold"] is None) == (num_train < 3)
@@ -246,21 +251,21 @@ def test_few_images_tell_little_but_their_copies(num_train, flip):
     assert "copies" in copies["verdict"] or f"{copies['exact']} equal" in copies["verdict"]
 
 
-def test_a_set_of_one_image_many_times_tells_nothing():
+def test_a_training_set_of_one_repeated_image_is_too_few():
     record = check(TRAIN[:1].repeat(200, axis=0), TRAIN[:1].repeat(300, axis=0))
     assert record["duplicates"] == 1 and record["num_real"] == 0 and record["flagged"] is None
     assert record["verdict"].startswith("too few different real images to tell")
     assert record["exact"] == 200
 
 
-def test_what_cannot_be_compared_is_refused():
-    with pytest.raises(ValueError, match="there are no samples"):
+def test_images_that_cannot_be_compared_are_refused():
+    with pytest.raises(ValueError, match="copies cannot be looked for without samples"):
         check(TRAIN[:0], TRAIN)
-    with pytest.raises(ValueError, match="there are no training images"):
+    with pytest.raises(ValueError, match="cannot be looked for without training images"):
         check(TRAIN, TRAIN[:0])
-    with pytest.raises(ValueError, match=r"samples of \(8, 6, 1\) can't be compared with training"):
+    with pytest.raises(ValueError, match=r"samples of shape \(8, 6, 1\) cannot be compared"):
         check(draw(5, 3).transpose(0, 2, 1, 3), TRAIN)
-    with pytest.raises(ValueError, match="4 features don't fit 5 samples"):
+    with pytest.raises(ValueError, match="expected features of 5 samples, got 4"):
         check_memorization(
             ImageSet(TRAIN[:5], seen(TRAIN[:4]).vectors), seen(TRAIN), None, PIXELS, False
         )
@@ -271,7 +276,7 @@ def test_a_sheet_shows_samples_beside_their_training_images(shape):
     train = np.random.default_rng(0).integers(0, 256, (12, *shape), dtype=np.uint8)
     samples = np.concatenate([train[3:6, :, ::-1], 255 - train[:2]])
     record = check(samples, train, flip=True)
-    sheet = np.asarray(draw_pairs(samples, train, record))
+    sheet = np.asarray(pairs_sheet(*closest_pairs(samples, train, record), record))
     assert record["pairs"][0]["mirrored"] and record["pairs"][0]["train"] == 3
     known = on_grey(samples[:1])[0].astype(np.float64)
     if max(shape) > 256:  # reduced by 3
@@ -290,4 +295,5 @@ def test_a_sheet_shows_samples_beside_their_training_images(shape):
 
 def test_a_sheet_is_drawn_where_there_is_no_threshold():
     record = check(draw(1, 3), TRAIN[:1])
-    assert draw_pairs(draw(1, 3), TRAIN[:1], record).mode == "RGB"
+    sheet = pairs_sheet(*closest_pairs(draw(1, 3), TRAIN[:1], record), record)
+    assert sheet.mode == "RGB" and sheet.height > sheet.width / 4

@@ -1,4 +1,4 @@
-"""What leaves the program: sheets, folders of PNGs, arrays; one to four channels."""
+"""Written images: sheets, folders of PNGs, arrays; one to four channels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from maskdm.cli import main
+from maskdm.export.pipeline import pipeline_of_run, save_pipeline
 from maskdm.files import write_text, write_whole
-from maskdm.hub import pipeline_of_run, save_pipeline
 from maskdm.images.output import image_grid, save_images, to_pil
 from maskdm.models.build import build_model
 from maskdm.sampling.inpaint import with_hole
@@ -95,10 +95,10 @@ def test_a_hole_is_opaque_grey(channels):
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 5), (2, 8, 8, 0), (2, 8, 8)])
-def test_arrays_that_are_no_pictures_are_refused(shape, tmp_path):
+def test_arrays_that_are_not_pictures_are_refused(shape, tmp_path):
     images = np.zeros(shape, np.uint8)
     for show in (to_pil, image_grid, lambda x: save_images(x, tmp_path / "folder")):
-        with pytest.raises(ValueError, match=r"can't be shown: .* 4 \(RGBA\) can; keep others in"):
+        with pytest.raises(ValueError, match=r"cannot be drawn, .* 4 \(RGBA\): save others as"):
             show(images)
     assert not (tmp_path / "folder").exists()
     save_images(images, tmp_path / "a.npz")

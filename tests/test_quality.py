@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 from conftest import mean_network, tiny_settings
 from gaussians import Normal, trained
 from PIL import Image
@@ -22,41 +20,50 @@ from maskdm.evaluation import features, quick
 from maskdm.evaluation.dense_loss import dense_loss
 from maskdm.evaluation.quick import QuickLook
 from maskdm.images.order import held_out_subset, training_subset
-from maskdm.images.output import image_grid, with_caption
-from maskdm.images.store import Store, open_store
+from maskdm.images.store import open_store
 from maskdm.models.build import build_model
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Data, Recipe, Sampling
+from maskdm.report.sheets import preview_sheet
+from maskdm.runs.checkpoint import Progress
+from maskdm.runs.lines import read_lines
 from maskdm.training import trainer
-from maskdm.training.monitor import read_metrics
-from maskdm.training.set_points import quality_text
+from maskdm.training.checkups import Checkups, quality_parts
 from maskdm.training.step import draw_batch
-from maskdm.training.trainer import TrainResult, train
+from maskdm.training.trainer import train
 
 PREDICTIONS = ("eps", "x0", "v", "flow")
 
 
-@pytest.fixture
-def measured(tiny: Recipe, changed: Callable[..., Recipe], tmp_path: Path) -> Recipe:
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """The tiny recipe on 60 digits, 7 of them held out; measured every 4 steps by 8 images."""
-    digits = open_store(tiny.data, progress=False)
-    np.savez(tmp_path / "digits.npz", digits.images[:60], digits.labels[:60])
-    return changed(
-        data={**tiny.data.model_dump(), "source": str(tmp_path / "digits.npz"), "held_out": 7},
-        evaluation={**tiny.evaluation.model_dump(), "quick_num": 8},
-        evaluate_every=4,
-    )
+    settings, source = tiny_settings(), tmp_path_factory.mktemp("digits") / "digits.npz"
+    digits = open_store(Recipe(**settings).data, progress=False)
+    np.savez(source, digits.images[:60], digits.labels[:60])
+    settings["data"] |= {"source": str(source), "held_out": 7}
+    settings["evaluation"] |= {"quick_num": 8}
+    settings |= {"evaluate_every": 4, "num_previews": 0, "preview_steps": 4}
+    return Recipe(**settings)
 
 
-def looking(recipe: Recipe, run_dir: Path, **options) -> TrainResult:
-    def make_measure(store: Store) -> QuickLook:
-        return QuickLook(recipe, store, recipe.sampling)
+@pytest.fixture(scope="module")
+def unbroken(measured: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of such a run."""
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    run(measured, folder)
+    return folder
 
-    return train(recipe, run_dir, show=False, **{"make_measure": make_measure, **options})
+
+def run(recipe: Recipe, run_dir: Path) -> None:
+    """Trains, without the export at the end, which takes half the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkups, "finish", lambda *arguments: None)
+        train(recipe, run_dir, show=False)
 
 
 def quality(run_dir: Path) -> list[dict]:
-    lines = read_metrics(run_dir / "quality.jsonl")
+    lines = read_lines(run_dir / "quality.jsonl")
     return [{k: v for k, v in line.items() if k != "elapsed_sec"} for line in lines]
 
 
@@ -86,7 +93,9 @@ def test_a_part_may_be_held_out_of_sets_of_any_size():
         chosen = held_out_subset(num, Data(held_out=0.02))
         assert len(chosen) == expected
         assert len(training_subset(num, Data(held_out=0.02))) == num - expected
-    with pytest.raises(ValueError, match="held_out: a number of images, or a part .*not 1.5"):
+    with pytest.raises(
+        ValueError, match="held_out: expected a number of images or a part .*not 1.5"
+    ):
         Data(held_out=1.5)
 
 
@@ -99,8 +108,8 @@ def test_small_sets_are_measured_as_far_as_they_go(measured, tmp_path):
         ))  # fmt: skip
         data = {**measured.data.model_dump(), "source": str(tmp_path / f"{num}.npz")}
         recipe = Recipe(**{**measured.model_dump(), "data": data, "evaluation": evaluation})
-        looking(recipe, tmp_path / str(num))
-        for line in read_metrics(tmp_path / str(num) / "quality.jsonl"):
+        run(recipe, tmp_path / str(num))
+        for line in read_lines(tmp_path / str(num) / "quality.jsonl"):
             assert ("sliced" in line) == has_distance and line["dense_loss"] > 0
 
 
@@ -135,6 +144,7 @@ def test_held_out_images_are_never_trained_on_and_the_run_says_so(
         return draw_batch(images, *arguments)
 
     monkeypatch.setattr(trainer, "draw_batch", watched)
+    recipe = Recipe(**{**recipe.model_dump(), "evaluate_every": 0})
     train(recipe, tmp_path / "run")
     assert seen == {image.tobytes() for image in images[training_subset(60, recipe.data)]}
     assert len(seen) == 7
@@ -165,7 +175,7 @@ def normal_images(num: int, size: int = 16) -> np.ndarray:
 @pytest.mark.parametrize("schedule", ["cosine", "vp-sde", "flow"])
 def test_the_best_denoiser_of_normal_images_loses_its_posterior_variance(schedule):
     """The oracle: min(SNR, 1) s^2 sigma^2 / (alpha^2 s^2 + sigma^2), averaged over each bucket."""
-    model = trained(Narrow, 16, schedule=schedule, prediction="v", weighting="p2")
+    model = trained(Narrow, 16, schedule=schedule, prediction="v", weighting={"kind": "p2"})
     losses = dense_loss(model, normal_images(64), None, by(64))
     t = (torch.arange(10_000).double() + 0.5) / 10_000
     noise_to_signal = (-make_schedule(schedule).log_snr(t)).exp()
@@ -177,7 +187,7 @@ def test_the_best_denoiser_of_normal_images_loses_its_posterior_variance(schedul
 def test_the_dense_loss_is_the_same_whatever_was_predicted_and_weighed():
     images, losses = normal_images(20, 4), []
     for prediction in PREDICTIONS:
-        for more in ({}, {"weighting": "sigmoid"}, {"loss_space": "x0"}):
+        for more in ({}, {"weighting": {"kind": "sigmoid"}}, {"loss_space": "x0"}):
             model = trained(Narrow, 4, schedule="cosine", prediction=prediction, **more)
             losses.append(dense_loss(model, images, None, by(20)))
     for other in losses[1:]:
@@ -227,13 +237,12 @@ def test_the_dense_loss_sees_every_time_once_all_patches_and_other_noise_each_ti
 # In training
 
 
-def test_set_points_leave_lines_of_all_that_was_measured(measured, tmp_path):
-    looking(measured, tmp_path)
-    lines = read_metrics(tmp_path / "quality.jsonl")
+def test_set_points_leave_lines_of_all_that_was_measured(unbroken):
+    lines = read_lines(unbroken / "quality.jsonl")
     assert [(line["step"], line["stage"]) for line in lines] == [
         (4, "hide"), (6, "hide"), (8, "show"), (11, "show"),
     ]  # fmt: skip
-    by_step = {line["step"]: line for line in read_metrics(tmp_path / "metrics.jsonl")}
+    by_step = {line["step"]: line for line in read_lines(unbroken / "metrics.jsonl")}
     for line in lines:
         for name in ("images", "flops", "elapsed_sec", "hidden"):
             assert line[name] == by_step[line["step"]][name], name
@@ -244,14 +253,14 @@ def test_set_points_leave_lines_of_all_that_was_measured(measured, tmp_path):
         assert line["num"] == 8 and line["features"] == "pca"
         assert len(line["features_sha256"]) == 64
     # Checkpoints are at set points too (4, 8), the last two of all and stages' ends are kept.
-    names = sorted(path.name[-2:] for path in (tmp_path / "checkpoints").glob("step-*"))
+    names = sorted(path.name[-2:] for path in (unbroken / "checkpoints").glob("step-*"))
     assert names == ["06", "09", "11"]
 
 
 def test_in_a_networks_features_the_kernel_distance_is_measured_too(measured, tmp_path):
     evaluation = {**measured.evaluation.model_dump(), "features": mean_network(tmp_path)}
-    looking(Recipe(**{**measured.model_dump(), "evaluation": evaluation}), tmp_path / "run")
-    for line in read_metrics(tmp_path / "run" / "quality.jsonl"):
+    run(Recipe(**{**measured.model_dump(), "evaluation": evaluation}), tmp_path / "run")
+    for line in read_lines(tmp_path / "run" / "quality.jsonl"):
         assert line["kid_error"] > 0 and line["features"].endswith("quarters.pt2")
 
 
@@ -259,9 +268,9 @@ def test_measuring_changes_no_bit_of_the_training(measured, tmp_path):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    looking(measured, tmp_path / "measured")
+    run(measured, tmp_path / "measured")
     assert torch.equal(torch.rand(3), expected)
-    train(measured, tmp_path / "plain", show=False)
+    run(Recipe(**{**measured.model_dump(), "evaluate_every": 0}), tmp_path / "plain")
     assert_same_bits(tmp_path / "measured", tmp_path / "plain")
     assert not (tmp_path / "plain" / "quality.jsonl").exists()
 
@@ -273,57 +282,51 @@ def test_making_networks_leaves_the_callers_random_numbers_alone(measured, tmp_p
 
     monkeypatch.setattr(quick, "make_features", make_features)
     state = torch.get_rng_state()
-    QuickLook(measured, open_store(measured.data, progress=False), measured.sampling)
+    QuickLook(measured, open_store(measured.data, progress=False), measured.for_previews)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("step", [3, 4, 5, 6, 10])  # before and after lines; in both stages
-def test_a_resumed_run_measures_what_an_unbroken_one_does(measured, tmp_path, step):
-    def die(accelerator: Accelerator, model: TrainedModel, file: Path, line: dict) -> None:
-        if line["step"] == step:
+def test_a_resumed_run_measures_what_an_unbroken_one_does(measured, unbroken, tmp_path, step):
+    broken, look = tmp_path / "broken", Checkups.look
+
+    def look_and_die(self: Checkups, progress: Progress, *others: object) -> None:
+        look(self, progress, *others)
+        if progress.step == step:
             raise Interrupted
 
-    looking(measured, tmp_path / "unbroken")
-    broken = tmp_path / "broken"
-    with pytest.raises(Interrupted):
-        looking(Recipe(**{**measured.model_dump(), "preview_every": 1}), broken, preview=die)
-    (broken / "recipe.yaml").write_text(measured.to_yaml())
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Checkups, "look", look_and_die)
+        run(measured, broken)
     with (broken / "quality.jsonl").open("a") as file:  # of steps after the last checkpoint
         file.write(json.dumps({"step": step + 1, "stage": "lost"}) + '\n{"step": ')
-    looking(measured, broken)
-    assert quality(broken) == quality(tmp_path / "unbroken")
-    assert_same_bits(broken, tmp_path / "unbroken")
-
-
-class Dying:
-    """Measures until a step, then dies there, as a kill would."""
-
-    def __init__(self, look: QuickLook, num_before: int):
-        self._look, self._left = look, num_before
-
-    def __call__(self, model: TrainedModel) -> dict:
-        if self._left == 0:
-            raise Interrupted
-        self._left -= 1
-        return self._look(model)
+    run(measured, broken)
+    assert quality(broken) == quality(unbroken)
+    assert_same_bits(broken, unbroken)
 
 
 @pytest.mark.parametrize("num_before", [0, 1, 2, 3])  # mid-stage and at the end, in both stages
-def test_a_kill_between_saving_and_measuring_is_caught_up(measured, tmp_path, num_before):
-    def make_measure(store: Store) -> Dying:
-        return Dying(QuickLook(measured, store, measured.sampling), num_before)
+def test_a_kill_between_saving_and_measuring_is_caught_up(measured, unbroken, tmp_path, num_before):
+    calls: list[int] = []
+    look = QuickLook.__call__
 
-    looking(measured, tmp_path / "unbroken")
-    with pytest.raises(Interrupted):
-        looking(measured, tmp_path / "broken", make_measure=make_measure)
-    assert quality(tmp_path / "broken") == quality(tmp_path / "unbroken")[:num_before]
+    def measure_or_die(self: QuickLook, model: TrainedModel) -> dict:
+        if len(calls) == num_before:
+            raise Interrupted
+        calls.append(1)
+        return look(self, model)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(QuickLook, "__call__", measure_or_die)
+        run(measured, tmp_path / "broken")
+    assert quality(tmp_path / "broken") == quality(unbroken)[:num_before]
     saved = (tmp_path / "broken" / "checkpoints" / "latest").read_text().strip()
     assert saved == f"step-{(4, 6, 8, 11)[num_before]:08d}"  # before it was measured
-    looking(measured, tmp_path / "broken")
-    assert quality(tmp_path / "broken") == quality(tmp_path / "unbroken")
-    assert_same_bits(tmp_path / "broken", tmp_path / "unbroken")
+    run(measured, tmp_path / "broken")
+    assert quality(tmp_path / "broken") == quality(unbroken)
+    assert_same_bits(tmp_path / "broken", unbroken)
     before = (tmp_path / "broken" / "quality.jsonl").read_bytes()
-    looking(measured, tmp_path / "broken")  # finished: nothing is measured twice
+    run(measured, tmp_path / "broken")  # finished: nothing is measured twice
     assert (tmp_path / "broken" / "quality.jsonl").read_bytes() == before
 
 
@@ -332,51 +335,51 @@ def test_only_losses_are_measured_where_no_images_are_drawn(measured, changed, t
         **{
             **measured.model_dump(),
             "data": {**measured.data.model_dump(), "held_out": 0},
-            "evaluation": {"quick_num": 0, "num_components": 64},  # no features are wanted
+            "evaluation": {"quick_num": 0, "num_components": 64},  # no features are needed
             "evaluate_every": 100,
         }
     )
-    looking(recipe, tmp_path / "losses")
+    run(recipe, tmp_path / "losses")
     first, last = quality(tmp_path / "losses")  # the stages' ends
     assert (first["step"], last["step"]) == (6, 11)
     assert "sliced" not in last and "num" not in last and "dense_loss" not in last
     assert last["dense_loss_train"] == pytest.approx(np.mean(last["dense_loss_by_time"]))
     assert last["dense_loss_train"] < first["dense_loss_train"]
     never = Recipe(**{**recipe.model_dump(), "evaluate_every": 0})
-    looking(never, tmp_path / "never")
+    run(never, tmp_path / "never")
     assert not (tmp_path / "never" / "quality.jsonl").exists()
 
 
-def test_classes_are_told_to_the_network(measured, tmp_path):
+def test_the_network_gets_the_images_classes(measured, tmp_path):
     recipe = Recipe(
         **{**measured.model_dump(), "model": {**measured.model.model_dump(), "num_classes": 10}}
     )
-    store, told = open_store(recipe.data, progress=False), []
+    store, labels = open_store(recipe.data, progress=False), []
     model = build_model(recipe, store.manifest["class_names"]).eval()
-    look = QuickLook(recipe, store, recipe.sampling)
-    model.register_forward_pre_hook(lambda module, arguments: told.append(arguments[3]))
+    look = QuickLook(recipe, store, recipe.for_previews)
+    model.register_forward_pre_hook(lambda module, arguments: labels.append(arguments[3]))
     look(TrainedModel(model, recipe.diffusion))
     held_out = store.labels[held_out_subset(60, recipe.data)]
     after = 10 * 7  # ten buckets of seven batches, of the 53 images trained on
-    assert sorted(told[after].tolist()) == sorted(held_out.tolist())
+    assert sorted(labels[after].tolist()) == sorted(held_out.tolist())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-def test_features_that_cannot_be_had_are_refused_before_anything_is_written(measured, tmp_path):
+def test_unavailable_features_are_refused_before_anything_is_written(measured, tmp_path):
     def refusal(**changes) -> str:
         recipe = Recipe(**{**measured.model_dump(), **changes})
         with pytest.raises(ValueError) as caught:
-            looking(recipe, tmp_path / "run")
+            run(recipe, tmp_path / "run")
         assert not (tmp_path / "run").exists()
         return str(caught.value)
 
     missing = str(tmp_path / "nowhere.pt")
     text = refusal(evaluation={"features": "inception", "weights": missing})
-    assert f"{missing}: there is no such file" in text
+    assert f"{missing}: no such file" in text
     assert "evaluation.quick_num 0 leaves them out" in text
     network = tmp_path / "three.pt"
     torch.jit.script(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 1))).save(network)
-    assert "doesn't take uint8 1x8x8" in refusal(evaluation={"features": str(network)})
+    assert "does not accept uint8 1x8x8" in refusal(evaluation={"features": str(network)})
 
 
 def test_too_few_quick_images_are_refused():
@@ -387,7 +390,7 @@ def test_too_few_quick_images_are_refused():
 # What people see
 
 
-def test_the_command_measures_says_so_and_writes_it_under_the_preview(tmp_path, capsys):
+def test_the_command_measures_reports_it_and_writes_it_below_the_preview(tmp_path, capsys):
     settings = {**tiny_settings(), "evaluate_every": 100, "num_previews": 9}
     settings["evaluation"] = {"num_components": 4, "quick_num": 8}
     settings["data"] = {**settings["data"], "held_out": 5}
@@ -398,14 +401,12 @@ def test_the_command_measures_says_so_and_writes_it_under_the_preview(tmp_path, 
     lines = quality(run)
     assert [line["step"] for line in lines] == [6, 11]
     for line in lines:
-        assert text.count(f"  step {line['step']}: {quality_text(line)}; took 0:") == 1
+        assert text.count(f"  step {line['step']}: {', '.join(quality_parts(line))}; took 0:") == 1
     last = run / "samples" / "step-00000011.png"
     with Image.open(last) as image:
         content = np.asarray(image)
-    grid = content[: 3 * 66 + 2, : 3 * 66 + 2]
-    assert (grid[:2] == 128).all() and (grid[-2:] == 128).all()
-    strip = content[3 * 66 + 2 :]
-    assert strip.shape[0] >= 3 * 22 and strip[0, 0] > 200 and (strip < 60).any()
+    assert (content[:4] == 232).all() and (content[4 + 3 * 68 - 4 : 4 + 3 * 68] == 232).all()
+    assert (content[4:68, 4:68].std() > 0) and (content[4 + 3 * 68 :] < 60).any()  # tile, text
     before = last.read_bytes()
     last.unlink()
     assert main(["train", str(tmp_path / "tiny.yaml"), "--out", str(run)]) == 0
@@ -413,24 +414,25 @@ def test_the_command_measures_says_so_and_writes_it_under_the_preview(tmp_path, 
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_caption_leaves_the_sheet_as_it_is_and_breaks_between_its_parts(channels):
+def test_previews_are_shown_pixel_by_pixel_with_texts_below(channels):
     images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, channels), dtype=np.uint8)
-    sheet = image_grid(images)
-    one = with_caption(sheet, "a")
-    assert one.mode == sheet.mode and one.width == sheet.width
-    assert np.array_equal(np.asarray(one.crop((0, 0, *sheet.size))), np.asarray(sheet))
-    more = with_caption(sheet, "a", ["b" * 10, "c" * 10])
-    assert more.width == sheet.width and more.height > one.height
-    assert with_caption(sheet, "a", ["d" * 100]).width > sheet.width
+    plain = preview_sheet(images, "a", [])
+    assert plain.width == 4 + 2 * 68
+    for i, (top, left) in enumerate([(4, 4), (4, 72), (72, 4), (72, 72)]):
+        tile = np.asarray(plain)[top : top + 64, left : left + 64]
+        assert np.array_equal(tile, np.broadcast_to(images[i], tile.shape))
+    wrapped = preview_sheet(images, "a", ["b" * 10, "c" * 10])
+    assert wrapped.width == plain.width and wrapped.height > plain.height
+    assert preview_sheet(images, "a", ["d" * 100]).width > plain.width
 
 
-def test_figures_are_told_to_the_second_digit_of_their_errors():
+def test_figures_have_two_digits_of_their_errors():
     measured = {
         "dense_loss_train": 0.0489, "dense_loss": 0.05037, "sliced": 9.321, "sliced_error": 1.23,
         "kid": 1234.5, "kid_error": 56.7,
     }  # fmt: skip
-    assert quality_text(measured) == (
-        "dense loss 0.0504 (train 0.0489), sliced 9.3 +- 1.2, kid 1,234 +- 57"
-    )
+    assert quality_parts(measured) == [
+        "sliced 9.3 +- 1.2", "KID 1,234 +- 57", "dense loss 0.05037 (train 0.0489)",
+    ]  # fmt: skip
     few = {"dense_loss_train": 0.0489, "sliced": 9.321, "sliced_error": None}
-    assert quality_text(few) == "dense loss 0.0489 on training images, sliced 9.32"
+    assert quality_parts(few) == ["sliced 9.321", "dense loss 0.0489 on training images"]

@@ -20,9 +20,9 @@ from maskdm.diffusion.schedule import log_snr_shift, schedule_of
 from maskdm.evaluation.evaluate import evaluate
 from maskdm.evaluation.reference import Reference
 from maskdm.evaluation.samples import drawn_samples
-from maskdm.hub import load_pipeline, pipeline_of_run, save_pipeline
+from maskdm.export.pipeline import load, pipeline_of_run, save_pipeline
 from maskdm.images.store import Store
-from maskdm.models.adapters import GridDenoiser
+from maskdm.models.adapters import DiffusersDenoiser
 from maskdm.models.build import Backbone, build_model
 from maskdm.models.trained import TrainedModel
 from maskdm.models.uvit import UViT
@@ -108,7 +108,7 @@ def test_a_rectangular_model_learns_samples_and_is_exported(
     save_pipeline(pipeline, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "denoiser" / "config.json").read_text())
     assert config["image_size"] == [8, 12]
-    again = load_pipeline(tmp_path / "model")
+    again = load(tmp_path / "model")
     assert again.denoiser.image_shape == (8, 12, channels)
     assert np.array_equal(again(num_images=4, output_type="np").images, images)
     assert again(num_images=1).images[0].size == (12, 8)
@@ -139,7 +139,7 @@ def test_a_rectangular_model_on_the_command_line(rectangular, tmp_path, capsys):
     assert sample("--mask-image", str(tmp_path / "mask.png")) == 0
     images = np.load(out)["arr_0"]
     assert images.shape == (2, 8, 12, 3) and (images[:, picture == 0] == 128).all()
-    assert sample("--mask.kind", "block", "--mask.rate", "0.5", "--guidance", "sparse") == 0
+    assert sample("--mask.kind", "block", "--mask.rate", "0.5", "--guidance.kind", "sparse") == 0
     assert sample("--mask-image", str(tmp_path / "turned.png")) == 2
     text = " ".join(capsys.readouterr().err.split())
     assert "is 12 pixels high and 8 wide, but the model's images are 8 high and 12 wide" in text
@@ -161,7 +161,7 @@ def test_rectangles_are_compared_with_rectangles(rectangular, tmp_path):
 
 
 def test_a_unet_answers_for_the_patches_of_a_rectangle():
-    model = GridDenoiser(
+    model = DiffusersDenoiser(
         "unet2d", image_size=(8, 12), patch_size=4, channels=2, options=UNET
     ).eval()
     images = torch.randn(1, 8, 12, 2)
@@ -176,11 +176,11 @@ def test_a_unet_answers_for_the_patches_of_a_rectangle():
 
 
 def test_dit_takes_squares_only(rectangular):
-    with pytest.raises(ValueError, match="dit takes square images only, not 8x12: use uvit or un"):
-        GridDenoiser("dit", image_size=[8, 12], patch_size=2)
+    with pytest.raises(ValueError, match="dit takes square images only, not 8x12"):
+        DiffusersDenoiser("dit", image_size=[8, 12], patch_size=2)
     with pytest.raises(ValueError, match="kind dit takes square images only, not 8x12: .*size 8"):
         rectangular(kind="dit")
-    same = GridDenoiser("dit", (8, 8), 2, embed_dim=16, num_heads=2, depth=1)
+    same = DiffusersDenoiser("dit", (8, 8), 2, embed_dim=16, num_heads=2, depth=1)
     assert same.image_shape == (8, 8, 3)
 
 

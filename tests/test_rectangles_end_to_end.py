@@ -34,7 +34,7 @@ def test_rectangles_go_from_a_folder_to_samples(channels, tmp_path: Path):
     assert main(command) == 0
     with Image.open(run / "samples" / "step-00000011.png") as sheet:
         width, height = sheet.size
-        assert width == 2 * (96 + 2) + 2 and height > 2 * (64 + 2) + 2  # a caption stands below
+        assert width == 2 * (96 + 4) + 4 and height > 2 * (64 + 4) + 4  # a caption stands below
     assert main(command) == 0  # the same recipe, read back from RUN/recipe.yaml
     assert main([*command, "--data.size", "8", "12"]) == 0
     for name in (str(run), f"{run}@hide"):

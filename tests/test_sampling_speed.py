@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from maskdm.evaluation.samples import drawn_samples
-from maskdm.models.adapters import GridDenoiser
+from maskdm.models.adapters import DiffusersDenoiser
 from maskdm.models.compiling import CompiledForward
 from maskdm.models.trained import TrainedModel
 from maskdm.models.uvit import UViT
@@ -57,20 +57,20 @@ def counter(monkeypatch):
     [
         ({}, 0, False, 1),
         ({"sampler": "heun"}, 0, True, 1),
-        ({"guidance": "classifier-free"}, 3, False, 1),
-        ({"guidance": "autoguidance"}, 0, False, 2),
-        ({"guidance": "sparse"}, 0, False, 1),
+        ({"guidance": {"kind": "classifier-free"}}, 3, False, 1),
+        ({"guidance": {"kind": "autoguidance"}}, 0, False, 2),
+        ({"guidance": {"kind": "sparse"}}, 0, False, 1),
     ],
 )
 def test_a_compiled_network_draws_the_same_images(counter, settings, num_classes, visible, graphs):
-    """Full batches by one graph of each network, compiled once; the rest as written."""
+    """Full batches by one graph of each network, compiled once; the rest eagerly."""
     chosen = torch.stack([torch.randperm(16)[:5].sort().values for _ in range(10)])
     options = {"visible": chosen if visible else None}
     images = {}
     for way in ("off", "on"):
         sampling = Sampling(steps=3, batch_size=4, compile=way, **settings)
         strong, weak = trained(num_classes), trained(num_classes, depth=1)
-        options["weak"] = weak if sampling.guidance == "autoguidance" else None
+        options["weak"] = weak if sampling.guidance.kind == "autoguidance" else None
         images[way] = generate(strong, sampling, list(range(10)), **options)
         assert counter.frame_count == (graphs if way == "on" else 0)
     difference = np.abs(images["on"].astype(int) - images["off"].astype(int))
@@ -86,7 +86,7 @@ def test_what_cannot_be_compiled_draws_the_same_images_with_a_warning(monkeypatc
     monkeypatch.setattr(speed, "CompiledForward", compiling_by(broken))
     settings = {"steps": 2, "batch_size": 4}
     expected = generate(trained(), Sampling(**settings), [0, 1, 2, 3, 4])
-    with pytest.warns(UserWarning, match="not compiled, runs as written: .*no compiler here"):
+    with pytest.warns(UserWarning, match="not compiled, runs eagerly: .*no compiler here"):
         images = generate(trained(), Sampling(**settings, compile="on"), [0, 1, 2, 3, 4])
     assert np.array_equal(images, expected)
 
@@ -105,7 +105,7 @@ def test_auto_does_not_compile_on_a_cpu(counter, monkeypatch):
 class OnGPU:
     """A network of MaskDM-S's size that claims to be on a GPU."""
 
-    num_patches = 256
+    num_patches, kind = 256, "uvit"
 
     def __init__(self):
         self.parameters = lambda: iter([SimpleNamespace(device=torch.device("cuda"))])
@@ -119,7 +119,7 @@ class OnGPU:
     [
         ({"steps": 50}, 10**17 // (50 * 256 * 10**8)),
         ({"steps": 50, "sampler": "heun"}, 10**17 // (100 * 256 * 10**8)),
-        ({"steps": 50, "guidance": "classifier-free"}, 10**17 // (100 * 256 * 10**8)),
+        ({"steps": 50, "guidance": {"kind": "classifier-free"}}, 10**17 // (100 * 256 * 10**8)),
     ],
 )
 def test_auto_compiles_on_a_gpu_where_there_is_work_for_minutes(settings, worth):
@@ -142,7 +142,7 @@ def test_auto_takes_as_many_images_as_keep_the_device_busy():
     assert sizes == {8: 128, 64: 2, 1024: 1}  # of 16, 1,024 and 262,144 patches
     assert images_at_a_time(OnGPU(), Sampling()) == 256  # of 65,536 patches
     options = {"norm_num_groups": 4, "block_out_channels": [8, 8, 8, 8]}
-    unet = GridDenoiser("unet2d", 64, 16, 1, options=options)
+    unet = DiffusersDenoiser("unet2d", 64, 16, 1, options=options)
     assert images_at_a_time(unet, Sampling()) == 8  # whatever its masks hide
 
 
@@ -154,7 +154,7 @@ class Small(torch.nn.Module):
         self.inner, self.most, self.asked = inner, most, []
 
     def __getattr__(self, name):
-        known = ("image_shape", "patch_size", "num_patches", "grid", "config", "forward_flops")
+        known = "image_shape patch_size num_patches grid kind config forward_flops".split()
         return getattr(self.inner, name) if name in known else super().__getattr__(name)
 
     def forward(self, patches, *others):
@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_compiled_for_what_does(counter):
     one = trained()
     expected = generate(one, Sampling(steps=2, batch_size=40), list(range(11)))
     small = TrainedModel(Small(one.model, 3), one.diffusion)
-    compile_for_sampling(small, Sampling(compile="on"), 1000, 16)
+    compile_for_sampling(small, Sampling(compile="on"), None, 1000, 16)
     compiled = small.model.forward
     assert compiled.shape == (2, 16, 4) and counter.frame_count == 1
     images = generate(small, Sampling(compile="on"), list(range(11)))
@@ -216,10 +216,10 @@ def test_settings_decide_anew_at_every_call(counter):
 
 def test_guidance_is_refused_before_anything_is_compiled(counter):
     settings = {"steps": 2, "batch_size": 2, "compile": "on"}
-    with pytest.raises(ValueError, match="classifier-free guidance is not possible"):
-        generate(trained(), Sampling(**settings, guidance="classifier-free"), [0, 1])
+    with pytest.raises(ValueError, match="classifier-free guidance is not available"):
+        generate(trained(), Sampling(**settings, guidance={"kind": "classifier-free"}), [0, 1])
     with pytest.raises(ValueError, match="autoguidance needs a weak model"):
-        generate(trained(), Sampling(**settings, guidance="autoguidance"), [0, 1])
+        generate(trained(), Sampling(**settings, guidance={"kind": "autoguidance"}), [0, 1])
     assert counter.frame_count == 0
 
 
@@ -275,7 +275,7 @@ def test_a_gpu_draws_the_same_images_compiled():
 
 def test_other_networks_are_compiled_too(counter):
     options = {"norm_num_groups": 4, "block_out_channels": [8, 8, 8, 8]}
-    unet = GridDenoiser("unet2d", 16, 4, 1, options=options).eval()
+    unet = DiffusersDenoiser("unet2d", 16, 4, 1, options=options).eval()
     one = TrainedModel(unet, Diffusion(schedule="cosine"))
     expected = generate(one, Sampling(steps=2, batch_size=2), [0, 1]).astype(int)
     images = generate(one, Sampling(steps=2, batch_size=2, compile="on"), [0, 1]).astype(int)

@@ -5,6 +5,7 @@ import functools
 import http.server
 import io
 import json
+import ntpath
 import os
 import shutil
 import tarfile
@@ -18,11 +19,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from maskdm.cli import main
+from maskdm.images import huggingface
 from maskdm.images.open import open_source
 from maskdm.images.prepare import open_image
 from maskdm.images.store import open_store
 from maskdm.recipe import Data
-from maskdm.training.checks import refuse_run_among_images
+from maskdm.training.start import refuse_recipe
 
 NAMES = ["cat/a.png", "cat/b.png", "cat/c.PNG", "dog/a.jpg", "dog/b.png", "dog/c.png"]
 
@@ -94,7 +96,7 @@ def test_a_folder_its_zip_and_its_tars_give_the_same_images_in_the_same_order(im
         assert store.manifest["passed_over"] == folder.manifest["passed_over"]
 
 
-def test_folders_that_all_images_share_are_no_classes(image_folder):
+def test_folders_that_all_images_share_are_not_classes(image_folder):
     store = opened(zipped(image_folder, "top/train/"))
     assert store.manifest["class_names"] == ["cat", "dog"]
     flat = opened(image_folder / "cat")
@@ -151,10 +153,10 @@ def test_label_files_of_another_form_are_refused(image_folder, name, text, messa
 
 
 def test_class_numbers_must_be_class_numbers(image_folder):
-    for number, message in ((-1, "labels go from -1 to 0"), (10**9, "labels go from 0 to 10000")):
+    for number, span in ((-1, "-1 to 0"), (10**9, "0 to 10000")):
         labels = [[name, 0] for name in NAMES[1:]] + [[NAMES[0], number]]
         (image_folder / "dataset.json").write_text(json.dumps({"labels": labels}))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"labels range from {span}"):
             opened(image_folder)
 
 
@@ -169,7 +171,7 @@ def test_links_are_followed_once_and_dangling_ones_are_unreadable_images(image_f
     store = opened(linked, on_bad="skip")
     assert len(store) == 3
     assert store.manifest["left_out"] == [
-        ["gone.png", "dangling link: what it points to isn't there"],
+        ["gone.png", "dangling link: its target does not exist"],
         ["pipe.png", "not a regular file"],
         ["round.png", "too many levels of symbolic links"],
     ]
@@ -191,7 +193,7 @@ def without_rights(*folders: Path):
         os.seteuid(0)
 
 
-def test_what_may_not_be_read_is_told(tmp_path, monkeypatch):
+def test_files_without_read_permission_are_reported(tmp_path, monkeypatch):
     folder, cache = tmp_path / "images", tmp_path / "cache"
     for path in (folder, cache):
         path.mkdir()
@@ -242,13 +244,18 @@ def test_shards_are_read_in_order_with_their_labels(tmp_path):
         assert shown(store) == order and store.labels.tolist() == labels
         assert store.manifest["passed_over"] == {".mask.png": 6, ".txt": 6}
     assert shown(opened(f"{folder}/train-{{00,02}}.tar")) == [0, 1, 20, 21]
-    with pytest.raises(ValueError, match=r"there is no file .*train-03.tar"):
+    with pytest.raises(ValueError, match=r"no such file: .*train-03.tar"):
         opened(f"{folder}/train-{{00..03}}.tar")
-    assert shown(opened(f"{folder}/train-{{02,00}}.tar")) == [20, 21, 0, 1]  # as it was said
-    with pytest.raises(ValueError, match=r"no\*.tar: there is no file"):
+    assert shown(opened(f"{folder}/train-{{02,00}}.tar")) == [
+        20,
+        21,
+        0,
+        1,
+    ]
+    with pytest.raises(ValueError, match=r"no\*.tar: no such file"):
         opened(f"{folder}/no*.tar")
     (folder / "a.png").write_bytes(png(1))
-    with pytest.raises(ValueError, match="patterns name tars, and .*a.png is none"):
+    with pytest.raises(ValueError, match="pattern must match tars only, but .*a.png is not one"):
         opened(f"{folder}/*.png")
     with pytest.raises(ValueError, match="more than 1,000,000 files"):
         opened(f"{folder}/{{0..9999999}}.tar")
@@ -260,7 +267,7 @@ def test_labels_in_samples_are_names_numbers_or_json(tmp_path):
     assert store.labels.tolist() == [1, 0] and store.manifest["class_names"] == ["ape", "zebra"]
     plain = write_tar(tmp_path / "plain.tar", {"x/a.one.png": png(1), "x/a.two.png": png(2)})
     assert shown(opened(plain)) == [1, 2]
-    with pytest.raises(ValueError, match=r"b.json is no label"):
+    with pytest.raises(ValueError, match=r"b.json is not a label"):
         opened(write_tar(tmp_path / "bad.tar", {"b.png": png(1), "b.json": b"{"}))
 
 
@@ -285,7 +292,7 @@ def test_shards_at_urls_are_read_without_a_copy(tmp_path):
     with served(tmp_path) as url:
         store = opened(url + "/s-{0..1}.tar")
         assert shown(store) == [0, 1] and store.labels.tolist() == [7, 7]
-        with pytest.raises(ValueError, match="can't be reached: .*s-2.tar"):
+        with pytest.raises(ValueError, match="cannot reach .*s-2.tar: "):
             opened(url + "/s-{0..2}.tar")
     with pytest.raises(ValueError, match="nosuch://x.tar.*[Pp]rotocol"):
         opened("nosuch://x.tar")
@@ -334,11 +341,11 @@ def test_other_arrays_are_refused(tmp_path, array, message):
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     np.savez(tmp_path / "b.npz", arr_0=array, allow_pickle=True)
     for name in ("a.npy", "b.npz"):
-        with pytest.raises(ValueError, match=f"{name} is no array of images: .*{message}"):
+        with pytest.raises(ValueError, match=f"{name} is not an array of images: .*{message}"):
             opened(tmp_path / name)
 
 
-def test_arrays_that_are_none_or_end_early_are_refused(tmp_path):
+def test_files_that_are_not_arrays_or_end_early_are_refused(tmp_path):
     images = np.zeros((4, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "keys.npz", pictures=images)
     np.savez(tmp_path / "labels.npz", arr_0=images, arr_1=np.zeros(3, np.int64))
@@ -348,13 +355,13 @@ def test_arrays_that_are_none_or_end_early_are_refused(tmp_path):
     (tmp_path / "text.npy").write_text("text")
     (tmp_path / "text.npz").write_text("text")
     for name, message in (
-        ("keys.npz", "it has no arr_0, images, x among pictures"),
-        ("labels.npz", r"its labels are int64 \(3,\), not whole numbers \(4,\)"),
+        ("keys.npz", "it has pictures, not arr_0 or images or x"),
+        ("labels.npz", r"its labels are int64 \(3,\), not integers \(4,\)"),
         ("short.npy", "ends early"),
-        ("text.npy", "is no array of images"),
-        ("text.npz", "is no array of images"),
+        ("text.npy", "is not an array of images"),
+        ("text.npz", "is not an array of images"),
     ):
-        with pytest.raises(ValueError, match=f"{name} {message}|{name} is no array.*{message}"):
+        with pytest.raises(ValueError, match=f"{name} {message}|{name} is not an array.*{message}"):
             opened(tmp_path / name)
 
 
@@ -386,11 +393,11 @@ def test_hugging_face_data_sets_of_a_folder(image_folder, tmp_path, offline):
         store = opened(name)
         assert np.array_equal(store.images, streamed.images)
         assert store.manifest["class_names"] == ["cat", "dog"]
-    with pytest.raises(ValueError, match="it has no split train: there is test"):
+    with pytest.raises(ValueError, match="it has no split train: use one of test"):
         opened(f"hf:{tmp_path}/splits")
     with pytest.raises(ValueError, match=r"Bad split: nope. Available splits: \['test'\]"):
         opened(f"hf:{tmp_path}/parquet:nope")
-    with pytest.raises(ValueError, match=r"nobody/nothing can't be opened: .*nobody/nothing"):
+    with pytest.raises(ValueError, match="cannot open data.source .*nothing: .*nobody/nothing"):
         opened("hf:nobody/nothing")
     with pytest.raises(ValueError, match="expected hf:NAME"):
         opened("hf:a:b:c:d")
@@ -398,6 +405,20 @@ def test_hugging_face_data_sets_of_a_folder(image_folder, tmp_path, offline):
     numbers.save_to_disk(str(tmp_path / "numbers"))
     with pytest.raises(ValueError, match="has no images among number"):
         opened(tmp_path / "numbers")
+
+
+def test_hugging_face_folders_may_have_a_windows_drive(monkeypatch):
+    opened_as, columns = [], ("image", None)
+    monkeypatch.setattr(huggingface.os.path, "splitdrive", ntpath.splitdrive)
+    monkeypatch.setattr(huggingface, "_open", lambda *names: opened_as.append(names) or (None, ""))
+    monkeypatch.setattr(huggingface.HuggingFaceSource, "_columns", lambda self, name: columns)
+    for name in (r"hf:C:\photos", r"hf:C:\photos:test", "hf:owner/name:config:test"):
+        open_source(name)
+    assert opened_as == [
+        (r"C:\photos", None, "train"),
+        (r"C:\photos", None, "test"),
+        ("owner/name", "config", "test"),
+    ]
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
@@ -416,19 +437,19 @@ def test_sources_without_images_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             opened(source, on_bad="skip")
 
-    refused(tmp_path / "nowhere", "does not exist: name a folder, zip, tar, .npz or .npy")
+    refused(tmp_path / "nowhere", "does not exist: use a folder, zip, tar, .npz or .npy")
     refused(tmp_path, r"no images in folder .*it is empty")
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.heic").write_text("x")
     refused(tmp_path, r"no images in folder .*other files: 1 .txt, 1 .heic")
-    refused(tmp_path / "a.txt", "is a file, but no zip, tar")
+    refused(tmp_path / "a.txt", "is a file, but not a zip, tar")
     refused(write_tar(tmp_path / "c.tar", {"a.txt": b"x"}), "no images in .*c.tar")
     (tmp_path / "b.png").write_bytes(b"no image")
     (tmp_path / "e.png").write_bytes(b"")
     refused(tmp_path, r"none of its 2 images can be read: b.png \(not an image\), e.png")
 
 
-def test_known_sets_say_where_they_are_to_be_had(tmp_path, monkeypatch):
+def test_a_missing_known_set_says_where_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("MASKDM_DATA", str(tmp_path))
     with pytest.raises(ValueError) as caught:
         opened("celeba")
@@ -480,7 +501,7 @@ def test_nothing_is_written_outside_the_cache(tmp_path, monkeypatch):
     assert not Path("/abs.png").exists()
 
 
-def test_files_that_unpack_to_too_much_are_left_out(tmp_path, monkeypatch):
+def test_files_that_unpack_to_too_much_are_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr("maskdm.images.archives.MAX_FILE_BYTES", 10_000)
     files = {"a.png": png(1), "bomb.png": bytes(20_000)}
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -506,7 +527,7 @@ def test_a_damaged_file_in_a_zip_is_a_bad_image(tmp_path):
 
 def test_items_hold_what_can_be_decoded(image_folder):
     (item, *_) = open_source(str(zipped(image_folder))).items()
-    assert open_image(item.content).size == (8, 8)
+    assert open_image(item.content, Data()).size == (8, 8)
 
 
 def test_a_tar_that_holds_a_zip_is_read_as_a_tar(tmp_path):
@@ -518,7 +539,7 @@ def test_a_tar_that_holds_a_zip_is_read_as_a_tar(tmp_path):
     assert shown(opened(path.rename(tmp_path / "nameless"))) == [1]
 
 
-def test_names_that_begin_alike_are_no_sample(tmp_path):
+def test_names_that_begin_alike_are_not_a_sample(tmp_path):
     names = ["cat.png", "cat.2.png", *(f"film.{i:04d}.png" for i in range(200))]
     path = write_tar(tmp_path / "a.tar", {name: png(i) for i, name in enumerate(names)})
     assert shown(opened(path)) == list(range(202))
@@ -526,7 +547,7 @@ def test_names_that_begin_alike_are_no_sample(tmp_path):
 
 def test_numbers_and_names_are_not_mixed(tmp_path):
     files = {"a.png": png(1), "a.cls": b"1", "b.png": png(2), "b.cls": b"unknown"}
-    with pytest.raises(ValueError, match=r"some labels are numbers \(1\) and some names \(unknown"):
+    with pytest.raises(ValueError, match=r"numbers \(1\) and some are names \(unknown\): use"):
         opened(write_tar(tmp_path / "a.tar", files))
     files |= {"a.cls": b"01", "b.cls": b"1x"}  # 01 is a name
     assert opened(write_tar(tmp_path / "b.tar", files)).manifest["class_names"] == ["01", "1x"]
@@ -572,19 +593,19 @@ def test_damaged_files_are_errors_in_a_line_never_a_crash(tmp_path):
     assert refused > 20
 
 
-def test_label_files_that_do_not_fit_are_told(image_folder, capsys):
+def test_label_files_that_do_not_fit_are_reported(image_folder, capsys):
     def notes() -> list[str]:
         return opened(image_folder).manifest["notes"]
 
     file = image_folder / "metadata.jsonl"
     assert notes() == []
     file.write_text('{"file_name": "cat/a.png", "text": "a cat"}')
-    assert notes() == ["metadata.jsonl tells no labels, so class folders count"]
+    assert notes() == ["metadata.jsonl has no labels, so class folders are used"]
     lines = [{"file_name": name, "label": "x"} for name in [*NAMES[1:], "cat/zz.png"]]
     file.write_text("\n".join(map(json.dumps, lines)))
     some, absent = notes()
     assert some == "metadata.jsonl labels 5 of 6 images, not cat/a.png, so there are no classes"
-    assert absent == "metadata.jsonl names 1 that are no images here, such as cat/zz.png"
+    assert absent == "metadata.jsonl names 1 missing image, such as cat/zz.png"
     assert ".jsonl" not in opened(image_folder).manifest["passed_over"]
     main(["check", str(image_folder), "--size", "8"])
     assert "warning  metadata.jsonl labels 5 of 6 images" in capsys.readouterr().out
@@ -593,13 +614,13 @@ def test_label_files_that_do_not_fit_are_told(image_folder, capsys):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.tar", r"name the tars by a pattern in quotes, 'FOLDER/\*.tar'"),
-        ("a.zip", "name the zip itself"),
-        ("a.parquet", "say hf:FOLDER"),
-        ("sub/data-0.arrow", "name the folder that save_to_disk wrote"),
+        ("a.tar", r"use a pattern in quotes, 'FOLDER/\*.tar'"),
+        ("a.zip", "use the zip itself"),
+        ("a.parquet", "use hf:FOLDER"),
+        ("sub/data-0.arrow", "use the folder that save_to_disk wrote"),
     ],
 )
-def test_folders_of_something_else_say_what_to_name(tmp_path, name, message):
+def test_folders_of_something_else_say_what_to_use(tmp_path, name, message):
     (tmp_path / "sub").mkdir()
     (tmp_path / name).write_bytes(b"x")
     (tmp_path / "README.md").write_text("x")
@@ -607,26 +628,27 @@ def test_folders_of_something_else_say_what_to_name(tmp_path, name, message):
         opened(tmp_path)
 
 
-def test_files_of_something_else_say_what_to_name(tmp_path):
+def test_files_of_something_else_say_what_to_use(tmp_path):
     for name, message in {
-        "a.png": f"name its folder, {tmp_path}",
-        "a.parquet": f"say hf:{tmp_path}",
-        "a.mp4": "name one, or a folder",
+        "a.png": f"use its folder, {tmp_path}",
+        "a.parquet": f"use hf:{tmp_path}",
+        "a.mp4": "use one of these, or a folder",
     }.items():
         (tmp_path / name).write_bytes(b"x" * 600)
-        with pytest.raises(ValueError, match=f"is a file, but no zip, tar.*{message}"):
+        with pytest.raises(ValueError, match=f"is a file, but not a zip, tar.*{message}"):
             opened(tmp_path / name)
 
 
-def test_runs_do_not_lie_among_the_images_of_a_known_set(tmp_path, monkeypatch):
+def test_runs_do_not_lie_among_the_images_of_a_known_set(changed, tmp_path, monkeypatch):
     monkeypatch.setenv("MASKDM_DATA", str(tmp_path))
     (tmp_path / "ffhq" / "00000").mkdir(parents=True)
+    recipe = changed(data={"source": "ffhq", "size": 8, "channels": 1})
     with pytest.raises(ValueError, match="lies in the image folder ffhq"):
-        refuse_run_among_images("ffhq", tmp_path / "ffhq" / "run")
-    refuse_run_among_images("ffhq", tmp_path / "run")
+        refuse_recipe(recipe, tmp_path / "ffhq" / "run", 1)
+    refuse_recipe(recipe, tmp_path / "run", 1)
 
 
-def test_labels_without_an_image_are_passed_over(tmp_path):
+def test_labels_without_an_image_are_skipped(tmp_path):
     files = {"notes.json": b"{broken", "7.cls": b"1", "a.png": png(3)}
     store = opened(write_tar(tmp_path / "a.tar", files))
     assert shown(store) == [3] and store.labels is None

@@ -4,7 +4,6 @@ import errno
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import threading
@@ -13,9 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maskdm.diffusion.objective import masked_denoising_loss
 from maskdm.diffusion.schedule import make_schedule
@@ -24,14 +21,14 @@ from maskdm.images.order import ImageOrder
 from maskdm.images.store import open_store
 from maskdm.masks import num_visible
 from maskdm.models.build import build_model
-from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Recipe, Stage
 from maskdm.recipe_files import load_recipe
-from maskdm.training import checkpoint as checkpoints
-from maskdm.training.checkpoint import FILES, prune_checkpoints
+from maskdm.runs import checkpoint as checkpoints
+from maskdm.runs.checkpoint import FILES, Progress, prune_checkpoints
+from maskdm.runs.find import find_checkpoint
+from maskdm.runs.lines import read_lines
+from maskdm.training.checkups import Checkups
 from maskdm.training.ema import make_average, restart_average, update_average
-from maskdm.training.find import find_checkpoint
-from maskdm.training.monitor import read_metrics
 from maskdm.training.optim import learning_rate
 from maskdm.training.step import draw_batch
 from maskdm.training.tick import NonFiniteLoss
@@ -45,7 +42,7 @@ def quiet(recipe: Recipe, run_dir: Path, **options) -> TrainResult:
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    lines = read_metrics(run_dir / "metrics.jsonl")
+    lines = read_lines(run_dir / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
@@ -67,15 +64,15 @@ class Interrupted(Exception):
 
 
 def train_until(recipe: Recipe, run_dir: Path, step: int) -> None:
-    """Trains until a step's preview is due, then dies there, as a kill would."""
+    """Trains until a step is done and dies there, as a kill would."""
 
-    def die(accelerator: Accelerator, trained: TrainedModel, file: Path, line: dict) -> None:
-        if file.stem == f"step-{step:08d}":
+    def die(self: Checkups, progress: Progress, *others: object) -> None:
+        if progress.step == step:
             raise Interrupted
 
-    with pytest.raises(Interrupted):
-        quiet(Recipe(**{**recipe.model_dump(), "preview_every": 1}), run_dir, preview=die)
-    (run_dir / "recipe.yaml").write_text(recipe.to_yaml())
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Checkups, "look", die)
+        quiet(recipe, run_dir)
 
 
 def test_both_stages_run_and_leave_what_they_should(tiny, tmp_path):
@@ -97,8 +94,20 @@ def test_both_stages_run_and_leave_what_they_should(tiny, tmp_path):
     assert names == ["step-00000006", "step-00000009", "step-00000011"]
 
 
+def test_files_have_the_usual_mode(tiny, tmp_path):
+    """safetensors makes files that only their owner can read."""
+    previous = os.umask(0o027)
+    try:
+        quiet(tiny, tmp_path / "run")
+    finally:
+        os.umask(previous)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"model.safetensors", "diffusion_pytorch_model.safetensors"} <= {f.name for f in files}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
 def test_the_loss_falls(changed, tmp_path):
-    stage = {"steps": 60, "batch_size": 32, "lr": 3e-3, "warmup_steps": 5}
+    stage = {"steps": 60, "batch_size": 32, "lr": 3e-3, "warmup": 5}
     stages = [{"name": "a", "mask": {"kind": "patch", "rate": 0.5}, **stage}]
     quiet(changed(stages=stages, log_every=10), tmp_path)
     losses = [line["loss"] for line in metrics(tmp_path)]
@@ -116,7 +125,7 @@ def test_a_killed_and_resumed_run_repeats_an_unbroken_one_bit_for_bit(tiny, tmp_
 def test_resume_repeats_stratified_times_and_hidden_labels_too(tiny, changed, tmp_path):
     recipe = changed(
         model={**tiny.model.model_dump(), "num_classes": 10},
-        diffusion={"schedule": "flow", "prediction": "v", "time_sampling": "stratified"},
+        diffusion={"schedule": "flow", "prediction": "v", "times": {"kind": "stratified"}},
         data={**tiny.data.model_dump(), "flip": True, "fraction": 0.02},
     )
     train_until(recipe, tmp_path / "broken", 7)
@@ -136,16 +145,17 @@ def test_resume_keeps_each_stages_own_optimizer_settings(tiny, changed, tmp_path
 
 
 def test_a_signal_saves_and_the_next_call_continues_to_the_same_bits(tiny, tmp_path):
-    def press_ctrl_c(*arguments: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+    def press_ctrl_c(self: Checkups, progress: Progress, *others: object) -> None:
+        if progress.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     assert threading.current_thread() is threading.main_thread()
-    stages = [stage.model_dump() for stage in tiny.stages]
-    recipe = Recipe(**{**tiny.model_dump(), "stages": stages, "preview_every": 4})
-    result = quiet(recipe, tmp_path / "broken", preview=press_ctrl_c)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkups, "look", press_ctrl_c)
+        result = quiet(tiny, tmp_path / "broken")
     assert not result.finished and result.checkpoint.name == "step-00000005"
-    assert quiet(recipe, tmp_path / "broken").finished
-    quiet(recipe, tmp_path / "unbroken")
+    assert quiet(tiny, tmp_path / "broken").finished
+    quiet(tiny, tmp_path / "unbroken")
     assert_same_bits(tmp_path / "broken", tmp_path / "unbroken")
 
 
@@ -278,7 +288,7 @@ def test_a_stage_starts_from_raw_or_averaged_weights(tiny, changed, tmp_path):
     finals = {}
     for start_from in ("raw", "ema"):
         second = {**tiny.stages[1].model_dump(), "start_from": start_from, "ema_decay": 0.0}
-        second |= {"steps": 1, "warmup_steps": 0, "lr": 1e-12, "weight_decay": 0.0}
+        second |= {"steps": 1, "warmup": 0, "lr": 1e-12, "weight_decay": 0.0}
         quiet(changed(stages=[first, second]), tmp_path / start_from)
         end = tmp_path / start_from / "checkpoints" / "step-00000006"
         source = {"raw": "model.safetensors", "ema": "ema.safetensors"}[start_from]
@@ -290,7 +300,7 @@ def test_a_stage_starts_from_raw_or_averaged_weights(tiny, changed, tmp_path):
 
 
 def test_the_learning_rate_warms_up_then_stays_or_decays():
-    settings = dict(name="a", batch_size=1, lr=0.5, steps=100, warmup_steps=9)
+    settings = dict(name="a", batch_size=1, lr=0.5, steps=100, warmup=9)
     constant, cosine = Stage(**settings), Stage(**settings, lr_schedule="cosine")
     for stage in (constant, cosine):
         rates = [learning_rate(stage, step) for step in range(10)]
@@ -302,7 +312,7 @@ def test_the_learning_rate_warms_up_then_stays_or_decays():
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tiny, changed, tmp_path):
     stages = [stage.model_dump() for stage in tiny.stages]
-    stages[1] |= {"lr": 1e30, "warmup_steps": 0, "clip": None}
+    stages[1] |= {"lr": 1e30, "warmup": 0, "clip": None}
     recipe = changed(stages=stages, log_every=1)
     with pytest.raises(NonFiniteLoss, match=r"at step \d+; .*step-00000006; try a lower lr.*clip"):
         quiet(recipe, tmp_path)
@@ -403,15 +413,6 @@ def test_a_class_conditional_model_trains_with_the_folders_labels(tiny, changed,
     assert quiet(recipe, tmp_path).finished
     before = build_model(recipe).label_embed.weight
     assert not torch.equal(state(tmp_path)["model.safetensors:label_embed.weight"], before)
-
-
-def test_the_attention_kernel_is_told(tiny, tmp_path, capsys):
-    train(tiny, tmp_path / "one")
-    with sdpa_kernel(SDPBackend.MATH):
-        train(tiny, tmp_path / "other")
-    one, other = re.findall("device .* fp32 .*", capsys.readouterr().out)
-    assert re.search(r", (flash|efficient|cudnn) attention$", one)
-    assert other.endswith(", math attention")
 
 
 def test_the_seed_changes_the_run(tiny, changed, tmp_path):

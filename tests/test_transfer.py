@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from maskdm.hub import pipeline_of_run, save_pipeline
+from maskdm.export.pipeline import pipeline_of_run, save_pipeline
 from maskdm.images.order import training_subset
 from maskdm.images.store import open_store
 from maskdm.models.build import build_model
 from maskdm.models.uvit import UViT
 from maskdm.recipe import Data, Recipe, Sampling
+from maskdm.runs.load import load_model, load_weak
 from maskdm.sampling.generate import generate
-from maskdm.training.load import load_model, load_weak
 from maskdm.training.step import draw_batch
 from maskdm.training.trainer import train
 from maskdm.training.transfer import transfer_weights
@@ -61,7 +62,7 @@ def test_classes_come_go_and_change():
     assert torch.equal(five.label_embed.weight[5], three.label_embed.weight[3])  # "no class"
     assert torch.equal(five.label_embed.weight[:5], fresh[:5])
     assert torch.equal(five.pos_embed, three.pos_embed)
-    assert "classes left fresh, but for no class: 3 -> 5" in lines
+    assert "classes left fresh, except for no class: 3 -> 5" in lines
     assert "100 %" not in lines[0]
 
     conditional = uvit(num_classes=3)
@@ -90,7 +91,7 @@ def test_what_does_not_fit_is_left_fresh_and_named():
 def test_nothing_in_common_is_an_error_and_changes_nothing():
     source, target = uvit(), uvit(embed_dim=32)
     before = {name: value.clone() for name, value in target.state_dict().items()}
-    with pytest.raises(ValueError, match="nothing of the model.* uvit of width 16, .*width 32"):
+    with pytest.raises(ValueError, match="no weights of.* a U-ViT of width 16, .*width 32"):
         transfer_weights(source, target)
     assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
 
@@ -106,9 +107,21 @@ def source_run(tiny, tmp_path):
     return tmp_path / "source"
 
 
+def test_a_refusal_names_only_sizes_that_a_network_has(changed):
+    options = {"norm_num_groups": 4, "block_out_channels": [8, 8, 8, 8]}
+    unet = build_model(changed(model={"kind": "unet2d", "patch_size": 2, "options": options}))
+    uvit = build_model(changed())
+    with pytest.raises(ValueError) as caught:
+        transfer_weights(unet, uvit)
+    theirs, ours = str(caught.value).split("the new one is")
+    assert "it is a U-Net of options" in theirs
+    assert not any(word in theirs for word in ("width", "depth", "heads"))
+    assert ours.strip() == "a U-ViT of width 16, depth 3, heads 2"
+
+
 def test_a_run_starts_from_anothers_average(tiny, changed, source_run, tmp_path, capsys):
     """From a run, a stage's end, a checkpoint or an export; the new run's first weights are its."""
-    still = {**tiny.stages[0].model_dump(), "steps": 1, "warmup_steps": 0}
+    still = {**tiny.stages[0].model_dump(), "steps": 1, "warmup": 0}
     still |= {"lr": 1e-12, "weight_decay": 0.0}
     for name in ("", "/model", "@hide", "/checkpoints/step-00000009"):
         init = f"{source_run}{name}"
@@ -118,8 +131,27 @@ def test_a_run_starts_from_anothers_average(tiny, changed, source_run, tmp_path,
         actual = weights(run / "checkpoints" / "step-00000001")
         for key, value in expected.items():
             torch.testing.assert_close(actual[key], value)
-        assert "init    from" in (text := capsys.readouterr().out)
+        assert "init    averaged weights of" in (text := capsys.readouterr().out)
         assert "42 of 42 tensors, 100 % of the weights" in text
+
+
+def test_a_run_starts_from_anothers_raw_weights(changed, source_run, tmp_path, capsys):
+    still = {"name": "a", "steps": 1, "batch_size": 8, "lr": 1e-12, "weight_decay": 0.0}
+    for name in ("", "@hide"):
+        run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        init = f"{source_run}{name}"
+        train(changed(init=init, init_weights="raw", stages=[still]), run)
+        step = {"": "step-00000011", "@hide": "step-00000006"}[name]
+        expected = weights(source_run / "checkpoints" / step, "model")
+        averaged = weights(source_run / "checkpoints" / step, "ema")
+        assert not torch.equal(expected["pos_embed"], averaged["pos_embed"])
+        for key, value in weights(run / "checkpoints" / "step-00000001").items():
+            torch.testing.assert_close(value, expected[key])
+        assert "init    raw weights of" in capsys.readouterr().out
+    shutil.copytree(source_run / "model", tmp_path / "model-alone")
+    recipe = changed(init=str(tmp_path / "model-alone"), init_weights="raw")
+    with pytest.raises(ValueError, match="averaged weights only: use init_weights ema"):
+        train(recipe, tmp_path / "c", show=False)
 
 
 def test_an_init_is_read_once_and_refused_before_anything_is_written(
@@ -128,7 +160,7 @@ def test_an_init_is_read_once_and_refused_before_anything_is_written(
     with pytest.raises(ValueError, match="does not exist"):
         train(changed(init=str(tmp_path / "nothing")), tmp_path / "a", show=False)
     wide = {**tiny.model.model_dump(), "embed_dim": 32}
-    with pytest.raises(ValueError, match=r"init .*source: nothing of the model to start from fits"):
+    with pytest.raises(ValueError, match="init .*source: no weights of the model"):
         train(changed(init=str(source_run), model=wide), tmp_path / "a", show=False)
     assert not (tmp_path / "a").exists()
     recipe = changed(init=str(source_run))
@@ -209,10 +241,10 @@ def test_a_primer_is_the_stage_before_the_one_that_is_asked(tiny, changed, tmp_p
     stages = [{**stage, "name": n, "mask": m} for n, m in zip("abc", masks, strict=True)]
     train(changed(stages=stages), tmp_path, show=False)
     for name, primer in (("c", 10), ("b", 5)):
-        weak = load_weak(load_model(f"{tmp_path}@{name}").found, "primer")
-        assert weak.found.folder.name == f"step-{primer:08d}"
+        weak = load_weak(load_model(f"{tmp_path}@{name}").location, "primer")
+        assert weak.location.folder.name == f"step-{primer:08d}"
     with pytest.raises(ValueError, match="first stage, before which there is no primer"):
-        load_weak(load_model(f"{tmp_path}@a").found, "primer")
+        load_weak(load_model(f"{tmp_path}@a").location, "primer")
 
 
 def test_three_stages_run_in_order(tiny, changed, tmp_path):
@@ -226,10 +258,10 @@ def test_three_stages_run_in_order(tiny, changed, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     hidden = {line["stage"]: line["hidden"] for line in lines}
     assert hidden == {"a": 14 / 16, "b": 0.5, "c": 0.0}
-    settings = Sampling(steps=4, guidance="autoguidance")
+    settings = Sampling(steps=4, guidance={"kind": "autoguidance"})
     loaded = load_model(tmp_path)
-    weak = load_weak(loaded.found, "primer")
-    assert weak.found.folder.name == "step-00000010"  # the end of the stage before the last
+    weak = load_weak(loaded.location, "primer")
+    assert weak.location.folder.name == "step-00000010"  # the end of the stage before the last
     images = generate(loaded.trained, settings, [0, 1], weak=weak.trained)
     assert images.shape == (2, 8, 8, 1) and images.std() > 0
 

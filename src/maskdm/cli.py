@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import functools
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,8 +24,9 @@ from maskdm.commands.sample import sample
 from maskdm.commands.train import train
 from maskdm.recipe import Recipe, Sampling
 from maskdm.recipe_files import load_recipe, recipe_names
+from maskdm.runs.find import find_model, is_model
 from maskdm.settings import unchecked
-from maskdm.training.find import find_model, is_model
+from maskdm.words import one_line, suggestion
 
 # torch and diffusers take seconds to import: each command imports what it needs, so that help
 # and mistakes answer at once.
@@ -38,15 +37,15 @@ usage: maskdm COMMAND ...
 Train raw-pixel diffusion models cheaply: masked pre-training, then denoising fine-tuning.
 
   recipes [NAME]              list the packaged recipes, or print one
-  check SOURCE                look images through before training on them
+  check SOURCE                inspect images before training on them
   pack SOURCE OUT --size 64   decode images ahead of time, into a store
   train RECIPE --out RUN      run a recipe's stages; the same command again continues them
   sample RUN --out FILE       draw images: a grid (.png), an array (.npz), or a folder of PNGs
   inpaint RUN IMAGE --mask M  draw the missing parts of an image
-  evaluate RUN                how far generated images, or anyone's, are from real ones
-  compare RUN RUN ...         which is better, and whether that is more than noise; curves
+  evaluate RUN                measure how far generated (or any) images are from real ones
+  compare RUN RUN ...         which run is better, and is it more than noise; curves
 
-`maskdm COMMAND --help` tells more. A first try, five minutes on a laptop:
+`maskdm COMMAND --help` explains a command. A first try, five minutes on a laptop:
 
   maskdm train digits --out runs/digits
   maskdm sample runs/digits --num 64 --out digits.png
@@ -70,8 +69,6 @@ NEEDS_NO_RUN = ("recipes", "check", "pack", "compare")
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line (default: this process's) and gives its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    # Spinning threads slow small models tenfold on a busy CPU (docs/log.md); set before torch is.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return DONE if arguments else WRONG_USAGE
@@ -97,9 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(name: str, arguments: list[str]) -> int:
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
-        raise ValueError(f"unknown command {name!r}: {hint}")
+        raise ValueError(f"unknown command {name!r}: {suggestion(name, COMMANDS)}")
     command = _deferred(COMMANDS[name])
     # The first argument decides which flags there are, and what they are by default.
     if name == "train":
@@ -137,7 +132,7 @@ def _named_recipe(arguments: list[str]) -> Recipe:
 
 
 def _named_run(command: str, arguments: list[str]) -> Sampling:
-    """How the model that the arguments begin with is sampled, unless flags say otherwise."""
+    """How the model that the arguments begin with is sampled, unless flags change it."""
     if arguments and not arguments[0].startswith("-"):
         if command == "evaluate" and not is_model(arguments[0]):
             return Sampling()  # images of any origin
@@ -152,7 +147,7 @@ def _named_run(command: str, arguments: list[str]) -> Sampling:
 
 
 def _for_inpainting(sampling: Sampling) -> Sampling:
-    """What inpainting does unless asked otherwise: even steps in log-SNR, and not too many."""
+    """Defaults of inpainting: even steps in log-SNR, and not too many."""
     steps = min(sampling.steps, 100)
     return changed(sampling, sampler="ddpm", eta=0.0, spacing="log-snr", steps=steps)
 
@@ -172,4 +167,4 @@ def _text(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" at {error.filename}" if error.filename else ""
         return f"the disk is full{where}; saved checkpoints are intact: make room and run again"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)

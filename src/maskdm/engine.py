@@ -34,10 +34,10 @@ SUPPORTED = (
 def process_state() -> PartialState:
     """Joins the processes of this run, once; gives rank, number of ranks and device.
 
-    Without an accelerator the CPU is asked for by name: left to itself, Accelerate takes each
+    Without an accelerator the CPU is requested by name: by default, Accelerate takes each
     process of a `torchrun` without GPUs for a run of its own, all writing the same files.
 
-    Raises ValueError for a kind of parallelism that isn't supported.
+    Raises ValueError for a kind of parallelism that is not supported.
     """
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     if state.distributed_type not in SUPPORTED:
@@ -51,13 +51,13 @@ def process_state() -> PartialState:
 def make_accelerator(requested_precision: str) -> tuple[Accelerator, str, str]:
     """Accelerate's engine, with the precision that was decided and the reason for it.
 
-    Raises ValueError where the device can't compute in the requested precision, or the launcher
-    was told to accumulate gradients.
+    Raises ValueError where the device cannot compute in the requested precision, or the launcher
+    is set to accumulate gradients.
     """
     state = process_state()
     precision, reason = choose_precision(requested_precision, state.device)
     if state.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, where fp32 was asked for or is left
+        torch.set_float32_matmul_precision("high")  # TF32, wherever fp32 is used
     # A process may train one recipe after another, in another precision.
     AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = Accelerator(
@@ -66,7 +66,7 @@ def make_accelerator(requested_precision: str) -> tuple[Accelerator, str, str]:
     )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
-            "the launcher asks for gradient accumulation, which would divide gradients once more: "
+            "the launcher is set to accumulate gradients, which would divide them once more: "
             "leave it at 1 and set the stages' micro_batch_size"
         )
     return accelerator, precision, reason
@@ -75,7 +75,7 @@ def make_accelerator(requested_precision: str) -> tuple[Accelerator, str, str]:
 def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
     """Decides the compute precision: `fp32`, `bf16` or `fp16`, and says why.
 
-    Weights, optimizer and moving average stay in fp32 whatever the answer.
+    Weights, optimizer and moving average stay in fp32 in any case.
     Raises ValueError where the device cannot do what was requested.
     """
     if requested == "fp16" and device.type != "cuda":
@@ -90,7 +90,7 @@ def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """For asking a trained network: bf16 where the hardware is good at it.
+    """For running a trained network: bf16 where the hardware is good at it.
 
     A solver's own arithmetic stays in fp32.
     """
@@ -107,10 +107,9 @@ def device_name(device: torch.device) -> str:
 
 
 def main_first(action: Callable[[], T]) -> T:
-    """Does something on the first rank, then on the others, which find it done: what it gave.
+    """Runs an action on the first rank, then on the others, which find it done; returns its result.
 
-    A ValueError of the first rank is raised on all: none is left waiting. To be called on every
-    rank.
+    A ValueError of the first rank is raised on all, so that none waits. To be called on every rank.
     """
     if process_state().is_main_process:
         try:
@@ -131,8 +130,8 @@ def on_all_ranks(num: int, compute: Callable[[list[int]], Tensor]) -> Tensor:
 
     Args:
         num: rows wanted, at least 1.
-        compute: gives the rows (n, ...) of so many numbers, which on the last ranks repeat the
-            last row: shares must be alike.
+        compute: returns the rows (n, ...) with the given numbers; the last ranks repeat the last
+            row, since shares must have one size.
 
     Returns:
         (num, ...), on the process's device where there are several.

@@ -1,11 +1,16 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from safetensors import SafetensorError
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -15,11 +20,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     full disk say, leaves the old one alone.
 
     Args:
-        path: of the file; its folder is made if it isn't there.
+        path: of the file; its folder is made if it does not exist.
         write: writes the content into the open file.
 
     Raises:
-        ValueError: the folder can't be made.
+        ValueError: the folder cannot be made.
         OSError: the disk refused.
     """
     try:
@@ -41,3 +46,70 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file, UTF-8, as `write_whole` does."""
     write_whole(path, lambda file: file.write(text.encode("utf-8")))
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, writing: Path | None = None, replace: bool = True) -> Iterator[Path]:
+    """Gives a new folder to write into, and renames it into place when the block ends.
+
+    A kill leaves the old folder or the new one, and at most a `writing-NAME` or `removing-NAME`
+    beside it; an error leaves the old one alone.
+
+    Args:
+        folder: its place.
+        writing: the folder to write into, beside it; None = `writing-NAME`.
+        replace: whether a folder with content gives way; else it stays, and the new one is removed.
+
+    Raises:
+        OSError: the disk refused (full, say).
+    """
+    writing = writing or folder.with_name(f"writing-{folder.name}")
+    removing = folder.with_name(f"removing-{folder.name}")
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        writing.mkdir(parents=True)
+        yield writing
+        _give_usual_mode(writing)
+        for path in [*writing.rglob("*"), writing]:
+            _sync(path)  # the rename must not overtake the content
+        shutil.rmtree(removing, ignore_errors=True)
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()  # Windows would not rename onto it
+        elif folder.exists() and replace:
+            folder.rename(removing)
+        try:
+            writing.rename(folder)
+        except OSError:
+            if removing.exists():
+                removing.rename(folder)  # the old one comes back
+            if replace or not (folder.is_dir() and any(folder.iterdir())):
+                raise  # else another process was faster
+        _sync(folder.parent)
+    except SafetensorError as error:  # it wraps the system's error in one of its own
+        code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(code, os.strerror(code), str(writing)) from error
+    finally:
+        for path in (writing, removing):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _give_usual_mode(folder: Path) -> None:
+    """Gives files the mode of any new file: safetensors makes its own readable by their owner."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+def _sync(path: Path) -> None:
+    """Waits until the content of a file or folder is on the disk."""
+    if os.name == "nt":  # there folders cannot be opened, nor files flushed that are read
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

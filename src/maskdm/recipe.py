@@ -2,16 +2,19 @@
 
 A recipe is a YAML file. Each default is written once, here, with its help text; the command line
 wins over the file; the resolved whole is saved with the run. Settings only: nothing here touches
-an image or a tensor, so this file imports fast.
+an image or a tensor, so this file imports fast. What a setting can name is in `families.py`.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from maskdm import families
+from maskdm.families import BACKBONES, MASKS, SAMPLERS, SCHEDULES, choice
 from maskdm.recipe_data import Data as Data
 from maskdm.recipe_evaluation import Evaluation as Evaluation
 from maskdm.settings import Settings
@@ -20,15 +23,13 @@ from maskdm.settings import Settings
 class Model(Settings):
     """The backbone (the paper's MaskDM-S is a U-ViT of width 512, 8 heads; MaskDM-B 768, 12)."""
 
-    kind: Literal["uvit", "dit", "unet2d"] = "uvit"
-    """uvit: the paper's; dit, unet2d: diffusers' DiTTransformer2DModel and UNet2DModel, which
-    need the whole grid: hidden patches are blanked, and masks save no compute."""
+    kind: families.BackboneName = choice("uvit", BACKBONES, "The network.")
     patch_size: int = Field(4, gt=0)
-    """Side of a patch, in pixels; with unet2d, of what masks hide."""
+    """Side of a patch, in pixels; for unet2d the side of what masks hide."""
     embed_dim: int = Field(512, gt=0)
     """Width of the tokens (uvit, dit)."""
     depth: int = Field(13, ge=1)
-    """Transformer blocks (uvit, dit); of uvit an odd number: 13 = 6 in + 1 middle + 6 out."""
+    """Transformer blocks (uvit, dit); for uvit an odd number: 13 = 6 in + 1 middle + 6 out."""
     num_heads: int = Field(8, gt=0)
     """Attention heads (uvit, dit); they divide the width."""
     mlp_ratio: float = Field(4.0, gt=0)
@@ -40,67 +41,66 @@ class Model(Settings):
     final_conv: bool = False
     """A 3x3 convolution on the output image (U-ViT has it; the paper drops it; uvit only)."""
     options: dict[str, Any] = {}
-    """Arguments of diffusers' class by their names there (dit, unet2d); set in a file."""
+    """Arguments of the network's own class, by their names there (dit, unet2d); set in a file."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Model:
-        if self.kind == "uvit" and self.options:
-            raise ValueError(f"options are for kind dit or unet2d, not {self.kind}")
-        for name in ("final_conv", "mlp_ratio"):
-            if self.kind != "uvit" and getattr(self, name) != Model.model_fields[name].default:
-                raise ValueError(f"{name} is for kind uvit, not {self.kind}")
-        if self.kind == "uvit" and self.depth % 2 == 0:
-            raise ValueError(
-                f"depth {self.depth} is even, but blocks come as n in + 1 middle + n out: "
-                f"use {self.depth - 1} or {self.depth + 1}"
-            )
-        if self.kind != "unet2d" and self.embed_dim % (2 * self.num_heads):
-            raise ValueError(
-                f"embed_dim {self.embed_dim} is not a multiple of 2 x num_heads "
-                f"= {2 * self.num_heads}"
-            )
+        kind = BACKBONES[self.kind]
+        for name in ("final_conv", "mlp_ratio", "options"):
+            default = Model.model_fields[name].default
+            if name not in kind.settings and getattr(self, name) != default:
+                takers = [one for one, row in BACKBONES.items() if name in row.settings]
+                raise ValueError(f"{name} is for kind {' or '.join(takers)}, not {self.kind}")
+        kind.check(self)
         return self
 
 
-class Diffusion(Settings):
-    """The noise, and what the network is asked for."""
+class Weighting(Settings):
+    """The weight of the loss over time."""
 
-    schedule: Literal["linear", "cosine", "vp-sde", "vp-cosine", "flow"] = "linear"
-    """Noise over time: DDPM's linear or cosine in 1000 steps (cosine is the stable one under 90 %
-    masking, Appendix C), the continuous VP-SDE or VP-cosine, or the straight line of flows."""
-    base_size: int | None = Field(None, gt=0)
-    """Image size at which the schedule is as written; at others its log-SNR is shifted by
-    2 ln(base_size / size), of rectangles 2 ln(base_size / sqrt(height x width)). None = never
-    shifted; 64 is usual."""
-    prediction: Literal["eps", "x0", "v", "flow"] = "eps"
-    """What the network predicts: the noise, the clean image, the velocity, or noise - image."""
-    loss_space: Literal["same", "eps", "x0", "v", "flow"] = "same"
-    """In which of them the error is measured; same = as predicted."""
-    loss_space_clip: float = Field(0.05, gt=0)
-    """Least signal and noise scale used in rewriting the error for another loss_space."""
-    weighting: Literal["uniform", "min-snr", "p2", "sigmoid"] = "uniform"
-    """Loss weight over time: 1 (Eqs. 1 and 2), the signal-to-noise ratio clipped, or less of the
-    nearly clean images in one of two ways (p2, sigmoid)."""
+    kind: families.WeightingName = choice("uniform", families.WEIGHTINGS, "The weight.")
     snr_clip: float = Field(5.0, gt=0)
     """Where min-snr clips the signal-to-noise ratio."""
-    p2_gamma: float = Field(1.0, ge=0)
+    gamma: float = Field(1.0, ge=0)
     """Exponent of p2's weight (1 + SNR)^-gamma."""
-    sigmoid_bias: float = 0.0
+    bias: float = 0.0
     """Log-SNR at which sigmoid's weight is a half."""
-    time_sampling: Literal["uniform", "stratified", "logit-normal", "soft-truncation"] = "uniform"
-    """How training draws times: evenly, evenly spread over each batch, mostly in the middle, or
-    from a random least time up."""
-    logit_mean: float = 0.0
+
+
+class Times(Settings):
+    """The times that training draws."""
+
+    kind: families.TimesName = choice("uniform", families.TIMES, "How they are drawn.")
+    mean: float = 0.0
     """Mean of logit(t) for logit-normal; above zero = more noise."""
-    logit_std: float = Field(1.0, gt=0)
-    """Its standard deviation."""
+    std: float = Field(1.0, gt=0)
+    """Standard deviation of logit(t) for logit-normal."""
+
+
+class Diffusion(Settings):
+    """The noise, and what the network predicts."""
+
+    schedule: families.ScheduleName = choice("linear", SCHEDULES, "Noise over time.")
+    base_size: int | None = Field(None, gt=0)
+    """Image size at which the schedule is used unchanged; at others its log-SNR is shifted by
+    2 ln(base_size / size), for rectangles 2 ln(base_size / sqrt(height x width)). None = never
+    shifted; 64 is usual."""
+    prediction: families.PredictionName = choice(
+        "eps", families.PREDICTIONS, "What the network predicts."
+    )
+    loss_space: families.SpaceName = "same"
+    """The prediction in which the error is measured; same = as predicted."""
+    loss_space_clip: float = Field(0.05, gt=0)
+    """Least signal and noise scale used in rewriting the error for another loss_space."""
+    weighting: Weighting = Weighting()
+    times: Times = Times()
 
     @model_validator(mode="after")
     def _consistent(self) -> Diffusion:
-        if self.weighting in ("min-snr", "p2", "sigmoid") and self.loss_space != "same":
+        if self.weighting.kind != "uniform" and self.loss_space != "same":
             raise ValueError(
-                f"weighting {self.weighting} fixes the weight of the error whatever space it is "
-                "written in: use loss_space same, or weighting uniform"
+                f"weighting {self.weighting.kind} fixes the weight of the error in any space: "
+                "use loss_space same, or weighting uniform"
             )
         return self
 
@@ -108,8 +108,7 @@ class Diffusion(Settings):
 class Mask(Settings):
     """Which patches a stage hides."""
 
-    kind: Literal["patch", "block", "crop", "none"] = "none"
-    """patch: single patches; block: squares of patches; crop: all but one square; none."""
+    kind: families.MaskName = choice("none", MASKS, "What is hidden.")
     rate: float = Field(0.0, ge=0, lt=1)
     """Fraction of the image that is hidden."""
     block: int = Field(2, gt=0)
@@ -118,9 +117,10 @@ class Mask(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Mask:
         if self.kind == "none" and self.rate:
+            kinds = [name for name in MASKS if name != "none"]
             raise ValueError(
-                f"mask kind none hides nothing, but rate is {self.rate:g}: "
-                "use rate 0, or kind patch, block or crop"
+                f"mask kind none hides nothing, but rate is {self.rate:g}: use rate 0, or kind "
+                f"{', '.join(kinds[:-1])} or {kinds[-1]}"
             )
         return self
 
@@ -131,7 +131,7 @@ class Stage(Settings):
     name: str = Field(min_length=1)
     """Name in logs and plots."""
     mask: Mask = Mask()
-    schedule: Literal["linear", "cosine", "vp-sde", "vp-cosine", "flow"] | None = None
+    schedule: families.ScheduleName | None = None
     """Noise schedule of this stage; None = the recipe's (Table 2 pre-trains under another)."""
     steps: int = Field(gt=0)
     """Optimizer steps."""
@@ -144,8 +144,8 @@ class Stage(Settings):
     """Peak learning rate."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: stay, or decay to zero at the stage's end."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises linearly from zero."""
+    warmup: int | str = 0
+    """Steps over which the learning rate rises linearly from zero, or a part of the stage: 2%."""
     betas: tuple[float, float] = (0.99, 0.99)
     """AdamW's moment decays (the paper's)."""
     weight_decay: float = Field(0.03, ge=0)
@@ -159,60 +159,82 @@ class Stage(Settings):
     activation_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, about a third more compute."""
 
+    @field_validator("warmup")
+    @classmethod
+    def _steps_or_percent(cls, warmup: int | str) -> int | str:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", warmup) if isinstance(warmup, str) else None
+        if match is None and (isinstance(warmup, str) or warmup < 0):
+            raise ValueError(
+                f"expected a number of steps, or a part of the stage such as 2%, not {warmup}"
+            )
+        if match is None:
+            return warmup
+        if float(match[1]) > 100:
+            raise ValueError(f"at most 100%, not {warmup}")
+        return f"{match[1]}%"
+
+    @property
+    def warmup_steps(self) -> int:
+        """The warm-up in steps."""
+        if isinstance(self.warmup, int):
+            return self.warmup
+        return round(float(self.warmup.rstrip("%")) / 100 * self.steps)
+
     @model_validator(mode="after")
     def _consistent(self) -> Stage:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
         if self.warmup_steps > self.steps:
-            raise ValueError(
-                f"warmup_steps {self.warmup_steps} outlasts the stage's {self.steps} steps"
-            )
+            raise ValueError(f"warmup {self.warmup} outlasts the stage's {self.steps} steps")
+        return self
+
+
+class Guidance(Settings):
+    """Guidance: away from what a weaker model would draw."""
+
+    kind: families.GuidanceName = choice("none", families.GUIDANCE, "The weaker model.")
+    scale: float = Field(1.5, ge=0)
+    """How far: 1 = as without guidance, 2 = twice as far from the weak answer."""
+    start: float = Field(0.0, ge=0, le=1)
+    """First time at which guidance acts; 0 = clean images."""
+    end: float = Field(1.0, ge=0, le=1)
+    """Last time at which guidance acts; 1 = pure noise."""
+    weak: str = "primer"
+    """Weak model of autoguidance: primer = the run's own before its last stage, or any RUN."""
+    rate: float = Field(0.5, gt=0, lt=1)
+    """Fraction of the patches that sparse guidance hides from the weak answer."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Guidance:
+        if self.start >= self.end:
+            raise ValueError(f"start {self.start:g} is not below end {self.end:g}")
         return self
 
 
 class Sampling(Settings):
     """How images are drawn from the model (previews, and defaults of `maskdm sample`)."""
 
-    sampler: Literal["ddpm", "ddim", "dpm-solver", "unipc", "heun", "euler-maruyama"] = "ddim"
-    """The solver: dpm-solver (++ 2M) and unipc are good in 10 to 25 steps, ddpm and
-    euler-maruyama want hundreds."""
+    sampler: families.SamplerName = choice("ddim", SAMPLERS, "The solver.")
     steps: int = Field(50, gt=0)
-    """Solver steps per image, each a network evaluation (of heun two)."""
-    spacing: Literal["uniform", "log-snr", "karras"] = "uniform"
-    """Where the steps lie: evenly in time, evenly in log-SNR, or by Karras et al.'s rho = 7."""
+    """Solver steps per image, each a network evaluation (two for heun)."""
+    spacing: families.SpacingName = choice("uniform", families.SPACINGS, "Where the steps lie.")
     eta: float = Field(0.0, ge=0, le=1)
     """DDIM's noise: 0 deterministic, 1 ancestral (the paper's lineage)."""
     clip_x0: bool = True
     """Clip the estimate of the clean image to [-1, 1] and re-derive the noise from it."""
-    guidance: Literal["none", "classifier-free", "autoguidance", "sparse"] = "none"
-    """Away from: images of no class; a weaker model; the same model seeing fewer patches."""
-    guidance_scale: float = Field(1.5, ge=0)
-    """How far: 1 = as without guidance, 2 = twice as far from the weak answer."""
-    guidance_start: float = Field(0.0, ge=0, le=1)
-    """Guidance acts at times t from here (0 = clean images)"""
-    guidance_end: float = Field(1.0, ge=0, le=1)
-    """to here (1 = pure noise)."""
-    guidance_weak: str = "primer"
-    """Weak model of autoguidance: primer = the run's own before its last stage, or any RUN."""
-    guidance_rate: float = Field(0.5, gt=0, lt=1)
-    """Fraction of the patches that sparse guidance hides from the weak answer."""
+    guidance: Guidance = Guidance()
     batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     """Images at a time per device; auto = as many as keep it busy, fewer where memory runs out."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the network (torch.compile); auto = on a GPU, where there is work for minutes."""
 
     HOW_FAST: ClassVar[tuple[str, ...]] = ("batch_size", "compile")
-    """Settings that change no image, but for rounding."""
+    """Settings that change no image, except for rounding."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Sampling:
-        if self.eta and self.sampler != "ddim":
+        if self.eta and not SAMPLERS[self.sampler].takes_eta:
             raise ValueError(f"eta is ddim's noise; sampler {self.sampler} has none: use eta 0")
-        if self.guidance_start >= self.guidance_end:
-            raise ValueError(
-                f"guidance_start {self.guidance_start:g} is not below guidance_end "
-                f"{self.guidance_end:g}"
-            )
         return self
 
 
@@ -227,8 +249,10 @@ class Recipe(Settings):
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
     init: str | None = None
-    """Start from another model's averaged weights: a run's folder, a checkpoint, an exported
-    model or a Hub id. None = from random ones."""
+    """Start from another model's weights: a run's folder, a checkpoint, an exported model or a
+    Hub id. None = from random ones."""
+    init_weights: Literal["ema", "raw"] = "ema"
+    """Weights that init starts from: ema = averaged, raw = as trained (not in exported models)."""
     seed: int = Field(0, ge=0)
     """Fixes initial weights, image order, masks, times and noise."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -247,13 +271,22 @@ class Recipe(Settings):
     num_previews: int = Field(36, ge=0)
     """Images in a preview grid; 0 = no previews."""
     preview_steps: int = Field(25, gt=0)
-    """Solver steps for each of them, of DPM-Solver++, without guidance."""
+    """Solver steps for each of them, by DPM-Solver++, without guidance."""
     evaluate_every: int = Field(10_000, ge=0)
     """Steps between two lines of quality.jsonl, each after a checkpoint; each stage's end always
     makes one. 0 = none at all."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        self._check_sizes()
+        self._check_sampling_steps()
+        self._check_guidance()
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stage names must differ, but they are {', '.join(names)}")
+        return self
+
+    def _check_sizes(self) -> None:
         patch = self.model.patch_size
         for side in self.data.shape[:2]:
             if side % patch:
@@ -263,39 +296,39 @@ class Recipe(Settings):
                     f"data.size {side} is not a multiple of model.patch_size {patch}: "
                     f"use {ways_out}"
                 )
-        if self.model.kind == "dit" and isinstance(self.data.size, tuple):
+        if isinstance(self.data.size, tuple) and not BACKBONES[self.model.kind].takes_rectangles:
+            others = [name for name, row in BACKBONES.items() if row.takes_rectangles]
             raise ValueError(
-                f"model.kind dit takes square images only, not {self.data.shape[0]}x"
-                f"{self.data.shape[1]}: use uvit or unet2d, or data.size {min(self.data.size)}"
+                f"model.kind {self.model.kind} takes square images only, not "
+                f"{self.data.shape[0]}x{self.data.shape[1]}: use {' or '.join(others)}, or "
+                f"data.size {min(self.data.size)}"
             )
-        asked = {self.diffusion_of(stage).schedule: self.preview_steps for stage in self.stages}
+
+    def _check_sampling_steps(self) -> None:
+        wanted = {self.diffusion_of(stage).schedule: self.preview_steps for stage in self.stages}
         last = self.final_diffusion.schedule
-        asked[last] = max(asked[last], self.sampling.steps)
-        for schedule, steps in asked.items():
-            if steps > 1000 and schedule in ("linear", "cosine"):
+        wanted[last] = max(wanted[last], self.sampling.steps)
+        for schedule, steps in wanted.items():
+            num_times = SCHEDULES[schedule].num_times
+            if num_times is not None and steps > num_times:
                 raise ValueError(
-                    f"schedule {schedule} has 1000 times, but sampling asks for {steps} steps"
+                    f"schedule {schedule} has {num_times} times, but sampling wants {steps} steps"
                 )
-        if self.sampling.guidance == "classifier-free" and not (
+
+    def _check_guidance(self) -> None:
+        guidance = self.sampling.guidance
+        if guidance.kind == "classifier-free" and not (
             self.model.num_classes and self.model.label_dropout
         ):
             raise ValueError(
                 "classifier-free guidance needs model.num_classes and model.label_dropout above "
                 "0; autoguidance and sparse need no classes"
             )
-        if (
-            self.sampling.guidance == "autoguidance"
-            and self.sampling.guidance_weak == "primer"
-            and len(self.stages) == 1
-        ):
+        if guidance.kind == "autoguidance" and guidance.weak == "primer" and len(self.stages) == 1:
             raise ValueError(
                 "autoguidance by the primer needs two stages, and there is one: name another "
-                "model with sampling.guidance_weak"
+                "model with sampling.guidance.weak"
             )
-        names = [stage.name for stage in self.stages]
-        if len(set(names)) < len(names):
-            raise ValueError(f"stage names must differ, but they are {', '.join(names)}")
-        return self
 
     def diffusion_of(self, stage: Stage) -> Diffusion:
         """The diffusion that a stage trains under: the recipe's, on the stage's schedule."""
@@ -307,6 +340,17 @@ class Recipe(Settings):
     def final_diffusion(self) -> Diffusion:
         """The diffusion of the finished model: the last stage's."""
         return self.diffusion_of(self.stages[-1])
+
+    @property
+    def for_previews(self) -> Sampling:
+        """How previews are drawn: fast, and possible at every stage (no guidance by a primer)."""
+        return Sampling(
+            sampler="dpm-solver",
+            steps=self.preview_steps,
+            clip_x0=self.sampling.clip_x0,
+            batch_size=self.sampling.batch_size,
+            compile=self.sampling.compile,
+        )
 
     def to_yaml(self) -> str:
         """The recipe as YAML text; `load_recipe` of it gives an equal recipe."""

@@ -2,51 +2,61 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-from typing import Literal, get_args
 
 from pydantic import Field, field_validator
 
+from maskdm.families import METRICS, MetricName, helped
 from maskdm.settings import Settings
+from maskdm.words import suggestion
 
 SIZES = {"dinov2": "vit-s-14 vit-b-14 vit-l-14 vit-g-14", "clip": "vit-b-32 vit-b-16 vit-l-14"}
-
-Metric = Literal["frechet", "kid", "sliced", "precision-recall", "inception-score", "memorization"]
 
 
 class Evaluation(Settings):
     """How generated images are compared with real ones."""
 
     features: str = "pca"
-    """In what: pca = the leading principal components of the reference set's pixels; inception
-    (FID's), dinov2, clip, or one of their sizes, dinov2-vit-b-14; or a file with a network of your
-    own, TorchScript or .pt2, uint8 (N, C, H, W) to (N, D)."""
+    """Features in which images are compared: pca = the leading principal components of the
+    reference's pixels; inception (FID's), dinov2, clip, or one of their sizes, dinov2-vit-b-14; or
+    a file with your own network, TorchScript or .pt2, uint8 (N, C, H, W) to (N, D)."""
     weights: str | None = None
-    """File of inception's, dinov2's or clip's weights; None = PyTorch's hub folder, or the net."""
+    """File of inception's, dinov2's or clip's weights; None = from PyTorch's hub folder, where they
+    are downloaded if need be."""
     num: int = Field(10_000, ge=4)
-    """Images to generate; headline figures take 50,000."""
+    """Images to generate; headline figures use 50,000."""
     quick_num: int = Field(1000, ge=0)
-    """Images to generate at each set point in training; 0 = only losses are measured there."""
-    metrics: tuple[Metric, ...] = ()
-    """What is measured; none named = all that the features and the reference allow (kid, whose
-    kernel is made for features near 1, not in pca)."""
+    """Images to generate for each measurement in training; 0 = only losses are measured there."""
+    metrics: tuple[MetricName, ...] = Field(
+        (),
+        description=helped(
+            "Metrics to measure; none = all that features and reference allow.",
+            {name: row for name, row in METRICS.items() if "model" not in row.needs},
+        ),
+    )
     num_components: int = Field(32, gt=0)
-    """Principal components kept (features pca)."""
+    """Principal components (features pca)."""
     pixel_max: float = Field(255.0, gt=0)
-    """Pixels are scaled to [0, pixel_max] before features pca; sets the distance's unit."""
+    """Pixels are scaled to [0, pixel_max] for features pca; this sets the distances' unit."""
     bootstrap: int = Field(50, ge=0)
-    """Resampled sets for the Frechet distance's interval; 0 = no interval."""
+    """Resampled sets for the interval of the Frechet distance; 0 = no interval."""
 
     @field_validator("features")
     @classmethod
     def _known_or_file(cls, name: str) -> str:
         known = ("pca", *cls.known_features())
         if name not in known and "." not in name and os.sep not in name:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}, or a file"
+            hint = suggestion(name, [*known, "or a file"])
             raise ValueError(f"unknown features {name!r}: {hint}")
         return name
+
+    @field_validator("metrics")
+    @classmethod
+    def _of_samples(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if "model" in METRICS[name].needs:
+                raise ValueError(f"{name} is measured in training only, into quality.jsonl")
+        return names
 
     @field_validator("quick_num")
     @classmethod
@@ -54,11 +64,6 @@ class Evaluation(Settings):
         if 0 < num < 4:
             raise ValueError(f"{num} images are too few for a distance: use 0, or 4 or more")
         return num
-
-    @staticmethod
-    def all_metrics() -> tuple[str, ...]:
-        """Names of all metrics."""
-        return get_args(Metric)
 
     @staticmethod
     def known_features() -> tuple[str, ...]:

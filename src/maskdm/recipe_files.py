@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from maskdm.recipe import Recipe, Sampling
+from maskdm.words import one_line, suggestion
 
 
 def recipe_names() -> list[str]:
@@ -23,7 +23,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_text(name_or_path: str | Path) -> str:
-    """YAML text of a packaged recipe (by name) or of a file (by path), as it was written.
+    """YAML text of a packaged recipe (by name) or of a file (by path), unchanged.
 
     Raises ValueError where neither exists; the message lists the packaged names.
     """
@@ -34,14 +34,10 @@ def recipe_text(name_or_path: str | Path) -> str:
         try:
             return path.read_text("utf-8")
         except UnicodeDecodeError:
-            raise ValueError(
-                f"recipe {path} is not a YAML file of settings: it is no text"
-            ) from None
-    near = difflib.get_close_matches(str(name_or_path), recipe_names(), n=1)
-    hint = f" did you mean {near[0]}?" if near else ""
+            raise ValueError(f"recipe {path} is not a YAML file of settings: not text") from None
     raise ValueError(
-        f"no recipe {str(name_or_path)!r}:{hint} packaged recipes are "
-        f"{', '.join(recipe_names())}; anything else must be a YAML file"
+        f"no recipe {str(name_or_path)!r}: {suggestion(str(name_or_path), recipe_names())} "
+        "(`maskdm recipes` lists them; anything else must be a YAML file)"
     )
 
 
@@ -51,7 +47,7 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for i, key in enumerate(keys):
-            problem = "is no name" if not isinstance(key, str) else "stands twice"
+            problem = "is not a name" if not isinstance(key, str) else "is there twice"
             if not isinstance(key, str) or key in keys[:i]:
                 mark = node.value[i][0].start_mark
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} {problem}", mark)
@@ -67,14 +63,63 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     try:
         values = yaml.load(content, _StrictLoader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, say
-        text = " ".join(str(error).split())
-        raise ValueError(f"recipe {name_or_path} is not a YAML file of settings: {text}") from None
+        raise ValueError(
+            f"recipe {name_or_path} is not a YAML file of settings: {one_line(error)}"
+        ) from None
     if not isinstance(values, dict):
         raise ValueError(f"recipe {name_or_path} is not a mapping of settings")
     try:
-        return Recipe(**values)
+        return Recipe(**migrated(values))
     except ValueError as error:
         raise ValueError(f"recipe {name_or_path}: {error}") from None
+
+
+# Where settings stood before they were grouped: group -> (its parent, {old name: name in it}).
+_GROUPED = {
+    "weighting": (
+        "diffusion",
+        {"weighting": "kind", "snr_clip": "snr_clip", "p2_gamma": "gamma", "sigmoid_bias": "bias"},
+    ),
+    "times": ("diffusion", {"time_sampling": "kind", "logit_mean": "mean", "logit_std": "std"}),
+    "guidance": (
+        "sampling",
+        {
+            "guidance": "kind",
+            **{f"guidance_{name}": name for name in ("scale", "start", "end", "weak", "rate")},
+        },
+    ),
+}
+_RENAMED_METRICS = {"precision-recall": ["precision", "recall"]}
+
+
+def migrated(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings as an earlier version wrote them, in today's form; today's are left as they are.
+
+    Args:
+        values: a recipe as read from YAML or JSON, or some of its groups; not checked yet.
+    """
+    values = {**values}
+    for group, (parent, names) in _GROUPED.items():
+        old = values.get(parent)
+        if not isinstance(old, dict) or isinstance(old.get(group), dict):
+            continue
+        if moved := {new: old[name] for name, new in names.items() if name in old}:
+            kept = {name: value for name, value in old.items() if name not in names}
+            values[parent] = {**kept, group: moved}
+    if isinstance(values.get("stages"), list):
+        values["stages"] = [
+            {"warmup" if name == "warmup_steps" else name: value for name, value in stage.items()}
+            if isinstance(stage, dict)
+            else stage
+            for stage in values["stages"]
+        ]
+    evaluation = values.get("evaluation")
+    if isinstance(evaluation, dict) and isinstance(evaluation.get("metrics"), list):
+        metrics = [
+            new for name in evaluation["metrics"] for new in _RENAMED_METRICS.get(name, [name])
+        ]
+        values["evaluation"] = {**evaluation, "metrics": metrics}
+    return values
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -1,14 +1,15 @@
-"""Frozen groups of settings whose mistakes are told in one plain line."""
+"""Frozen groups of settings whose mistakes are reported in one plain line."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from maskdm.words import suggestion
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
@@ -33,6 +34,11 @@ class Settings(BaseModel):
     """A frozen group of settings that refuses unknown names and out-of-range values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        for field in cls.model_fields.values():  # help texts: the terminal breaks their lines
+            field.description = " ".join((field.description or "").split()) or None
 
     if not TYPE_CHECKING:  # type checkers keep the field names of the constructor
 
@@ -81,9 +87,7 @@ def _mistakes(error: ValidationError, known: list[str]) -> list[tuple[str, str]]
                 (f"{where}.{name}" if name else where, what) for name, what in inner.mistakes
             ]
         elif item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            mistakes.append((where, f"unknown setting: {hint}"))
+            mistakes.append((where, f"unknown setting: {suggestion(where, known)}"))
         elif item["type"] == "missing":
             mistakes.append((where, "a value is needed"))
         elif item["type"] == "value_error":

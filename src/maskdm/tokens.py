@@ -67,7 +67,17 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 
 
 def gather_patches(patches: Tensor, visible: Tensor) -> Tensor:
-    """Takes the patches at the indices `visible`: (B, N, P), int64 (B, V) -> (B, V, P)."""
+    """Takes the patches at the indices `visible`: (B, N, P), int64 (B, V) -> (B, V, P).
+
+    Example:
+        >>> images = torch.rand(2, 8, 8, 3)  # (B, H, W, C)
+        >>> patches = patchify(images, 4)  # (B, 4, 48): a grid of 2x2
+        >>> visible = torch.tensor([[0, 3], [1, 2]])
+        >>> gather_patches(patches, visible).shape
+        torch.Size([2, 2, 48])
+        >>> torch.equal(unpatchify(patches, 4, (2, 2)), images)
+        True
+    """
     return patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[-1]))
 
 

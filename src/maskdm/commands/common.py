@@ -1,4 +1,4 @@
-"""What several commands share: arguments, loading a model, who speaks."""
+"""What several commands share: arguments, loading a model, which process reports."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maskdm.recipe import Sampling
+from maskdm.families import GUIDANCE
+from maskdm.recipe import Guidance, Sampling
 from maskdm.settings import changed as changed
 
 if TYPE_CHECKING:
-    from maskdm.training.load import Loaded
+    from maskdm.runs.load import Loaded
 
 DONE, FAILED, WRONG_USAGE, STOPPED = 0, 1, 2, 3  # exit codes
 
@@ -32,32 +33,33 @@ def say_note(text: str) -> None:
 
 
 def load(run: str, sampling: Sampling) -> tuple[Loaded, Loaded | None]:
-    """The model that a user names, and the weak one if the guidance asked for needs it.
+    """The model that a user names, and the weak one if its guidance needs one.
 
-    Both on this process's device. Raises ValueError where one can't be had.
+    Both on this process's device. Raises ValueError where one is not available.
     """
     from diffusers.utils import logging
 
     from maskdm.engine import process_state
-    from maskdm.training.load import load_model, load_weak
+    from maskdm.runs.load import load_model, load_weak
 
-    if sampling.guidance == "none":
-        for name in ("scale", "start", "end", "weak", "rate"):
-            field = f"guidance_{name}"
-            if getattr(sampling, field) != Sampling.model_fields[field].default:
-                say_note(f"{field} does nothing while guidance is none")
+    guidance = sampling.guidance
+    if guidance.kind == "none" and guidance != Guidance():
+        useless = [name for name, value in guidance if value != getattr(Guidance(), name)]
+        say_note(
+            f"guidance.{', guidance.'.join(useless)} has no effect while guidance.kind is none"
+        )
     logging.disable_progress_bar()
     device = process_state().device
     strong, weak = load_model(run, say_note), None
     strong.trained.model.to(device)
-    if sampling.guidance == "autoguidance":
-        weak = load_weak(strong.found, sampling.guidance_weak, say_note)
+    if GUIDANCE[guidance.kind].needs_model:
+        weak = load_weak(strong.location, guidance.weak, say_note)
         weak.trained.model.to(device)
     return strong, weak
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that speaks and writes."""
+    """Whether this is the process that reports and writes."""
     from maskdm.engine import process_state
 
     return process_state().is_main_process
@@ -66,8 +68,7 @@ def is_main_process() -> bool:
 def sampling_text(sampling: Sampling) -> str:
     """How images were drawn, in a few words: `50 steps of ddim, sparse guidance 1.5`."""
     text = f"{sampling.steps} steps of {sampling.sampler}"
-    if sampling.guidance != "none":
-        text += f", {sampling.guidance}"
-        text += f"{'' if 'guidance' in sampling.guidance else ' guidance'}"
-        text += f" {sampling.guidance_scale:g}"
-    return text
+    if sampling.guidance.kind == "none":
+        return text
+    kind = sampling.guidance.kind
+    return f"{text}, {kind}{'' if 'guidance' in kind else ' guidance'} {sampling.guidance.scale:g}"

@@ -5,117 +5,78 @@ from __future__ import annotations
 from typing import Any
 
 from maskdm.commands.common import sampling_text
+from maskdm.families import METRICS
 from maskdm.recipe import Sampling
-
-TITLES = {
-    "frechet": "Frechet distance",
-    "kid": "kernel distance (KID)",
-    "sliced": "sliced distance",
-    "precision": "precision",
-    "recall": "recall",
-    "inception_score": "Inception score",
-}
-WIDTH = 10  # of the column of what the lines below the metrics are about
+from maskdm.words import counted, figure, wrapped
 
 
 def evaluation_text(record: dict[str, Any]) -> str:
-    """Metrics with their intervals, then all that they stand on; several lines, no last newline."""
+    """Metrics with their intervals, then what they depend on; several lines, no last newline."""
+    titles = {m: METRICS[m].title_in(record["features"]["name"]) for m in record["metrics"]}
+    width = max((len(title) for title in titles.values()), default=0)
     lines = []
     for name, one in record["metrics"].items():
-        title, digits = metric_title(record, name), figure(one["value"])
-        line = f"{title:24}{digits:>11}"
+        line = f"{titles[name]:{width}}{figure(one['value']):>11}"
         if one["interval"] is not None:
             low, high = one["interval"]
             line += f"   95 %: {figure(low)} to {figure(high)}"
         if one["spread"] is not None:
-            of = "seeds" if len(record["per_seed"]) > 1 else "subsets"
-            line += f"   +- {figure(one['spread'])} between {of}"
+            between = "seeds" if len(record["per_seed"]) > 1 else "subsets"
+            line += f"   +- {figure(one['spread'])} between {between}"
         lines.append(line)
-    if record["chance"] is not None:
-        chance = record["chance"]
+    if (chance := record["chance"]) is not None:
         lines.append(
-            f"(by chance two disjoint parts of the real images, {chance['num']:,} each, measure "
-            f"{figure(chance['frechet'])})"
+            f"(by chance: two disjoint parts of the real images, {chance['num']:,} each, have a "
+            f"distance of {figure(chance['frechet'])})"
         )
-    if (memory := record.get("memorization")) is not None:
-        lines += _wrapped("copies", memory["verdict"])
-    parts = {
-        "samples": _samples(record),
-        "reference": _reference(record["reference"]),
-        "features": _features(record),
-        "by": _by(record),
-    }
-    for title, text in parts.items():
-        lines += _wrapped(title, text)
-    notes = [*record["notes"]]
-    if memory is not None and memory["warning"]:
-        notes.append(memory["warning"])
-    for note in notes:
-        lines += _wrapped("note", note)
-    return "\n".join(lines)
-
-
-def metric_title(record: dict[str, Any], name: str) -> str:
-    """What a metric is called: the Fréchet distance is FID in the Inception network's features."""
-    if name == "frechet" and record["features"]["name"] == "inception":
-        return "FID"
-    return TITLES[name]
-
-
-def figure(value: float) -> str:
-    """A figure with four digits that count."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
+    parts, notes = [], [*record["notes"]]
+    for name, row in METRICS.items():
+        if row.is_report and (report := record.get(name)) is not None:
+            parts.append((row.short_title or row.title, report["verdict"]))
+            notes += [report["warning"]] if report["warning"] else []
+    parts += [
+        ("samples", _samples(record)),
+        ("reference", _reference(record["reference"])),
+        ("features", _features(record["features"])),
+        ("by", _software(record)),
+        *(("note", note) for note in notes),
+    ]
+    return "\n".join([*lines, *(line for t, text in parts for line in wrapped(text, f"{t:10}"))])
 
 
 def _samples(record: dict[str, Any]) -> str:
     samples = record["samples"]
-    num = f"{samples['num']:,} images"
+    num = counted(samples["num"], "image")
     if "source" in samples:
-        return f"{num} of {samples['source']}"
-    seeds = samples["seeds"]
-    named = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}, of each"
+        return f"{num} from {samples['source']}"
+    first, *others = samples["seeds"]
+    drawn_by = f"for each of seeds {first} to {others[-1]}" if others else f"seed {first}"
     how = sampling_text(Sampling(**samples["sampling"]))
     trained = record.get("training")
     at = f", step {trained['step']:,}" if trained else ""
-    return f"{num} from {samples['model']} ({samples['weights']}{at}), {named}, {how}"
+    return f"{num} from {samples['model']} ({samples['weights']}{at}), {drawn_by}, {how}"
 
 
 def _reference(reference: dict[str, Any]) -> str:
-    if reference.get("statistics") and "num" not in reference:
+    if "num" not in reference:
         return f"mean and covariance in {reference['source']}"
-    shape = "x".join(map(str, reference["shape"]))
-    text = f"{reference['num']:,} images of {reference['source']}, {shape}, crop "
-    text += f"{reference['crop']}, not mirrored"
+    shape, num = "x".join(map(str, reference["shape"])), counted(reference["num"], "image")
+    text = f"{num} from {reference['source']}, {shape}, crop {reference['crop']}, not mirrored"
     return f"statistics of {text}" if reference.get("statistics") else text
 
 
-def _features(record: dict[str, Any]) -> str:
-    features = record["features"]
-    text = f"{features['name']}, {features['dim']:,} values"
+def _features(features: dict[str, Any]) -> str:
+    text = f"{features['name']}, {counted(features['dim'], 'value')}"
     if features["name"] == "pca":
         return f"{text}, of pixels from 0 to {features['pixel_max']:g}"
     return f"{text}, weights {features['sha256'][:12]}"
 
 
-def _by(record: dict[str, Any]) -> str:
-    libraries = {one["library"] for one in record["metrics"].values()}
-    libraries |= {record["features"]["library"], f"torch {record['torch']}"}
+def _software(record: dict[str, Any]) -> str:
+    own = f"maskdm {record['maskdm']}"
+    others = {one["library"] for one in record["metrics"].values()}
+    others |= {record["features"]["library"], f"torch {record['torch']}"}
     commit = f" at {record['commit'][:12]}" if record["commit"] else ""
-    libraries.discard(f"maskdm {record['maskdm']}")
     precision = record["samples"].get("precision")
-    told = [f"maskdm {record['maskdm']}{commit}", *sorted(libraries), record["device"]]
-    told += [f"samples in {precision}"] if precision else []
-    return ", ".join(told)
-
-
-def _wrapped(title: str, text: str) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(
-        text,
-        100,
-        initial_indent=f"{title:{WIDTH}}",
-        subsequent_indent=" " * WIDTH,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    parts = [own + commit, *sorted(others - {own}), record["device"]]
+    return ", ".join(parts + ([f"samples in {precision}"] if precision else []))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -19,6 +19,9 @@ from maskdm.commands.common import (
     sampling_text,
 )
 from maskdm.recipe import Data
+
+if TYPE_CHECKING:
+    from maskdm.runs.load import Loaded
 
 ImageFile = Annotated[Path, tyro.conf.Positional, quiet(metavar="IMAGE")]
 
@@ -36,28 +39,28 @@ def inpaint(
     resamplings: int = 10,
     jump: int = 5,
 ) -> int:
-    """Draw the missing parts of an image; what is known stays as it is, pixel by pixel.
+    """Draw the missing parts of an image; known pixels do not change.
 
-    By RePaint: steps of ddpm, each stretch taken several times; steps x resamplings evaluations.
+    By RePaint: steps of ddpm, each stretch repeated; steps x resamplings evaluations.
 
     Args:
         run: a run's folder, RUN@STAGE, a checkpoint, an exported model, or a Hub id.
         image: the picture; prepared as the run's training images were.
         mask: a picture of the same shape, white where pixels are to be drawn, black elsewhere.
         out: file.png = a sheet (the image with its hole, then the results); file.npz = uint8
-            (N, H, W, C) under arr_0; any other name = a new folder of PNG files.
+            (N, H, W, C) as arr_0; any other name = a new folder of PNG files.
         num: number of results.
         seed: another seed, other results.
-        label: class of the results, by its name or else its number; default: no class, or all in
-            turn if the model knows none such.
-        resamplings: times that each stretch of steps is taken, so that old and new come to fit.
+        label: class of the results, by its name or number; default: no class, or all in turn if
+            the model was not trained without classes.
+        resamplings: times that each stretch of steps is repeated, so that old and new fit.
         jump: steps in a stretch.
     """
     settings = settings.checked()
     if num < 1:
         raise ValueError(f"--num {num}: at least one result")
     if settings.sampler != "ddpm":
-        raise ValueError(f"--sampler {settings.sampler}: inpainting goes by steps of ddpm")
+        raise ValueError(f"--sampler {settings.sampler}: inpainting uses ddpm")
 
     import numpy as np
     import torch
@@ -70,28 +73,14 @@ def inpaint(
     refuse_output(out)
     strong, weak = load(run, settings)
     config = strong.trained.model.config
-    height, width, channels = strong.trained.model.image_shape
-    data = Data(size=(height, width), channels=channels)
-    if strong.found.run is not None:
-        data = strong.found.recipe.data
-    picture, unknown = read_image_and_mask(image, mask, data)
+    picture, unknown = read_image_and_mask(image, mask, _preparation(strong))
     number = None if label is None else class_number(config, label)
     if number is None and config.num_classes and config.label_dropout:
         number = config.num_classes  # no class
     labels = None if number is None else torch.full((num,), number)
-    images = inpaint(
-        strong.trained,
-        settings,
-        picture,
-        unknown,
-        num,
-        seed,
-        resamplings,
-        jump,
-        labels,
-        weak.trained if weak else None,
-        progress=sys.stderr.isatty(),
-    )
+    weak_model, progress = weak.trained if weak else None, sys.stderr.isatty()
+    how = (num, seed, resamplings, jump, labels, weak_model, progress)
+    images = inpaint(strong.trained, settings, picture, unknown, *how)
     if not is_main_process():
         return DONE
     given = default_labels(strong.trained.model, range(num)) if labels is None else labels.numpy()
@@ -99,6 +88,14 @@ def inpaint(
         images = np.concatenate([with_hole(picture, unknown)[None], images])
     save_images(images, out, given)
     times = f"{resamplings} times {sampling_text(settings)}"
-    print(f"{num} results from {strong.found.folder}, seed {seed}, {times}")
+    print(f"{num} results from {strong.location.folder}, seed {seed}, {times}")
     print(f"{100 * unknown.mean():.3g} % of the pixels drawn -> {out}")
     return DONE
+
+
+def _preparation(model: Loaded) -> Data:
+    """How the images that a model was trained on were prepared, as far as is known."""
+    if model.location.run is not None:
+        return model.location.recipe.data
+    height, width, channels = model.trained.model.image_shape
+    return Data(size=(height, width), channels=channels)

@@ -37,11 +37,11 @@ def sample(
     Args:
         run: a run's folder (RUN@STAGE = at that stage's end: RUN@pre-train is the primer), a
             checkpoint, an exported model, or a Hub id.
-        out: grid.png = one sheet; images.npz = uint8 (N, H, W, C) under arr_0 (labels of a
-            conditional model under arr_1); any other name = a new folder of PNG files.
+        out: grid.png = one sheet; images.npz = uint8 (N, H, W, C) as arr_0 (with classes int64
+            (N,) as arr_1); any other name = a new folder of PNG files.
         num: number of images.
         seed: another seed, other images.
-        label: class of all images, by its name or else its number; default: all in turn.
+        label: class of all images, by its name or number; default: all in turn.
         mask: draw only the patches that such a mask leaves visible: the marginal that it selects.
         mask_image: draw only the patches that are white in this picture.
     """
@@ -52,21 +52,19 @@ def sample(
     from maskdm.images.output import refuse_output, save_images
     from maskdm.models.class_names import class_numbers, class_text
     from maskdm.sampling.generate import default_labels, generate_on_all_ranks
-    from maskdm.sampling.marginal import masks_of_images, patches_of_picture, read_picture
+    from maskdm.sampling.marginal import masks_of_images, patches_of_picture, read_mask
 
     refuse_output(out)
     mask = mask.checked()
     if mask.kind != "none" and not mask.rate:
-        raise ValueError(
-            f"--mask.kind {mask.kind} hides nothing at rate 0: give --mask.rate as well"
-        )
+        raise ValueError(f"--mask.kind {mask.kind} hides nothing at rate 0: add --mask.rate")
     if mask.rate and mask_image is not None:
-        raise ValueError("--mask-image and --mask.rate are two ways to say one thing: give one")
+        raise ValueError("--mask-image and --mask.rate both choose patches: give one")
     strong, weak = load(run, settings)
     model = strong.trained.model
     visible = None
     if mask_image is not None:
-        picture = read_picture(mask_image, *model.image_shape[:2])
+        picture = read_mask(mask_image, *model.image_shape[:2])
         visible = patches_of_picture(picture, model.patch_size).repeat(num, 1)
     elif mask.rate:
         visible = masks_of_images(mask, model.grid, range(num), seed)
@@ -86,6 +84,6 @@ def sample(
     given = default_labels(model, range(num)) if labels is None else labels.numpy()
     save_images(images, out, given)
     of = "" if labels is None else f", class {class_text(model.config, int(labels[0]))}"
-    print(f"{num} images from {strong.found.folder}, seed {seed}, {sampling_text(settings)}{of}")
+    print(f"{num} images from {strong.location.folder}, seed {seed}, {sampling_text(settings)}{of}")
     print(f"-> {out}")
     return DONE

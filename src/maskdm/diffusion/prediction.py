@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-PREDICTIONS = ("eps", "x0", "v", "flow")
+from maskdm.families import PREDICTIONS
+from maskdm.words import suggestion
 
 
 def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor
 
 
 def target_from(prediction: str, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What a network should answer, of x0's shape. Raises ValueError for an unknown prediction."""
+    """The target of a prediction, of x0's shape. Raises ValueError for an unknown one."""
     if prediction == "eps":
         return noise
     if prediction == "x0":
@@ -46,7 +47,7 @@ def x0_and_noise_from(
     if prediction == "x0":
         return output, (x_t - alpha * output) / sigma
     if prediction == "v":
-        power = alpha**2 + sigma**2  # 1, but for flows
+        power = alpha**2 + sigma**2  # 1, except for flows
         return (alpha * x_t - sigma * output) / power, (sigma * x_t + alpha * output) / power
     if prediction == "flow":
         total = alpha + sigma
@@ -72,4 +73,4 @@ def error_scale(prediction: str, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _unknown(prediction: str) -> ValueError:
-    return ValueError(f"unknown prediction {prediction!r}: known are {', '.join(PREDICTIONS)}")
+    return ValueError(f"unknown prediction {prediction!r}: {suggestion(prediction, PREDICTIONS)}")

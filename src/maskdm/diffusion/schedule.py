@@ -1,7 +1,7 @@
 """Noise schedules behind one face: how much signal and how much noise an image at time t has.
 
-x_t = alpha(t) x0 + sigma(t) noise, t in [0, 1] from clean to noise. A schedule is known by its
-log-SNR, ln(alpha^2 / sigma^2), a falling function of t. All but the flow preserve the variance:
+x_t = alpha(t) x0 + sigma(t) noise, t in [0, 1] from clean to noise. A schedule is defined by its
+log-SNR, ln(alpha^2 / sigma^2), a falling function of t. All except the flow preserve the variance:
 alpha^2 + sigma^2 = 1.
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from maskdm.families import SCHEDULES, named
 from maskdm.recipe import Diffusion
 from maskdm.tokens import height_and_width
 
@@ -69,8 +70,8 @@ class Schedule(ABC):
 class DiscreteSchedule(Schedule):
     """A DDPM schedule: a table of T = 1000 entries, the i-th at t = i / 999.
 
-    Training draws these times alone. Between two entries the log-SNR runs straight, for samplers
-    that ask there.
+    Training draws these times alone. Between two entries the log-SNR is interpolated linearly, for
+    samplers that evaluate the model there.
 
     Args:
         betas: float64 (T,), variances of the forward steps, each in (0, 1).
@@ -129,7 +130,7 @@ class DiscreteSchedule(Schedule):
         """A table on the device and in the dtype of t; copied there once."""
         key = (name, t.device, t.dtype)
         if key not in self._on_device:
-            self._on_device[key] = self._tables[name].to(t.device, t.dtype)
+            self._on_device[key] = self._tables[name].to(t.dtype).to(t.device)  # mps has no float64
         return self._on_device[key]
 
 
@@ -163,7 +164,7 @@ class VPCosine(Schedule):
     """The cosine schedule in continuous time: alpha = cos(a(t)) / cos(a(0)).
 
     a(t) = (T t + s) / (1 + s) * pi / 2 with s = 0.008 (Nichol & Dhariwal 2021, Eq. 17). T = 0.9946
-    as in DPM-Solver (Lu et al. 2022): up to 1 the signal would vanish, and eps say nothing.
+    as in DPM-Solver (Lu et al. 2022): at 1 the signal would vanish, and eps would say nothing.
     """
 
     s, last = 0.008, 0.9946
@@ -227,31 +228,44 @@ def cosine_betas(s: float = 0.008, beta_max: float = 0.999) -> Tensor:
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max)
 
 
-SCHEDULES: dict[str, Callable[[float], Schedule]] = {
-    "linear": lambda shift: DiscreteSchedule(linear_betas(), shift),
-    "cosine": lambda shift: DiscreteSchedule(cosine_betas(), shift),
-    "vp-sde": VPSDE,
-    "vp-cosine": VPCosine,
-    "flow": Flow,
-}
+def linear(shift: float = 0.0) -> DiscreteSchedule:
+    """DDPM's linear schedule."""
+    return DiscreteSchedule(linear_betas(), shift)
+
+
+def cosine(shift: float = 0.0) -> DiscreteSchedule:
+    """The cosine schedule in 1000 steps."""
+    return DiscreteSchedule(cosine_betas(), shift)
 
 
 def make_schedule(name: str, shift: float = 0.0) -> Schedule:
-    """The schedule of that name, its log-SNR shifted; raises ValueError that lists the names."""
-    if name not in SCHEDULES:
-        raise ValueError(f"unknown schedule {name!r}: known are {', '.join(SCHEDULES)}")
-    return SCHEDULES[name](shift)
+    """The schedule of that name.
+
+    Args:
+        name: a key of `families.SCHEDULES`.
+        shift: added to its log-SNR at every time; see `log_snr_shift`.
+
+    Raises:
+        ValueError: an unknown name; lists the known ones.
+
+    Example:
+        >>> schedule = make_schedule("cosine")
+        >>> schedule.alpha(torch.tensor([0.0, 1.0])).round(decimals=3)  # clean, noise
+        tensor([1., 0.])
+    """
+    schedule: Schedule = named(name, SCHEDULES, "schedule").make(shift)
+    return schedule
 
 
 def schedule_of(diffusion: Diffusion, image_size: int | Sequence[int]) -> Schedule:
-    """The schedule that settings ask for, for images of that side (or height and width)."""
+    """The schedule of a diffusion, for images of that side (or height and width)."""
     return make_schedule(diffusion.schedule, log_snr_shift(diffusion.base_size, image_size))
 
 
 def log_snr_shift(base_size: int | None, image_size: int | Sequence[int]) -> float:
     """2 ln(base_size / size): the log-SNR that keeps the noise on downsampled images the same.
 
-    Averaging blocks of pixels takes noise away, but not the image: larger images need more noise
+    Averaging blocks of pixels removes noise, but not the image: larger images need more noise
     (Hoogeboom et al. 2023, Section 2.1). The size of a rectangle is the side of the square of
     its area. 0 where base_size is None.
     """

@@ -1,20 +1,20 @@
 """Times that training draws.
 
-All functions of the family give float32 (B,) in [0, 1): places in a schedule's range of times, as
-numbers of a rank's share of the batch. `own` is the rank's generator; `shared` gives all ranks of
-a step the same numbers.
+All functions of the family return float32 (B,) in [0, 1): places in a schedule's range of times,
+for a rank's share of the batch. `own` is the rank's generator; `shared` gives all ranks of a step
+the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
 from maskdm.diffusion.schedule import Schedule
-from maskdm.recipe import Diffusion
+from maskdm.families import TIMES, named
+from maskdm.recipe import Times
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,22 @@ class Share:
 
 
 def draw_times(
-    settings: Diffusion, schedule: Schedule, share: Share, own: Generator, shared: Generator
+    settings: Times, schedule: Schedule, share: Share, own: Generator, shared: Generator
 ) -> Tensor:
     """Times of a rank's images: float32 (B,) in [0, 1], on the generators' device.
 
-    Of a discrete schedule they are entries of its table, else anything from its t_min to 1.
+    For a discrete schedule they are entries of its table, else anything from its t_min to 1.
     """
-    place = TIME_SAMPLING[settings.time_sampling](settings, schedule, share, own, shared)
+    draw = named(settings.kind, TIMES, "way to draw times").run
+    assert draw is not None
+    place: Tensor = draw(settings, schedule, share, own, shared)
     return times_at(place, schedule)
 
 
 def times_at(place: Tensor, schedule: Schedule) -> Tensor:
     """Times at places in [0, 1) of a schedule's range: float32 (B,), places' own device.
 
-    Of a discrete schedule they are entries of its table, else anything from its t_min to 1.
+    For a discrete schedule they are entries of its table, else anything from its t_min to 1.
     """
     if schedule.num_times is None:
         return schedule.t_min + (1 - schedule.t_min) * place
@@ -54,8 +56,8 @@ def times_at(place: Tensor, schedule: Schedule) -> Tensor:
     return index / (schedule.num_times - 1)
 
 
-def _uniform(
-    settings: Diffusion, schedule: Schedule, share: Share, own: Generator, shared: Generator
+def uniform(
+    settings: Times, schedule: Schedule, share: Share, own: Generator, shared: Generator
 ) -> Tensor:
     """Independent and even (Ho et al. 2020, Algorithm 1)."""
     if schedule.num_times is None:
@@ -64,8 +66,8 @@ def _uniform(
     return (index + 0.5) / schedule.num_times
 
 
-def _stratified(
-    settings: Diffusion, schedule: Schedule, share: Share, own: Generator, shared: Generator
+def stratified(
+    settings: Times, schedule: Schedule, share: Share, own: Generator, shared: Generator
 ) -> Tensor:
     """u0 + i / B modulo 1 over the global batch: even, yet each time uniform by itself.
 
@@ -77,16 +79,16 @@ def _stratified(
     return place.clamp(max=1 - 2**-24)  # the sum may round up to 1
 
 
-def _logit_normal(
-    settings: Diffusion, schedule: Schedule, share: Share, own: Generator, shared: Generator
+def logit_normal(
+    settings: Times, schedule: Schedule, share: Share, own: Generator, shared: Generator
 ) -> Tensor:
     """sigmoid of a normal: mostly the middle of the range (Esser et al. 2024, Section 3.1)."""
     z = torch.randn(share.num, generator=own, device=own.device)
-    return (settings.logit_mean + settings.logit_std * z).sigmoid().clamp(max=1 - 2**-24)
+    return (settings.mean + settings.std * z).sigmoid().clamp(max=1 - 2**-24)
 
 
-def _soft_truncation(
-    settings: Diffusion, schedule: Schedule, share: Share, own: Generator, shared: Generator
+def soft_truncation(
+    settings: Times, schedule: Schedule, share: Share, own: Generator, shared: Generator
 ) -> Tensor:
     """Uniform above a least place that a step draws with density ~ 1/place from 1e-5 to 1.
 
@@ -95,11 +97,3 @@ def _soft_truncation(
     least = 1e-5 ** torch.rand(1, generator=shared, device=shared.device)
     place = torch.rand(share.num, generator=own, device=own.device)
     return (least + (1 - least) * place).clamp(max=1 - 2**-24)
-
-
-TIME_SAMPLING: dict[str, Callable[[Diffusion, Schedule, Share, Generator, Generator], Tensor]] = {
-    "uniform": _uniform,
-    "stratified": _stratified,
-    "logit-normal": _logit_normal,
-    "soft-truncation": _soft_truncation,
-}

@@ -1,78 +1,102 @@
 """Distances between two sets of feature vectors, each with its error over samples.
 
-Fréchet and sliced distances are ours; kernel distance, precision, recall and Inception score are
-torch-fidelity's. All are functions of the features alone.
+The Fréchet and the sliced distance are ours; kernel distance, precision, recall and Inception score
+are torch-fidelity's. `families.METRICS` calls the functions `measure_...`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from maskdm.evaluation.measure import Compared, Measured
 from maskdm.evaluation.statistics import CHUNK, Statistics, statistics_of
 from maskdm.images.joined import Array, SelectedRows
 
-NORMAL_95 = 1.96  # standard errors on either side of a 95 % interval
-NUM_BLOCKS = 10  # of samples, by whose spread the sliced distance's error is estimated
+NUM_BLOCKS = 10  # of samples, whose spread gives the sliced distance's error
 NUM_DIRECTIONS = 1000
 DIRECTIONS_AT_A_TIME = 50
 MOST_NEIGHBOURS = 10_000  # of a set, in precision and recall
 NEIGHBOURHOOD = 3  # which neighbour gives the radius (Kynkäänniemi et al. 2019)
 MOST_INFLUENCES = 4000  # of a set, in the kernel distance's error
 KID_SUBSET_SIZE = 1000
+QUICK_SUBSET_SIZE = 200  # in training: KID is unbiased at any size, and this is 25 times as fast
+SCORE_PARTS = 10  # of samples, whose spread gives the Inception score's error
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A figure with its standard error over samples.
+def measure_frechet(compared: Compared) -> Measured:
+    """`frechet`, with as many resampled sets as the settings say."""
+    return frechet(compared.vectors, compared.reference.statistics, compared.settings.bootstrap)
 
-    Attributes:
-        value: the estimate.
-        error: what other samples of that number would change it by, a standard deviation; None
-            where it wasn't estimated.
-        spread: standard deviation between subsets, which the field prints beside the kernel
-            distance and the Inception score; or between repetitions of the drawing.
-    """
 
-    value: float
-    error: float | None = None
-    spread: float | None = None
+def measure_sliced(compared: Compared) -> Measured:
+    """`sliced`."""
+    return sliced(compared.vectors, compared.reference.vectors)
 
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Ends of the 95 % interval by the normal approximation."""
-        if self.error is None:
-            return None
-        return self.value - NORMAL_95 * self.error, self.value + NORMAL_95 * self.error
+
+def measure_kid(compared: Compared) -> Measured:
+    """`kid`, in training in small subsets."""
+    size = QUICK_SUBSET_SIZE if compared.is_quick else KID_SUBSET_SIZE
+    return kid(compared.vectors, compared.reference.vectors, size)
+
+
+def measure_precision_recall(compared: Compared) -> dict[str, Measured]:
+    """`precision_recall`, by name."""
+    both = precision_recall(compared.vectors, compared.reference.vectors)
+    return dict(zip(("precision", "recall"), both, strict=True))
+
+
+def measure_inception_score(compared: Compared) -> Measured | dict[str, Measured]:
+    """`inception_score`; nothing for fewer samples than parts."""
+    assert compared.logits is not None  # needs: logits
+    return inception_score(compared.logits) if len(compared.logits) >= SCORE_PARTS else {}
 
 
 def frechet_distance(a: Array, b: Array) -> float:
-    """Fréchet distance of the Gaussians fitted to two sets, float (N, D) and (M, D)."""
-    return frechet_of_statistics(statistics_of(a), statistics_of(b))
-
-
-def frechet_of_statistics(a: Statistics, b: Statistics) -> float:
-    """Fréchet distance of two Gaussians (Heusel et al. 2017; FID's formula).
+    """Fréchet distance of the Gaussians fitted to two sets of features (Heusel et al. 2017; FID).
 
     |mu_a - mu_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^(1/2)), the last term from the
     eigenvalues of the symmetric S_a^(1/2) S_b S_a^(1/2). Unit: the features' unit, squared.
 
-    Raises ValueError for features of unlike length.
+    Args:
+        a, b: float (N, D) and (M, D).
+
+    Raises ValueError for features of different length.
     """
-    if a.mean.shape != b.mean.shape:
+    return frechet(a, statistics_of(b), num_bootstrap=0).value
+
+
+def frechet(samples: Array, reference: Statistics, num_bootstrap: int = 50) -> Measured:
+    """Fréchet distance of samples from a reference, with its error by the bootstrap.
+
+    Resampled sets contain repeated vectors and therefore lie farther off: only their spread is
+    used. The reference is not resampled.
+
+    Args:
+        samples: float (N, D).
+        reference: mean and covariance of the real images' features.
+        num_bootstrap: resampled sets; 0 = no error.
+
+    Raises ValueError for features of different length.
+    """
+    own, num = statistics_of(samples), len(samples)
+    if own.mean.shape != reference.mean.shape:
         raise ValueError(
-            f"features of {len(a.mean)} and of {len(b.mean)} values are not the same features"
+            f"features of {len(own.mean)} values cannot be compared with features of "
+            f"{len(reference.mean)} values"
         )
-    return _frechet(a, b, _root(b.cov))
-
-
-def _root(cov: np.ndarray) -> np.ndarray:
-    """The symmetric square root of a covariance, (D, D)."""
-    values, vectors = np.linalg.eigh(cov)
-    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    eigenvalues, vectors = np.linalg.eigh(reference.cov)
+    root = (vectors * np.sqrt(eigenvalues.clip(0))) @ vectors.T
+    value = _frechet(own, reference, root)
+    if num_bootstrap < 2:
+        return Measured(value)
+    generator, values = np.random.default_rng(0), []
+    for _ in range(num_bootstrap):
+        counts = generator.multinomial(num, np.full(num, 1 / num))
+        values.append(_frechet(statistics_of(samples, counts=counts), reference, root))
+    return Measured(value, float(np.std(values, ddof=1)))
 
 
 def _frechet(a: Statistics, b: Statistics, root_b: np.ndarray) -> float:
@@ -81,65 +105,19 @@ def _frechet(a: Statistics, b: Statistics, root_b: np.ndarray) -> float:
     return float(max(gap + np.trace(a.cov) + np.trace(b.cov) - 2 * cross, 0.0))
 
 
-def frechet(samples: Array, reference: Statistics, num_bootstrap: int = 50) -> Measured:
-    """Fréchet distance of samples to a reference, with its error by the bootstrap.
-
-    Resampled sets have repeated vectors and so lie farther off: their spread is used, not their
-    place. The reference is taken as it is.
-
-    Args:
-        samples: float (N, D).
-        reference: of the real images.
-        num_bootstrap: resampled sets; 0 = no error.
-    """
-    own = statistics_of(samples)
-    if own.mean.shape != reference.mean.shape:
-        raise ValueError(
-            f"features of {len(own.mean)} values can't be compared with the reference's "
-            f"{len(reference.mean)}: it is of other features"
-        )
-    root = _root(reference.cov)
-    value = _frechet(own, reference, root)
-    if num_bootstrap < 2:
-        return Measured(value)
-    generator = np.random.default_rng(0)
-    num = len(samples)
-    values = []
-    for _ in range(num_bootstrap):
-        counts = generator.multinomial(num, np.full(num, 1 / num))
-        values.append(_frechet(_weighted(samples, counts, own.mean), reference, root))
-    return Measured(value, float(np.std(values, ddof=1)))
-
-
-def _weighted(features: Array, counts: np.ndarray, shift: np.ndarray) -> Statistics:
-    """Statistics of a set in which vector i occurs counts[i] times."""
-    num, dim = int(counts.sum()), len(shift)
-    total, products = np.zeros(dim), np.zeros((dim, dim))
-    for start in range(0, len(features), CHUNK):
-        weights = counts[start : start + CHUNK, None]
-        part = features[start : start + CHUNK].astype(np.float64) - shift
-        total += (weights * part).sum(0)
-        products += part.T @ (weights * part)
-    mean = total / num
-    return Statistics(shift + mean, (products - num * np.outer(mean, mean)) / (num - 1))
-
-
 def part_distance(features: Array, num: int, num_splits: int = 10) -> float:
-    """Fréchet distance that chance gives: of two disjoint random parts of one set.
-
-    Mean over splits of fixed seeds.
+    """Fréchet distance by chance: between two disjoint random parts of one set, on average.
 
     Args:
         features: float (M, D), M at least 4.
-        num: vectors in each part, at most M / 2.
+        num: vectors in each part; at most M / 2 are used.
+        num_splits: repetitions, with fixed seeds.
     """
-    num = max(2, min(num, len(features) // 2))
-    distances = []
+    num, distances = max(2, min(num, len(features) // 2)), []
     for seed in range(num_splits):
         order = np.random.default_rng(seed).permutation(len(features))
-        first, second = np.sort(order[:num]), np.sort(order[num : 2 * num])
-        parts = (SelectedRows(features, rows) for rows in (first, second))
-        distances.append(frechet_distance(*parts))
+        parts = (np.sort(order[:num]), np.sort(order[num : 2 * num]))
+        distances.append(frechet_distance(*(SelectedRows(features, rows) for rows in parts)))
     return float(np.mean(distances))
 
 
@@ -147,15 +125,13 @@ def sliced(samples: Array, reference: Array, num_directions: int = NUM_DIRECTION
     """Sliced Wasserstein distance, squared, times D (after MIND, Berthet et al. 2026).
 
     The mean over random directions of the squared 2-Wasserstein distance between the two sets'
-    projections, by sorting; times D, which gives it the Fréchet distance's unit: a shift by d
-    alone measures |d|^2 in both. It makes no assumption of Gaussians, and needs far fewer samples.
+    projections, by sorting; times D, so that it has the Fréchet distance's unit: a shift by d
+    alone gives |d|^2 in both. It does not assume Gaussians, and needs far fewer samples. The error
+    follows from the spread between ten blocks of the samples.
 
     Args:
-        samples, reference: float (N, D) and (M, D), read a piece at a time.
-        num_directions: drawn by a fixed seed, the same for every call with that D.
-
-    Returns:
-        The distance, its error from the spread between ten blocks of the samples.
+        samples, reference: float (N, D) and (M, D), read in chunks.
+        num_directions: drawn with a fixed seed, the same in every call for one D.
     """
     num, dim = samples.shape
     directions = np.random.default_rng(0).standard_normal((num_directions, dim))
@@ -166,26 +142,25 @@ def sliced(samples: Array, reference: Array, num_directions: int = NUM_DIRECTION
     for start in range(0, num_directions, DIRECTIONS_AT_A_TIME):
         chosen = directions[start : start + DIRECTIONS_AT_A_TIME].T.astype(np.float32)
         on_a = _projected(samples, chosen)  # (directions, N)
-        on_b = _projected(reference, chosen).sort(dim=1).values
-        value += _squared_wasserstein(on_a.sort(dim=1).values, on_b)
+        on_b = np.sort(_projected(reference, chosen), axis=1)
+        value += _squared_wasserstein(np.sort(on_a, axis=1), on_b)
         for i, block in enumerate(blocks):
-            on_block = on_a[:, torch.from_numpy(block)].sort(dim=1).values
-            of_blocks[i] += _squared_wasserstein(on_block, on_b)
+            of_blocks[i] += _squared_wasserstein(np.sort(on_a[:, block], axis=1), on_b)
     scale = dim / num_directions
     error = scale * of_blocks.std(ddof=1) / math.sqrt(NUM_BLOCKS) if blocks else None
-    return Measured(scale * value, None if error is None else float(error))
+    return Measured(scale * value, error)
 
 
-def _projected(features: Array, directions: np.ndarray) -> torch.Tensor:
-    """float32 (K, N): a row for each direction, (D, K)."""
+def _projected(features: Array, directions: np.ndarray) -> np.ndarray:
+    """Projections of features (N, D) on directions (D, K): float32 (K, N)."""
     parts = [
         features[start : start + CHUNK].astype(np.float32) @ directions
         for start in range(0, len(features), CHUNK)
     ]
-    return torch.from_numpy(np.concatenate(parts).T.copy())
+    return np.concatenate(parts).T.copy()
 
 
-def _squared_wasserstein(a: torch.Tensor, b: torch.Tensor) -> float:
+def _squared_wasserstein(a: np.ndarray, b: np.ndarray) -> float:
     """Sum over rows of the squared 2-Wasserstein distance between sorted values.
 
     (K, N) and (K, M): both quantile functions are constant between the merged multiples of 1/N
@@ -193,24 +168,24 @@ def _squared_wasserstein(a: torch.Tensor, b: torch.Tensor) -> float:
     """
     n, m = a.shape[1], b.shape[1]
     if n == m:
-        return float((a - b).double().square().mean(dim=1).sum())
-    # In units of 1 / (N M) the steps of a end at multiples of M, those of b at multiples of N.
-    ends = torch.unique(torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]))
-    widths = torch.diff(ends, prepend=ends.new_zeros(1)).double() / (n * m)
+        return float(np.square((a - b).astype(np.float64)).mean(axis=1).sum())
+    # In units of 1 / (N M), the steps of a end at multiples of M, those of b at multiples of N.
+    ends = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
+    widths = np.diff(ends, prepend=0) / (n * m)
     gaps = a[:, (ends - 1) // m] - b[:, (ends - 1) // n]
-    return float((gaps.double().square() * widths).sum())
+    return float((np.square(gaps.astype(np.float64)) @ widths).sum())
 
 
 def kid(samples: Array, reference: Array, subset_size: int = KID_SUBSET_SIZE) -> Measured:
     """Kernel distance (KID, Bińkowski et al. 2018) by torch-fidelity: unbiased, cubic kernel.
 
-    The mean over 100 subsets, and between them the spread. Its error is that of the samples to
-    first order, 2 sd(h) / sqrt(N) with h(x) = E k(x, x') - E k(x, y), and of the choice of
-    subsets, spread / sqrt(100).
+    The mean over 100 subsets, and the spread between them. The error combines that over samples
+    to first order, 2 sd(h) / sqrt(N) with h(x) = E k(x, x') - E k(x, y), and that over the choice
+    of subsets, spread / sqrt(100).
 
     Args:
         samples, reference: float (N, D) and (M, D), at least 2 of each.
-        subset_size: vectors in a subset, at most the smaller set.
+        subset_size: vectors in a subset; at most those of the smaller set.
     """
     from torch_fidelity.defaults import DEFAULTS
     from torch_fidelity.metric_kid import kernel_mmd
@@ -240,12 +215,12 @@ def _kernel_means(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def precision_recall(samples: Array, reference: Array) -> tuple[Measured, Measured]:
     """Improved precision and recall (Kynkäänniemi et al. 2019) by torch-fidelity.
 
-    Precision: the part of the samples that lie among the real images, each real image's reach
-    being the distance to its third neighbour. Recall: the part of the real images that lie
-    among the samples. Errors are those of a fraction. Values depend on the sizes of both sets.
+    Precision is the share of the samples that lie among the real images: nearer to one of them
+    than its third neighbour is. Recall is the share of the real images that lie among the samples.
+    Errors are those of a share. Values depend on the sizes of both sets.
 
     Args:
-        samples, reference: float (N, D) and (M, D); of more than 10,000 a fixed random part.
+        samples, reference: float (N, D) and (M, D); a fixed random part of more than 10,000.
 
     Raises ValueError for sets of fewer than 4.
     """
@@ -253,20 +228,17 @@ def precision_recall(samples: Array, reference: Array) -> tuple[Measured, Measur
 
     a, b = _rows(samples, MOST_NEIGHBOURS), _rows(reference, MOST_NEIGHBOURS)
     if min(len(a), len(b)) <= NEIGHBOURHOOD:
-        raise ValueError(f"precision and recall need more than {NEIGHBOURHOOD} images of each kind")
-    told = prc_features_to_metric(
-        torch.from_numpy(a),
-        torch.from_numpy(b),
-        prc_neighborhood=NEIGHBOURHOOD,
-        prc_batch_size=1000,
-        save_cpu_ram=True,  # a thousand rows of distances at a time
-        verbose=False,
-    )
-    return _fraction(told["precision"], len(a)), _fraction(told["recall"], len(b))
+        raise ValueError(
+            f"precision and recall need more than {NEIGHBOURHOOD} samples and real images"
+        )
+    how = {"prc_neighborhood": NEIGHBOURHOOD, "prc_batch_size": 1000, "verbose": False}
+    how["save_cpu_ram"] = True  # a thousand rows of distances at a time
+    shares = prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), **how)
+    return _share(shares["precision"], len(a)), _share(shares["recall"], len(b))
 
 
-def _fraction(share: float, num: int) -> Measured:
-    """A share of num images; its error after Agresti and Coull, which isn't 0 for none or all."""
+def _share(share: float, num: int) -> Measured:
+    """A share of num images, with the error of Agresti and Coull: above 0 for none or all, too."""
     inner = (share * num + 2) / (num + 4)
     return Measured(share, math.sqrt(inner * (1 - inner) / (num + 4)))
 
@@ -277,20 +249,16 @@ def inception_score(logits: Array) -> Measured:
     Args:
         logits: float (N, classes) of the Inception network, N at least 10.
     """
-    from torch_fidelity.metric_isc import (
-        KEY_METRIC_ISC_MEAN,
-        KEY_METRIC_ISC_STD,
-        isc_features_to_metric,
-    )
+    from torch_fidelity.metric_isc import isc_features_to_metric
 
-    told = isc_features_to_metric(torch.from_numpy(np.asarray(logits[:])))
-    spread = told[KEY_METRIC_ISC_STD]
-    return Measured(told[KEY_METRIC_ISC_MEAN], spread / math.sqrt(10), spread)
+    score = isc_features_to_metric(torch.from_numpy(np.asarray(logits[:])))
+    spread = score["inception_score_std"]
+    return Measured(score["inception_score_mean"], spread / math.sqrt(SCORE_PARTS), spread)
 
 
 def _rows(features: Array, most: int) -> np.ndarray:
     """All vectors, or a fixed random part of them: float32 (n, D)."""
+    chosen: slice | np.ndarray = slice(None)
     if len(features) > most:
-        chosen = np.random.default_rng(2).choice(len(features), most, replace=False)
-        return np.ascontiguousarray(features[np.sort(chosen)], dtype=np.float32)
-    return np.ascontiguousarray(features[:], dtype=np.float32)
+        chosen = np.sort(np.random.default_rng(2).choice(len(features), most, replace=False))
+    return np.ascontiguousarray(features[chosen], dtype=np.float32)

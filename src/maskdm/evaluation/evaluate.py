@@ -1,75 +1,158 @@
-"""Comparing images with real ones, and writing down all that the figures depend on."""
+"""Comparing a model's samples, or any images, with real ones, and recording how."""
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 import maskdm
 from maskdm.engine import device_name, main_first, process_state
+from maskdm.evaluation.distances import part_distance
 from maskdm.evaluation.features import Features, features_of, make_features
 from maskdm.evaluation.measure import (
-    chance,
+    Compared,
+    TrainedOn,
+    as_record,
     measure,
+    metrics_to_measure,
     over_seeds,
-    refuse_metrics,
-    told,
-    wanted_metrics,
 )
-from maskdm.evaluation.memorization import ImageSet, check_memorization
-from maskdm.evaluation.pairs_sheet import draw_pairs
+from maskdm.evaluation.memorization import closest_pairs
 from maskdm.evaluation.records import Record
-from maskdm.evaluation.reference import Known, Reference, in_features, reference_facts
-from maskdm.evaluation.samples import Samples
+from maskdm.evaluation.reference import (
+    Reference,
+    ReferenceFeatures,
+    Shape,
+    other_reference,
+    own_reference,
+    reference_features,
+)
+from maskdm.evaluation.samples import Samples, drawn_samples, given_samples
 from maskdm.evaluation.statistics import Statistics
+from maskdm.families import GUIDANCE, METRICS
 from maskdm.images.joined import SelectedRows
-from maskdm.recipe import Evaluation
-from maskdm.training.monitor import source_commit
+from maskdm.images.known import crop_of
+from maskdm.images.order import held_out_subset, training_subset
+from maskdm.images.store import cache_dir
+from maskdm.recipe import Data, Evaluation, Sampling
+from maskdm.runs.environment import source_commit
+from maskdm.runs.find import Location, training_of
+from maskdm.runs.load import Loaded, load_weak
+from maskdm.settings import changed
 
-FEW = 10_000  # samples below which a FID is biased so much that papers don't compare it
-
-
-@dataclass(frozen=True)
-class TrainedOn:
-    """Which of the reference's images a model has seen.
-
-    Attributes:
-        rows: those it was trained on, int64 (n,).
-        held_out: those kept out of its training, int64 (m,).
-        flip: whether they were mirrored at random.
-    """
-
-    rows: np.ndarray
-    held_out: np.ndarray
-    flip: bool
+FEW = 10_000  # samples below which a FID is so biased that papers don't compare it
+SMALL_DIM = 512  # features up to which ten splits of the reference take seconds
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation gives; on ranks other than the first its record is incomplete.
+    """The result of an evaluation; on ranks other than the first its record is incomplete."""
 
-    Attributes:
-        record: see `records.py`; without what only the caller knows: model, seeds, training,
-            recipe.
-        statistics: of the reference.
-        sheet: the samples closest to training images, beside these; or None.
+    record: Record  # see `records.py`
+    statistics: Statistics  # of the reference's features
+    # Samples and the training images nearest to them, uint8 (n, H, W, C) each, in the order of the
+    # record's pairs; None where copies were not looked for.
+    pairs: tuple[np.ndarray, np.ndarray] | None
+    folder: Path | None = None  # where samples that were drawn from a model are kept
+
+
+def evaluate_model(
+    loaded: Loaded,
+    settings: Evaluation | None = None,
+    sampling: Sampling | None = None,
+    weak: Loaded | None = None,
+    reference: str | None = None,
+    seeds: Sequence[int] = (0,),
+    folder: Path | None = None,
+    show: bool = False,
+) -> Evaluated:
+    """Draws images from a model and compares them with real ones. To be called on every rank.
+
+    Args:
+        loaded: the model.
+        settings: features, number of images, metrics; None = those of its run.
+        sampling: how images are drawn; None = the model's own.
+        weak: the weak model of autoguidance; None = the one that `sampling` names.
+        reference: the real images, any source; None = all images of the run's own source,
+            prepared as for training.
+        seeds: images 0..num-1 are drawn once for each.
+        folder: where drawn images are kept; None = RUN/evaluation, or the cache for a model
+            outside of a run's folder.
+        show: show the progress.
+
+    Raises ValueError as `evaluate`, and without a reference for a model outside of a run's folder.
+
+    Example:
+        >>> evaluate_model(load_model("runs/digits")).record["metrics"]  # doctest: +SKIP
     """
+    location, trained = loaded.location, loaded.trained
+    if location.run is None and reference is None:
+        raise ValueError(
+            f"{location.folder} is not in a run's folder: name the real images with --reference"
+        )
+    if settings is None:
+        settings = location.recipe.evaluation if location.run else Evaluation()
+    sampling = sampling or loaded.sampling
+    if weak is None and GUIDANCE[sampling.guidance.kind].needs_model:
+        weak = load_weak(location, sampling.guidance.weak)
+    weaker = weak.trained if weak else None
+    for one in (trained, weaker):
+        if one is not None:
+            one.model.to(process_state().device)
+    show = show and process_state().is_main_process
+    shape, num = trained.model.image_shape, settings.num
+    real, trained_on = _real_images(location, shape, reference, show)
+    kept = folder or (location.run or cache_dir()) / "evaluation"
+    draw = [
+        functools.partial(drawn_samples, trained, sampling, num, seed, kept, weaker, show)
+        for seed in seeds
+    ]
+    evaluated = evaluate(draw, shape, real, settings, trained_on, show)
+    record = evaluated.record
+    record["samples"] |= {"model": str(location.folder), "weights": "ema", "seeds": [*seeds]}
+    record["training"] = training_of(location)
+    record["recipe"] = location.recipe.model_dump(mode="json") if location.run else None
+    return replace(evaluated, folder=kept)
 
-    record: Record
-    statistics: Statistics
-    sheet: Image.Image | None
+
+def evaluate_images(
+    name: str,
+    reference: str,
+    settings: Evaluation | None = None,
+    num: int | None = None,
+    show: bool = False,
+) -> Evaluated:
+    """Compares images of any origin with real ones. To be called on every rank.
+
+    Args:
+        name, reference: the images, which are not changed, and the real ones; any source.
+        settings: features and metrics.
+        num: how many of the images, a fixed random part; None = all.
+        show: show the progress.
+
+    Raises ValueError as `evaluate` and `given_samples`.
+    """
+    show = show and process_state().is_main_process
+    samples = main_first(lambda: given_samples(name, num, show))
+    height, width, channels = samples.images.shape[1:]
+    data = Data(size=(height, width), channels=channels)
+    real = main_first(lambda: other_reference(reference, data, False, show))
+    evaluated = evaluate([lambda: samples], data.shape, real, settings or Evaluation(), None, show)
+    evaluated.record.update(training=None, recipe=None)
+    return evaluated
 
 
 def evaluate(
     draw: Sequence[Callable[[], Samples]],
-    shape: tuple[int, ...],
+    shape: Shape,
     reference: Reference,
     settings: Evaluation,
     trained_on: TrainedOn | None = None,
@@ -77,146 +160,126 @@ def evaluate(
 ) -> Evaluated:
     """Measures samples against a reference. To be called on every rank.
 
-    Everything that can be refused is, before the first image is drawn.
+    Whatever can be refused is refused before the first image is drawn.
 
     Args:
-        draw: gives the samples, once for each repetition (`--seeds`).
+        draw: each gives the samples of one repetition.
         shape: height, width and channels of their images.
         reference: the real images.
         settings: features, metrics, resampled sets.
-        trained_on: which of the reference's images the model has seen, to look for copies; None =
-            not known.
+        trained_on: which of the reference's images the model has seen; None = unknown.
         show: show the progress.
 
-    Raises:
-        ValueError: features that can't be had, metrics that can't, fewer than 4 real images,
-            unlike shapes.
+    Raises ValueError for features or metrics that are not available, fewer than 4 real images, or
+    images of different shapes.
     """
     start = time.perf_counter()
-    features, known = _compared_in(shape, reference, settings, trained_on is not None, show)
-    prepare_sec = time.perf_counter() - start
-
-    drawn, vectors, measured, draw_sec = [], [], [], 0.0
+    features, real = _prepared(shape, reference, settings, show)
+    compared = Compared(settings, features, reference=real, trained_on=trained_on)
+    names = metrics_to_measure(compared)
+    prepare_sec, draw_sec = time.perf_counter() - start, 0.0
+    drawn, every = [], []
     for one in draw:
         before = time.perf_counter()
-        drawn.append(one())
+        samples = one()
         draw_sec += time.perf_counter() - before
-        answers = features_of(drawn[-1].images, features, drawn[-1].folder, show)
-        vectors.append(features.vectors(answers))
-        if process_state().is_main_process:
-            if show:
-                print("measuring", file=sys.stderr)
-            measured.append(measure(vectors[-1], features.logits(answers), known, settings))
-    metrics = over_seeds(measured) if measured else {}
-    memorization, sheet = None, None
-    if measured and trained_on is not None and "memorization" in wanted_metrics(settings):
-        assert known.vectors is not None and reference.store is not None
-        real = ImageSet(reference.store.images, known.vectors)
-        own = ImageSet(drawn[0].images, vectors[0])
-        memorization, sheet = _look_for_copies(own, real, trained_on, features)
-    first = drawn[0]
+        drawn.append(samples)
+        answers = features_of(samples.images, features, samples.folder, show)
+        vectors, logits = features.vectors(answers), features.logits(answers)
+        every.append(replace(compared, images=samples.images, vectors=vectors, logits=logits))
+
+    is_main, first = process_state().is_main_process, drawn[0]
+    if show:
+        print("measuring", file=sys.stderr)
+    figures = [measure(one, names) for one in every if is_main]
+    reports = {name: None for name, row in METRICS.items() if row.is_report}
+    if is_main:  # about the first drawing
+        reports |= {name: METRICS[name].compute(every[0]) for name in names if name in reports}
+    num, dim = len(first.images), len(real.statistics.mean)
+    pixel_max = {"pixel_max": settings.pixel_max} if features.name == "pca" else {}
     record = {
-        "metrics": told(metrics),
-        "per_seed": [{name: m.value for name, m in one.items()} for one in measured],
-        "chance": chance(known, len(first.images)) if measured else None,
-        "features": _features_facts(features, known, settings),
-        "samples": {
-            "num": len(first.images),
-            "shape": list(first.images.shape[1:]),
-            **first.facts,
-        },
+        "metrics": as_record(over_seeds(figures)) if is_main else {},
+        "per_seed": [{name: one.value for name, one in each.items()} for each in figures],
+        "chance": _chance(real, num) if is_main else None,
+        "features": {**features.facts, "dim": dim, **pixel_max},
+        "samples": {"num": num, "shape": list(first.images.shape[1:]), **first.facts},
         "reference": reference.facts(),
-        "memorization": memorization,
-        "notes": [
-            *reference.notes,
-            *first.notes,
-            *_cautions(features, known, len(first.images)),
-        ],
-        **_process_facts(),
+        **reports,
+        "notes": [*reference.notes, *first.notes, *_cautions(features.name, dim, num)],
+        "maskdm": maskdm.__version__,
+        "commit": source_commit(),
+        "torch": torch.__version__,
+        "device": device_name(process_state().device),
+        "num_ranks": process_state().num_processes,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "generate_sec": round(draw_sec, 2),
         "measure_sec": round(time.perf_counter() - start - draw_sec, 2),
         "reference_sec": round(prepare_sec, 2),
     }
-    facts = reference_facts(reference, features)
-    statistics = Statistics(known.statistics.mean, known.statistics.cov, facts)
-    return Evaluated(record, statistics, sheet)
+    pairs = None
+    if trained_on is not None and (memorization := reports["memorization"]) is not None:
+        train = SelectedRows(real.images, trained_on.rows)
+        pairs = closest_pairs(first.images, train, memorization)
+    return Evaluated(record, real.statistics, pairs)
 
 
-def _compared_in(
-    shape: tuple[int, ...],
-    reference: Reference,
-    settings: Evaluation,
-    has_training: bool,
-    show: bool,
-) -> tuple[Features, Known]:
-    """The features, and the reference in them; refuses what cannot be compared."""
+def _real_images(
+    location: Location, shape: Shape, name: str | None, show: bool
+) -> tuple[Reference, TrainedOn | None]:
+    """The real images for a model, and which of them it has seen, if they are its own."""
+    from_run = location.run is not None
+    data = location.recipe.data if from_run else Data(size=shape[:2], channels=shape[2])
+    if name is not None and (not from_run or name != data.source):
+        data = changed(data, crop=crop_of(data))
+        return main_first(lambda: other_reference(name, data, from_run, show)), None
+    real = main_first(lambda: own_reference(data, show))
+    assert real.store is not None
+    num = len(real.store)
+    return real, TrainedOn(training_subset(num, data), held_out_subset(num, data), data.flip)
+
+
+def _prepared(
+    shape: Shape, reference: Reference, settings: Evaluation, show: bool
+) -> tuple[Features, ReferenceFeatures]:
+    """The features, and the reference in them. Raises ValueError for what is not comparable."""
     store = reference.store
     if store is not None and len(store) < 4:
-        raise ValueError(f"the reference has {len(store)} images: a distance needs at least 4")
+        raise ValueError(f"a distance needs at least 4 real images, but there are {len(store)}")
     if store is not None and store.images.shape[1:] != shape:
         raise ValueError(
             f"the samples are images of {'x'.join(map(str, shape))}, but the reference has "
             f"{'x'.join(map(str, store.images.shape[1:]))} (height, width, channels)"
         )
     features = main_first(lambda: make_features(settings, store, process_state().device))
-    refuse_metrics(settings, features.num_logits > 0, store is not None, has_training)
     dim = features.dim_of(shape)
-    known = in_features(reference, features, show)
-    if known.dim != dim:
+    real = reference_features(reference, features, show)
+    if len(real.statistics.mean) != dim:
         raise ValueError(
             f"features {features.name} have {dim} values, but the statistics in {reference.name} "
-            f"are of {known.dim}: they are of other features"
+            f"have {len(real.statistics.mean)}: they are of other features"
         )
-    return features, known
+    return features, real
 
 
-def _look_for_copies(
-    samples: ImageSet, real: ImageSet, trained_on: TrainedOn, features: Features
-) -> tuple[Record, Image.Image]:
-    """The memorisation check's record, and the sheet of the closest pairs."""
-
-    def chosen(rows: np.ndarray) -> ImageSet:
-        return ImageSet(SelectedRows(real.images, rows), SelectedRows(real.vectors, rows))
-
-    train, held_out = chosen(trained_on.rows), chosen(trained_on.held_out)
-    record = check_memorization(samples, train, held_out, features, trained_on.flip)
-    return record, draw_pairs(samples.images, train.images, record)
+def _chance(real: ReferenceFeatures, num: int) -> dict[str, Any] | None:
+    """The distance by chance alone: between two disjoint random parts of the reference."""
+    if len(real.vectors) < 4:
+        return None
+    part = max(2, min(num, len(real.vectors) // 2))
+    num_splits = 10 if real.vectors.shape[1] <= SMALL_DIM else 2
+    return {"frechet": part_distance(real.vectors, part, num_splits), "num": part}
 
 
-def _features_facts(features: Features, known: Known, settings: Evaluation) -> dict[str, Any]:
-    facts = {
-        "name": features.name,
-        "sha256": features.sha256,
-        "library": features.library,
-        "dim": known.dim,
-    }
-    return facts | ({"pixel_max": settings.pixel_max} if features.name == "pca" else {})
-
-
-def _process_facts() -> dict[str, Any]:
-    """Versions, hardware, time."""
-    state = process_state()
-    return {
-        "maskdm": maskdm.__version__,
-        "commit": source_commit(),
-        "torch": torch.__version__,
-        "device": device_name(state.device),
-        "num_ranks": state.num_processes,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-    }
-
-
-def _cautions(features: Features, known: Known, num: int) -> list[str]:
-    """What a reader of the Fréchet distance should know of it."""
-    cautions = []
-    if num <= known.dim:
-        cautions.append(
-            f"{num:,} samples cannot fix a covariance of {known.dim:,} features: the Frechet "
-            "distance is far too large, and compares only with that of as many samples"
-        )
-    elif features.name == "inception" and num < FEW:
-        cautions.append(
-            f"the FID of {num:,} samples is too large: it compares only with that of as many; "
+def _cautions(features: str, dim: int, num: int) -> list[str]:
+    """What a reader of the Fréchet distance of so few samples should know."""
+    if num <= dim:
+        return [
+            f"{num:,} samples do not determine a covariance of {dim:,} features: the Frechet "
+            "distance is far too large, and comparable only with that of as many samples"
+        ]
+    if features == "inception" and num < FEW:
+        return [
+            f"the FID of {num:,} samples is too large, and comparable only with that of as many; "
             "papers use 50,000, ablations 10,000"
-        )
-    return cautions
+        ]
+    return []

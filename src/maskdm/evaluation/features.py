@@ -16,91 +16,93 @@ import torch
 from torch import Tensor
 
 from maskdm.evaluation.networks import load_file, load_named
-from maskdm.evaluation.pieces import in_pieces
+from maskdm.evaluation.shards import in_shards
 from maskdm.files import write_whole
 from maskdm.images.joined import Array, columns
 from maskdm.images.store import Store, cache_dir
 from maskdm.recipe import Evaluation
 
-MAX_FIT = 10_000  # images that fix the principal components,
-MAX_FIT_BYTES = 2**29  # or as many as these bytes of float32 pixels hold
-BATCH = 64  # images a network sees at a time: always the same, so that answers are too
-PIECE = 2048  # images whose features go into one file
+MAX_FIT = 10_000  # images from which principal components are fitted,
+MAX_FIT_BYTES = 2**29  # or as many as fit into these bytes of float32 pixels
+BATCH = 64  # images that a network gets at a time: always as many, so that features are equal
+SHARD = 2048  # images whose features go into one file
 
 
 @dataclass(frozen=True)
 class Features:
-    """A way to turn images into vectors.
+    """A way to turn images into vectors."""
 
-    Attributes:
-        name: `inception`, `dinov2`, `clip`, `pca`, or a file.
-        sha256: of the network's weights; of `pca`, of all that its components depend on.
-        library: whose code computes them.
-        extract: uint8 (n, H, W, C) -> float32 (n, D), and logits after them where there are any.
-        num_logits: how many.
-    """
-
-    name: str
-    sha256: str
-    library: str
+    name: str  # `inception`, `dinov2`, `clip`, `pca`, or a file
+    sha256: str  # of the network's weights; for `pca`, of all that its components depend on
+    library: str  # whose code computes them
+    # uint8 (n, H, W, C) -> float32 (n, D), followed by the logits where available
     extract: Callable[[np.ndarray], np.ndarray]
-    num_logits: int = 0
+    num_logits: int = 0  # 0 = none
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """For records: name, hash, library."""
+        return {"name": self.name, "sha256": self.sha256, "library": self.library}
+
+    @property
+    def folder_name(self) -> str:
+        """The folder, below one for the images, in which such features are kept."""
+        return f"features-{self.sha256[:20]}"
 
     def dim_of(self, shape: tuple[int, ...]) -> int:
-        """D, of images of a shape (H, W, C). Raises ValueError where it takes no such images."""
+        """D, for images of a shape (H, W, C). Raises ValueError where such images are refused."""
         return self.extract(np.zeros((1, *shape), np.uint8)).shape[1] - self.num_logits
 
     def vectors(self, answers: Array) -> Array:
-        """The features of what `extract` gave, without the logits."""
+        """The features in what `extract` gave, without the logits."""
         return columns(answers, slice(-self.num_logits)) if self.num_logits else answers
 
     def logits(self, answers: Array) -> Array | None:
-        """The logits of what `extract` gave, where there are any."""
+        """The logits in what `extract` gave, where available."""
         return columns(answers, slice(-self.num_logits, None)) if self.num_logits else None
 
 
 def make_features(settings: Evaluation, reference: Store | None, device: torch.device) -> Features:
-    """The features that the settings ask for.
+    """The features that the settings name.
 
     Args:
-        settings: their name, the file of weights, the number of components.
-        reference: the real images, from which `pca` takes its components.
+        settings: name, file of weights, number of components.
+        reference: the real images, from which the components of `pca` are fitted.
         device: where networks run.
 
-    Raises:
-        ValueError: no weights, no images to take components from, more components than these
-            have, or a network that answers images differently in other company.
+    Raises ValueError where weights are missing, or `pca` has no images or too few.
     """
-    name = settings.features
+    name, num_logits = settings.features, 0
+    weights = None if settings.weights is None else Path(settings.weights).expanduser()
+    is_own = name not in Evaluation.known_features()
     if name == "pca":
-        if settings.weights is not None:
-            raise ValueError("features pca have no weights: leave --weights out")
+        if weights is not None:
+            raise ValueError("features pca have no weights: leave out --weights")
         if reference is None:
             raise ValueError(
-                "features pca come from the reference images: name images, or other features"
+                "features pca are fitted to the reference's images: give images as the reference, "
+                "or choose other features"
             )
         return _pca(reference, settings)
-    if name in Evaluation.known_features():
-        weights = None if settings.weights is None else Path(settings.weights).expanduser()
-        network, sha256, num_logits = load_named(name, weights, device)
-        library = f"torch-fidelity {metadata.version('torch-fidelity')}"
-    else:
-        if settings.weights is not None:
-            raise ValueError(f"features {name} hold their weights: leave --weights out")
+    if is_own:
+        if weights is not None:
+            raise ValueError(f"the file of features {name} contains weights: leave out --weights")
         path = Path(name).expanduser()
         if not path.is_file():
-            raise ValueError(f"features {name}: there is no such file")
+            raise ValueError(f"features {name}: no such file")
         network, sha256 = load_file(path, device)
-        library, num_logits = f"torch {torch.__version__}", 0
-    is_own = name not in Evaluation.known_features()
+        library = f"torch {torch.__version__}"
+    else:
+        network, sha256, num_logits = load_named(name, weights, device)
+        library = f"torch-fidelity {metadata.version('torch-fidelity')}"
 
     @torch.inference_mode()
     def extract(images: np.ndarray) -> np.ndarray:
+        parts = []
         with _exact():
-            parts = [
-                network(_to_network(images[i : i + BATCH], device, is_own)).float().cpu()
-                for i in range(0, len(images), BATCH)
-            ]
+            for start in range(0, len(images), BATCH):
+                few = _to_network(images[start : start + BATCH], device, is_own)
+                parts.append(network(few).float().cpu())
         return torch.cat(parts).numpy()
 
     return Features(name, sha256, library, extract, num_logits)
@@ -109,36 +111,38 @@ def make_features(settings: Evaluation, reference: Store | None, device: torch.d
 def features_of(
     images: Array, features: Features, folder: Path | None, show: bool = False
 ) -> Array:
-    """The features of images: float32 (N, D), and logits after them where there are any.
+    """The features of images: float32 (N, D), followed by the logits where available.
 
-    On every rank of a distributed run, which share the work, and continue it after a kill.
+    To be called on every rank: they share the work, and continue it after a kill.
 
     Args:
         images: uint8 (N, H, W, C).
-        features: which.
-        folder: where they are kept, below a folder of the features' own; None = they are not,
-            and every rank computes all.
+        features: those to compute.
+        folder: where they are kept, in a subfolder of their own; None = they are not kept, and
+            every rank computes all.
         show: show the progress.
 
-    Raises:
-        ValueError: the network gives an image other features in other company.
+    Raises ValueError where an image's features depend on the others in its batch.
     """
-    _refuse_company(images, features)
+    _refuse_batch_dependence(images, features)
     if folder is None:
         return features.extract(images[:])
-    return in_pieces(
-        folder / f"features-{features.sha256[:20]}",
-        len(images),
-        PIECE,
-        lambda start, stop: features.extract(images[start:stop]),
-        f"features of {len(images):,} images",
-        show,
-    )
+    kept, what = folder / features.folder_name, f"features of {len(images):,} images"
+
+    def compute(start: int, stop: int) -> np.ndarray:
+        return features.extract(images[start:stop])
+
+    return in_shards(kept, len(images), SHARD, compute, what, show)
+
+
+def features_folder(images_sha256: str) -> Path:
+    """The folder in the cache for the features of images with this hash."""
+    return cache_dir() / f"images-{images_sha256[:20]}"
 
 
 @contextlib.contextmanager
 def _exact() -> Iterator[None]:
-    """No TF32, by which GPUs round the inputs of products and convolutions to ten bits."""
+    """Switches TF32 off, with which GPUs round the inputs of products and convolutions."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -148,27 +152,27 @@ def _exact() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _refuse_company(images: Array, features: Features) -> None:
-    """A network left in training mode compares an image with its batch: no distance would hold."""
+def _refuse_batch_dependence(images: Array, features: Features) -> None:
+    """Raises ValueError for a network in training mode, say: distances would mean nothing."""
     few = images[:BATCH]
     if len(few) < 2:
         return
     alone, together = features.extract(few[:1])[0], features.extract(few)[0]
     if np.abs(alone - together).max() > 0.02 * np.abs(together).max():
         raise ValueError(
-            f"features {features.name}: an image's features depend on the others in its batch: "
+            f"features {features.name}: an image's features depend on the others in its batch; "
             "save the network in evaluation mode"
         )
 
 
 def _to_network(images: np.ndarray, device: torch.device, is_own: bool) -> Tensor:
-    """uint8 (n, H, W, C) as (n, C, H, W) on the device; grey three times for RGB networks."""
+    """uint8 (n, H, W, C) as (n, C, H, W) on the device; grey ones three times for RGB networks."""
     channels = images.shape[3]
     if not is_own and channels == 1:
         images = images.repeat(3, axis=3)
     elif not is_own and channels != 3:
         raise ValueError(
-            f"these features are of RGB or grey images, not of {channels} channels: use pca, or a "
+            f"these features require RGB or grey images, not {channels} channels: use pca, or a "
             "network of your own"
         )
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device)
@@ -177,54 +181,42 @@ def _to_network(images: np.ndarray, device: torch.device, is_own: bool) -> Tenso
 def _pca(reference: Store, settings: Evaluation) -> Features:
     """The leading principal components of the reference set's pixels.
 
-    Needs no download and no GPU; sees layout and contrast, but no semantics. Components come
-    from the reference alone (a fixed random part of it where it is large).
+    They need no download and no GPU; they capture layout and contrast, but no semantics. They are
+    fitted to the reference alone (a fixed random part of it where it is large).
     """
     images = reference.images
     num_values = int(np.prod(images.shape[1:]))
     most = min(len(images) - 1, num_values)
     if settings.num_components > most:
         raise ValueError(
-            f"evaluation.num_components {settings.num_components} is more than {len(images)} "
-            f"images of {num_values} values have: use {most} or fewer"
+            f"evaluation.num_components {settings.num_components} is too many for {len(images)} "
+            f"images of {num_values} values: use {most} or fewer"
         )
     num_fit = max(settings.num_components + 1, min(MAX_FIT, MAX_FIT_BYTES // (4 * num_values)))
     facts = [reference.manifest["sha256"], settings.num_components, settings.pixel_max, num_fit]
     sha256 = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     file = cache_dir() / f"pca-{sha256[:20]}.npz"
-    mean, components = _load_pca(file) or _fit_pca(images, settings, num_fit, file)
-    scale = np.float32(settings.pixel_max / 255)
+
+    def pixels(images: np.ndarray) -> np.ndarray:
+        scale = np.float32(settings.pixel_max / 255)
+        return images.reshape(len(images), -1).astype(np.float32) * scale
+
+    try:
+        with np.load(file, allow_pickle=False) as kept:
+            mean, components = kept["mean"], kept["components"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # missing, or damaged
+        from sklearn.decomposition import PCA
+
+        chosen: slice | np.ndarray = slice(None)
+        if len(images) > num_fit:
+            indices = np.random.default_rng(0).choice(len(images), num_fit, replace=False)
+            chosen = np.sort(indices)
+        pca = PCA(settings.num_components, random_state=0).fit(pixels(images[chosen]))
+        mean, components = pca.mean_.astype(np.float32), pca.components_.astype(np.float32)
+        write_whole(file, lambda stream: np.savez(stream, mean=mean, components=components))
 
     def extract(images: np.ndarray) -> np.ndarray:
-        pixels = images.reshape(len(images), -1).astype(np.float32) * scale
-        vectors: np.ndarray = (pixels - mean) @ components.T
+        vectors: np.ndarray = (pixels(images) - mean) @ components.T
         return vectors
 
     return Features("pca", sha256, f"scikit-learn {metadata.version('scikit-learn')}", extract)
-
-
-def _load_pca(file: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Mean and components that were fitted before: float32 (H*W*C,) and (K, H*W*C)."""
-    try:
-        with np.load(file, allow_pickle=False) as kept:
-            return kept["mean"], kept["components"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return None
-
-
-def _fit_pca(
-    images: Array, settings: Evaluation, num_fit: int, file: Path
-) -> tuple[np.ndarray, np.ndarray]:
-    """Fits them to at most num_fit of the images, and keeps them in a file."""
-    from sklearn.decomposition import PCA
-
-    chosen = images[:]
-    if len(images) > num_fit:
-        indices = np.random.default_rng(0).choice(len(images), num_fit, replace=False)
-        chosen = images[np.sort(indices)]
-    scale = np.float32(settings.pixel_max / 255)
-    pixels = chosen.reshape(len(chosen), -1).astype(np.float32) * scale
-    pca = PCA(settings.num_components, random_state=0).fit(pixels)
-    mean, components = pca.mean_.astype(np.float32), pca.components_.astype(np.float32)
-    write_whole(file, lambda stream: np.savez(stream, mean=mean, components=components))
-    return mean, components

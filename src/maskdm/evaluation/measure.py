@@ -1,9 +1,10 @@
-"""All metrics of samples against a reference, in one kind of features."""
+"""What a metric is computed from and what it gives; measuring those that apply."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -11,84 +12,144 @@ import numpy as np
 from scipy.special import stdtrit
 
 import maskdm
-from maskdm.evaluation.distances import (
-    NORMAL_95,
-    Measured,
-    frechet,
-    inception_score,
-    kid,
-    part_distance,
-    precision_recall,
-    sliced,
-)
-from maskdm.evaluation.reference import Known
+from maskdm.evaluation.features import Features
+from maskdm.evaluation.reference import ReferenceFeatures
+from maskdm.families import METRICS, qualities
 from maskdm.images.joined import Array
-from maskdm.recipe import Evaluation
+from maskdm.models.trained import TrainedModel
+from maskdm.recipe import Evaluation, Sampling
 
-SMALL_DIM = 512  # up to which ten splits of the reference cost seconds
+NORMAL_95 = 1.96  # standard errors on either side of a 95 % interval
+
+# How an error message names what a metric needs (`Metric.needs`), and the way out.
+MISSING = {
+    "images": "the reference's images, but only their mean and covariance are available: give the "
+    "images themselves with --reference",
+    "logits": "the classes of the Inception network: use --features inception, or leave it out",
+    "training": "the images that the model was trained on: evaluate a run, without another "
+    "--reference",
+}
 
 
-def measure(
-    vectors: Array, logits: Array | None, known: Known, settings: Evaluation
-) -> dict[str, Measured]:
-    """The metrics that were asked for, or all that can be had.
+@dataclass(frozen=True)
+class Measured:
+    """A figure with its standard error over samples.
 
-    Args:
-        vectors: features of the samples, float32 (N, D).
-        logits: of the Inception network, float32 (N, classes); or None.
-        known: the reference.
-        settings: metrics, resampled sets.
-
-    What can't be had is left out: see `refuse_metrics`.
+    The error is the standard deviation between sets of as many samples; None = not estimated. The
+    spread is that between subsets, which the field prints beside the kernel distance and the
+    Inception score, or between repetitions of the drawing.
     """
-    wanted = wanted_metrics(settings)
-    found = {}
-    if "frechet" in wanted:
-        found["frechet"] = frechet(vectors, known.statistics, settings.bootstrap)
-    if known.vectors is not None:
-        if "kid" in wanted:
-            found["kid"] = kid(vectors, known.vectors)
-        if "sliced" in wanted:
-            found["sliced"] = sliced(vectors, known.vectors)
-        if "precision-recall" in wanted:
-            found["precision"], found["recall"] = precision_recall(vectors, known.vectors)
-    if "inception-score" in wanted and logits is not None and len(logits) >= 10:
-        found["inception_score"] = inception_score(logits)
-    return found
+
+    value: float
+    error: float | None = None
+    spread: float | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)  # columns NAME_KEY of quality.jsonl
+
+    def __post_init__(self) -> None:
+        for name in ("value", "error", "spread"):  # NumPy's numbers cannot be written as JSON
+            if (number := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(number))
+
+    @property
+    def interval(self) -> list[float] | None:
+        """Ends of the 95 % interval by the normal approximation."""
+        half = None if self.error is None else NORMAL_95 * self.error
+        return None if half is None else [self.value - half, self.value + half]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything except details, for machines."""
+        figures = {"value": self.value, "error": self.error}
+        return {**figures, "interval": self.interval, "spread": self.spread}
 
 
-def wanted_metrics(settings: Evaluation) -> tuple[str, ...]:
-    """Those asked for, or all; of pixels not the kernel distance, whose kernel wants others."""
-    if settings.metrics:
-        return settings.metrics
-    every = Evaluation.all_metrics()
-    return tuple(name for name in every if name != "kid" or settings.features != "pca")
+@dataclass(frozen=True)
+class TrainedOn:
+    """Which of the reference's images a model has seen."""
+
+    rows: np.ndarray  # those that it was trained on, int64 (n,)
+    held_out: np.ndarray  # those that were kept out of its training, int64 (m,)
+    flip: bool  # whether they were mirrored at random
 
 
-def refuse_metrics(
-    settings: Evaluation, has_logits: bool, has_images: bool, has_training: bool
-) -> None:
-    """Raises ValueError for metrics that were asked for by name and can't be had."""
-    for name in settings.metrics:
-        if name == "inception-score" and not has_logits:
-            raise ValueError("the Inception score is of features inception: add them, or drop it")
-        if name == "memorization" and not has_training:
-            raise ValueError(
-                "memorization is looked for among a run's own images: name a run, and no other "
-                "--reference"
-            )
-        if name in ("kid", "sliced", "precision-recall") and not has_images:
-            raise ValueError(
-                f"metric {name} needs the reference's images, and it has only their mean and "
-                "covariance: name the images themselves with --reference"
-            )
+@dataclass(frozen=True)
+class ModelInTraining:
+    """A model in training, and images that were held out from it."""
+
+    trained: TrainedModel  # on the device to use
+    images: np.ndarray  # uint8 (n, H, W, C), n at least 1
+    labels: np.ndarray | None  # their classes, int64 (n,); None for a model without classes
+    sampling: Sampling  # how many images at a time
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Samples and what they are compared with, for the functions in `families.METRICS`.
+
+    Images are uint8 (N, H, W, C), their vectors (the features) float32 (N, D), their logits of the
+    Inception network float32 (N, classes), where available. Where only a model in training is
+    measured, on every rank, there are no samples and no reference; all else is measured on the
+    first rank.
+    """
+
+    settings: Evaluation
+    features: Features | None = None
+    images: Array = field(default_factory=lambda: np.empty((0, 0, 0, 0), np.uint8))
+    vectors: Array = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    logits: Array | None = None
+    reference: ReferenceFeatures = field(default_factory=ReferenceFeatures)
+    trained_on: TrainedOn | None = None  # None = unknown
+    model: ModelInTraining | None = None
+    is_quick: bool = False  # whether it is measured in training: a metric should take seconds
+
+    @property
+    def available(self) -> set[str]:
+        """What there is of the `needs` of metrics."""
+        has = {
+            "images": len(self.reference.vectors) > 0,
+            "logits": self.features is not None and self.features.num_logits > 0,
+            "training": self.trained_on is not None,
+            "model": self.model is not None,
+        }
+        return {need for need, is_there in has.items() if is_there}
+
+
+def metrics_to_measure(compared: Compared) -> tuple[str, ...]:
+    """The metrics that the settings name, by default all that can be measured; in METRICS' order.
+
+    In training they are those of the model, or the cheap figures of its samples.
+    The samples may still be missing. Raises ValueError for a named metric that needs more than
+    there is.
+    """
+    settings, available = compared.settings, compared.available
+    named = () if compared.is_quick else settings.metrics
+    for name in named:
+        for need in METRICS[name].needs - available:
+            raise ValueError(f"metric {name} needs {MISSING.get(need, need)}")
+    return tuple(
+        name
+        for name, row in METRICS.items()
+        if row.needs <= available
+        and ("model" in row.needs) == ("model" in available)
+        and (name in named if named else row.in_pca or settings.features != "pca")
+        and (name in qualities() or not compared.is_quick)
+    )
+
+
+def measure(compared: Compared, names: Sequence[str]) -> dict[str, Measured]:
+    """The figures among these metrics; those that prove impossible to compute are left out."""
+    figures: dict[str, Measured] = {}
+    for name in names:
+        if not METRICS[name].is_report and name not in figures:
+            answer = METRICS[name].compute(compared)
+            figures |= answer if isinstance(answer, dict) else {name: answer}
+    return {name: figures[name] for name in names if name in figures}
 
 
 def over_seeds(measured: Sequence[dict[str, Measured]]) -> dict[str, Measured]:
     """The mean of each metric over repetitions of the drawing, with the spread between them.
 
-    Of three or more the error is theirs (Student's t, so that the interval holds for few); of
-    two it follows from the errors over samples.
+    From three repetitions on, the error is that of their mean (Student's t, so that the interval
+    holds for few); for two it follows from the errors over samples.
     """
     num = len(measured)
     if num == 1:
@@ -100,32 +161,16 @@ def over_seeds(measured: Sequence[dict[str, Measured]]) -> dict[str, Measured]:
         spread = float(np.std(values, ddof=1))
         error = math.hypot(*errors) / num if len(errors) == num else None
         if num >= 3:
-            half = stdtrit(num - 1, 0.975) * spread / math.sqrt(num)
-            error = float(half / NORMAL_95)
+            error = float(stdtrit(num - 1, 0.975) * spread / math.sqrt(num) / NORMAL_95)
         joined[name] = Measured(float(np.mean(values)), error, spread)
     return joined
 
 
-def chance(known: Known, num: int) -> dict[str, Any] | None:
-    """What chance alone gives: the distance of two disjoint random parts of the reference."""
-    if known.vectors is None or len(known.vectors) < 4:
-        return None
-    part = max(2, min(num, len(known.vectors) // 2))
-    num_splits = 10 if known.dim <= SMALL_DIM else 2
-    return {"frechet": part_distance(known.vectors, part, num_splits), "num": part}
-
-
-def told(metrics: dict[str, Measured]) -> dict[str, dict[str, Any]]:
-    """Metrics as they stand in a record."""
-    ours = f"maskdm {maskdm.__version__}"
-    theirs = f"torch-fidelity {metadata.version('torch-fidelity')}"
-    return {
-        name: {
-            "value": one.value,
-            "error": one.error,
-            "interval": None if one.interval is None else list(one.interval),
-            "spread": one.spread,
-            "library": ours if name in ("frechet", "sliced") else theirs,
-        }
-        for name, one in metrics.items()
-    }
+def as_record(figures: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
+    """Figures in the form of a record; see `records.py`."""
+    record = {}
+    for name, one in figures.items():
+        package = METRICS[name].library
+        version = maskdm.__version__ if package == "maskdm" else metadata.version(package)
+        record[name] = {**one.as_json(), "library": f"{package} {version}"}
+    return record

@@ -1,13 +1,16 @@
-"""Nearest neighbours among feature vectors: exact, and a block of the base at a time."""
+"""Nearest neighbours among feature vectors: exact, one block of the base at a time."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from maskdm.evaluation.statistics import finite
 from maskdm.images.joined import Array
 
-BLOCK_VALUES = 2**24  # float32 numbers in a block of the base, and of distances to it
-PAIR_VALUES = 2**22  # float64 numbers in the differences that are looked at together
+BLOCK_VALUES = 2**25  # numbers in a block of the base
+PAIR_VALUES = 2**22  # numbers in the differences that are computed together
+CHUNK_VALUES = 2**21  # numbers in each of scikit-learn's own buffers
+SPARE = 8  # further candidates, whose exact distances decide which come first
 
 
 def nearest(
@@ -15,102 +18,62 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `num` vectors of a base that are nearest to each query, nearest first.
 
-    float32 products tell which may be; their distances are then computed from differences in
-    float64, so that neither near copies nor a large mean cost digits. Of equally near ones the
-    lower index comes first. Memory is bounded, whatever the size of the base.
+    Gives Euclidean distances, float64 (n, num), and indices into the base, int64 (n, num).
+
+    scikit-learn finds the candidates; their distances are then computed from differences in
+    float64, so that near copies and large means cost no digits. Among equally near candidates the
+    lower index comes first. Memory is bounded for bases of any size.
 
     Args:
         queries: float (n, D), in memory.
         base: float (M, D), read block by block.
-        num: neighbours wanted, at least 1.
-        own: int64 (n,), each query's own index in the base, which is then no neighbour of it.
+        num: neighbours to find, at least 1.
+        own: int64 (n,), the index in the base of each query itself, which is then left out.
 
-    Returns:
-        Euclidean distances, float64 (n, num), and indices into the base, int64 (n, num).
-
-    Raises:
-        ValueError: vectors of unlike length or that are no numbers, or too small a base.
+    Raises ValueError for vectors of different length, NaN or infinite values, or too small a base.
     """
+    from sklearn import config_context
+    from sklearn.neighbors import NearestNeighbors
+
     if len(queries.shape) != 2 or len(base.shape) != 2 or queries.shape[1] != base.shape[1]:
         raise ValueError(f"vectors {queries.shape} and {base.shape} are not the same features")
-    if len(base) - (own is not None) < num:
-        raise ValueError(f"{num} neighbours can't be found among {len(base)} vectors")
-    vectors = _finite(queries[:])
+    others = len(base) - (own is not None)
+    if others < num:
+        raise ValueError(f"{num} neighbours of a vector were requested, but there are {others}")
+    vectors = np.ascontiguousarray(finite(queries[:]), np.float32)
     count, dim = vectors.shape
-    size = max(1, BLOCK_VALUES // max(count, dim, 1))
-    # Distances don't feel a shift, and the products of small vectors have small errors.
-    shift = _finite(base[:size]).mean(axis=0, dtype=np.float64).astype(np.float32)
-    best = np.full((count, num), np.inf), np.full((count, num), len(base))
+    size, most = max(1, BLOCK_VALUES // dim), num + (own is not None) + SPARE
+    chunk = min(256, max(20, CHUNK_VALUES // dim))  # scikit-learn's default, and its least
+    distances, indices = np.zeros((count, 0)), np.zeros((count, 0), np.int64)
     for start in range(0, len(base), size):
-        block = _finite(base[start : start + size])
-        inside = np.arange(0), np.arange(0)  # queries whose own vectors are here, and where
-        if own is not None:
-            (rows,) = np.nonzero((own >= start) & (own < start + len(block)))
-            inside = rows, own[rows] - start
-        row, column = _candidates(vectors, block, shift, inside, best[0])
-        best = _merged(best, row, start + column, _squared(vectors, block, row, column))
-    return np.sqrt(best[0]), best[1]
+        block = np.ascontiguousarray(finite(base[start : start + size]), np.float32)
+        search = NearestNeighbors(n_neighbors=min(most, len(block)), algorithm="brute").fit(block)
+        with config_context(pairwise_dist_chunk_size=chunk):
+            found, places = search.kneighbors(vectors)
+        distances = np.concatenate([distances, found], axis=1)
+        indices = np.concatenate([indices, start + places], axis=1)
+        distances, indices = _first(distances, indices, most)
+    squared = _squared(vectors, base, indices)
+    if own is not None:
+        squared[indices == own[:, None]] = np.inf
+    squared, indices = _first(squared, indices, num)
+    return np.sqrt(squared), indices
 
 
-def _finite(vectors: np.ndarray) -> np.ndarray:
-    if not np.isfinite(vectors).all():
-        raise ValueError("features are infinite or no numbers: other weights, or other images?")
-    return vectors
+def _first(distances: np.ndarray, indices: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest num in each row, in order."""
+    order = np.lexsort((indices, distances), axis=1)[:, :num]
+    return np.take_along_axis(distances, order, 1), np.take_along_axis(indices, order, 1)
 
 
-def _candidates(
-    queries: np.ndarray,
-    block: np.ndarray,
-    shift: np.ndarray,
-    own: tuple[np.ndarray, np.ndarray],
-    best: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of all pairs that may be among the nearest, by bounds of float32's error."""
-    a, b = queries.astype(np.float32) - shift, block.astype(np.float32) - shift
-    norms_a, norms_b = _norms(a), _norms(b)
-    squared = a @ b.T  # (n, m)
-    squared *= -2
-    squared += np.square(norms_a)[:, None].astype(np.float32)
-    squared += np.square(norms_b).astype(np.float32)
-    squared[own] = np.inf
-    # The worst error of a product of D terms, and of a few roundings more.
-    epsilon = np.finfo(np.float32).eps
-    slack = (queries.shape[1] + 8) * epsilon * np.square(norms_a + norms_b.max())  # (n,)
-    bound, num = best[:, -1], best.shape[1]
-    if num <= len(block):
-        bound = np.minimum(bound, np.partition(squared, num - 1, axis=1)[:, num - 1] + slack)
-    bound = np.minimum(bound + slack, np.finfo(np.float32).max)  # never the query itself
-    row, column = np.nonzero(squared <= bound[:, None].astype(np.float32))
-    return row, column
-
-
-def _norms(vectors: np.ndarray) -> np.ndarray:
-    """Lengths, float64 (n,)."""
-    return np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
-
-
-def _squared(
-    queries: np.ndarray, block: np.ndarray, row: np.ndarray, column: np.ndarray
-) -> np.ndarray:
-    """Squared distances of pairs, from their differences: float64 (pairs,)."""
-    size = max(1, PAIR_VALUES // max(1, queries.shape[1]))
-    parts = [np.empty(0)]
-    for i in range(0, len(row), size):
-        few = slice(i, i + size)
-        gap = queries[row[few]].astype(np.float64) - block[column[few]]
-        parts.append(np.einsum("pd,pd->p", gap, gap))
-    return np.concatenate(parts)
-
-
-def _merged(
-    best: tuple[np.ndarray, np.ndarray], row: np.ndarray, index: np.ndarray, squared: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest of those known so far, (n, num) each, and of further pairs."""
-    count, num = best[0].shape
-    rows = np.concatenate([np.repeat(np.arange(count), num), row])
-    distances = np.concatenate([best[0].ravel(), squared])
-    indices = np.concatenate([best[1].ravel(), index])
-    order = np.lexsort((indices, distances, rows))
-    first = np.searchsorted(rows[order], np.arange(count))
-    kept = order[first[:, None] + np.arange(num)]  # (n, num): each row has its num old ones
-    return distances[kept], indices[kept]
+def _squared(queries: np.ndarray, base: Array, indices: np.ndarray) -> np.ndarray:
+    """Squared distances of queries (n, D) from rows of the base (n, k): float64 (n, k)."""
+    (count, num), dim = indices.shape, queries.shape[1]
+    size = max(1, PAIR_VALUES // (num * dim))
+    squared = np.empty((count, num))
+    for start in range(0, count, size):
+        part = slice(start, start + size)
+        rows = base[indices[part].ravel()].reshape(-1, num, dim)
+        gaps = queries[part, None].astype(np.float64) - rows  # (n, k, D)
+        squared[part] = np.einsum("nkd,nkd->nk", gaps, gaps)
+    return squared

@@ -1,7 +1,8 @@
-"""A cheap look at a model while it trains: dense losses, and distances of a few quick images."""
+"""A quick look at a model in training: its dense losses, and figures of a few samples."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from maskdm.engine import main_first, on_all_ranks, process_state
 from maskdm.evaluation.dense_loss import dense_loss
-from maskdm.evaluation.distances import kid, sliced
 from maskdm.evaluation.features import Features, features_of, make_features
-from maskdm.images.joined import Array
+from maskdm.evaluation.measure import Compared, ModelInTraining, measure, metrics_to_measure
+from maskdm.evaluation.reference import ReferenceFeatures
+from maskdm.images.joined import Array, SelectedRows
 from maskdm.images.order import held_out_subset, training_subset
 from maskdm.images.store import Store
 from maskdm.models.trained import TrainedModel
@@ -22,94 +24,92 @@ from maskdm.seeds import derive_seed
 from maskdm.settings import changed
 
 MOST_IMAGES = 256  # on which a loss is measured
-MIN_REFERENCE = 20  # real images below which only losses are measured
-MOST_REFERENCE = 10_000  # real images that quick ones are compared with
-KID_SUBSET = 200  # vectors in a subset: unbiased whatever it is, and 25 times as fast as 1,000
-READ = 512  # of them read from the store at a time
-SEED = 0  # names the images drawn: the previews are the first of them
+MIN_REFERENCE = 20  # real images below which a distance says nothing: only losses are measured
+MOST_REFERENCE = 10_000  # real images that samples are compared with
+READ = 512  # images read from the store at a time
+SEED = 0  # names the samples: the previews are the first of them
 
 
 class QuickLook:
-    """Measures the models of a run, always by the same images, noise and seeds.
+    """Measures the models of a run, always on the same images, noise and seeds.
 
-    Nothing that is random here touches the training's numbers, or torch's global ones.
+    It changes no random number of the training, nor torch's global ones. What is measured: the
+    dense loss on images trained on, and all `families.qualities` that can be.
 
     Args:
-        recipe: how many images are held out and drawn, and in what features they are compared.
+        recipe: how many images are held out and drawn, and the features for comparing them.
         store: all images of the run's source.
-        sampling: how images are drawn: fast, and possible at every stage.
+        sampling: how samples are drawn: fast, and possible in every stage.
 
-    Raises:
-        ValueError: features that can't be had, or too few real images. To be made on every rank.
+    To be made on every rank. Raises ValueError where the features are not available.
     """
 
     def __init__(self, recipe: Recipe, store: Store, sampling: Sampling):
-        # Of a handful of real images there is no distance worth the name.
         self._num = recipe.evaluation.quick_num if len(store) >= MIN_REFERENCE else 0
-        self._sampling, self._store = sampling, store
-        self._has_classes = recipe.model.num_classes > 0
-        num_images = len(store)
-        self._held_out = _first(held_out_subset(num_images, recipe.data), num_images)
-        self._trained_on = _first(training_subset(num_images, recipe.data), num_images)
-        self._reference: np.ndarray | None = None  # features of the real images, once wanted
+        self._settings, self._sampling, self._store = recipe.evaluation, sampling, store
+        self._labels = store.labels if recipe.model.num_classes else None
+        num = len(store)
+        self._held_out = _first(held_out_subset(num, recipe.data), num)
+        self._trained_on = _first(training_subset(num, recipe.data), num)
+        self._reference: ReferenceFeatures | None = None  # computed when first needed
         if self._num:
             try:
                 self._features = _features(recipe, store)
             except ValueError as error:
                 raise ValueError(
-                    f"{error} (for distances measured while training; evaluation.quick_num 0 "
-                    "leaves them out)"
+                    f"{error} (needed for the distances measured in training; evaluation.quick_num "
+                    "0 leaves them out)"
                 ) from None
 
     def __call__(self, trained: TrainedModel) -> dict[str, Any]:
-        """Measures a model. To be called on every rank.
+        """Measures a model, for a line of quality.jsonl. To be called on every rank.
 
-        Returns:
-            Of a line of quality.jsonl: `dense_loss` (where images are held out),
-            `dense_loss_by_time` (of those; else of images trained on), `dense_loss_train`; on
-            the first rank, where images are drawn, `sliced`, `kid` (not in `pca`), their errors,
-            `num`, `features`, `features_sha256`.
+        Gives `dense_loss_train`, the dense loss on images trained on; `dense_loss` on held-out
+        images, if there are any; `dense_loss_by_time`, the latter (or else the former) by time. On
+        the first rank, where samples are drawn: their figures with errors, `sliced` and
+        `sliced_error` and so on, `num`, `features`, `features_sha256`.
         """
-        on_trained = self._loss(trained, self._trained_on)
-        measured: dict[str, Any] = {"dense_loss_train": float(on_trained.mean())}
-        by_time = on_trained
+        by_time = dense_loss(trained, *self._images(self._trained_on), self._sampling)
+        line = {"dense_loss_train": float(by_time.mean()), "dense_loss_by_time": by_time.tolist()}
         if len(self._held_out):
-            by_time = self._loss(trained, self._held_out)
-            measured["dense_loss"] = float(by_time.mean())
-        measured["dense_loss_by_time"] = by_time.tolist()
+            model = ModelInTraining(trained, *self._images(self._held_out), self._sampling)
+            figures = _measured(Compared(self._settings, model=model, is_quick=True))
+            line |= {name: value for name, value in figures.items() if value is not None}
         if self._num:
-            measured |= self._distances(trained)
-        return measured
+            line |= self._of_samples(trained)
+        return line
 
-    def _loss(self, trained: TrainedModel, chosen: np.ndarray) -> np.ndarray:
-        labels = None
-        if self._has_classes:
-            assert self._store.labels is not None  # else training was refused
-            labels = self._store.labels[chosen]
-        return dense_loss(trained, self._store.images[chosen], labels, self._sampling)
+    def _images(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Images and, for a model with classes, their labels."""
+        return self._store.images[chosen], None if self._labels is None else self._labels[chosen]
 
-    def _distances(self, trained: TrainedModel) -> dict[str, Any]:
-        if self._reference is None:
-            chosen = np.arange(len(self._store))
-            if len(chosen) > MOST_REFERENCE:
-                generator = np.random.default_rng(derive_seed(SEED, "quick-reference"))
-                chosen = np.sort(generator.choice(len(chosen), MOST_REFERENCE, replace=False))
-            self._reference = _vectors(self._store.images, chosen, self._features)
+    def _of_samples(self, trained: TrainedModel) -> dict[str, Any]:
+        """Figures of a few samples; on ranks other than the first none."""
         images = generate_on_all_ranks(trained, self._sampling, self._num, SEED)
-        vectors = _vectors(images, np.arange(self._num), self._features)
+        vectors = _vectors(images, self._features)
+        if self._reference is None:
+            some = self._store.images
+            if len(some) > MOST_REFERENCE:
+                generator = np.random.default_rng(derive_seed(SEED, "quick-reference"))
+                chosen = generator.choice(len(some), MOST_REFERENCE, replace=False)
+                some = SelectedRows(some, np.sort(chosen))
+            self._reference = ReferenceFeatures(some, _vectors(some, self._features))
         if not process_state().is_main_process:
             return {}
-        by_slices = sliced(vectors, self._reference)
-        measured = {"sliced": by_slices.value, "sliced_error": by_slices.error}
-        if self._features.name != "pca":  # KID's kernel is made for features near 1
-            by_kernel = kid(vectors, self._reference, KID_SUBSET)
-            measured |= {"kid": by_kernel.value, "kid_error": by_kernel.error}
-        return {
-            **measured,
-            "num": self._num,
-            "features": self._features.name,
-            "features_sha256": self._features.sha256,
-        }
+        compared = Compared(
+            self._settings, self._features, images, vectors, None, self._reference, is_quick=True
+        )
+        features = {"features": self._features.name, "features_sha256": self._features.sha256}
+        return {**_measured(compared), "num": self._num, **features}
+
+
+def _measured(compared: Compared) -> dict[str, Any]:
+    """Columns of quality.jsonl."""
+    columns: dict[str, Any] = {}
+    for name, one in measure(compared, metrics_to_measure(compared)).items():
+        columns |= {name: one.value, f"{name}_error": one.error}
+        columns |= {f"{name}_{key}": value for key, value in one.details.items()}
+    return columns
 
 
 def _first(subset: np.ndarray, num_images: int) -> np.ndarray:
@@ -120,7 +120,7 @@ def _first(subset: np.ndarray, num_images: int) -> np.ndarray:
 
 
 def _features(recipe: Recipe, store: Store) -> Features:
-    """The recipe's features, tried on a few images. Raises ValueError where they can't be had."""
+    """The recipe's features, tried on a few images. Raises ValueError if they are unavailable."""
     device, settings = process_state().device, recipe.evaluation
     if settings.features == "pca":  # as many components as there can be
         most = min(settings.num_components, len(store) - 1, store.images[0].size)
@@ -131,15 +131,13 @@ def _features(recipe: Recipe, store: Store) -> Features:
     return features
 
 
-def _vectors(images: Array, chosen: np.ndarray, features: Features) -> np.ndarray:
-    """Features of some images, each rank computing its share: float32 (n, D), on every rank."""
+def _vectors(images: Array, features: Features) -> np.ndarray:
+    """Features of images, a share computed on each rank: float32 (n, D), on every rank."""
 
-    def compute(numbers: list[int]) -> Tensor:
-        parts = []
-        for start in range(0, len(numbers), READ):
-            few = images[chosen[numbers[start : start + READ]]]
-            parts.append(np.asarray(features.vectors(features.extract(few))))
+    def compute(numbers: Sequence[int]) -> Tensor:
+        chunks = (np.array(numbers[i : i + READ]) for i in range(0, len(numbers), READ))
+        parts = [features.vectors(features.extract(images[chunk]))[:] for chunk in chunks]
         return torch.from_numpy(np.concatenate(parts))
 
-    vectors: np.ndarray = on_all_ranks(len(chosen), compute).cpu().numpy()
+    vectors: np.ndarray = on_all_ranks(len(images), compute).cpu().numpy()
     return vectors

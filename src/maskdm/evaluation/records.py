@@ -1,22 +1,23 @@
 """The records of evaluations: what was measured, and all that the figures depend on.
 
-RUN/evaluation.json is a list of records, the newest last; one of equal samples, features and
-reference is replaced. A record holds:
+RUN/evaluation.json is a list of records, the newest last; a new record replaces one with equal
+samples, features and reference. A record contains:
 
-    metrics     name -> value, error (a standard error over samples, or null), interval (of 95 %),
-                spread (between subsets or seeds, or null), library. Names: frechet, kid, sliced,
-                precision, recall, inception_score.
+    metrics     name -> value, error (a standard error over samples, or null), interval (95 %),
+                spread (between subsets or seeds, or null), library
     per_seed    name -> value, for each repetition of the drawing
-    chance      frechet: of two disjoint random parts of the reference, num images each
+    chance      frechet: between two disjoint random parts of the reference, num images each
     features    name, sha256, library, dim
-    samples     num, shape (H, W, C), seeds; of a model: model, weights (ema), weights_sha256,
-                sampling, precision; of images: source, fingerprint
+    samples     num, shape (H, W, C), seeds; from a model: model, weights (ema), weights_sha256,
+                sampling, precision; other images: source, fingerprint
     reference   source, fingerprint, crop, num, shape, flip (false)
-    training    step, stage, images, flops, elapsed_sec of the model, where they are known
+    training    step, stage, images, flops, elapsed_sec of the model, where known
     recipe      the run's, whole, or null
-    memorization    see `memorization.py`, where it was looked for
+    memorization    see `memorization.py`; null where it was not measured. So for every metric
+                that is a report
     notes       what a reader should know
-    maskdm, commit, torch, device, num_ranks, date, generate_sec, measure_sec (reference_sec of it)
+    maskdm, commit, torch, device, num_ranks, date, generate_sec, measure_sec (which includes
+                reference_sec)
 """
 
 from __future__ import annotations
@@ -26,34 +27,48 @@ from pathlib import Path
 from typing import Any
 
 from maskdm.files import write_text
+from maskdm.recipe_files import migrated
 
 Record = dict[str, Any]
 
 
-def read_records(path: Path) -> list[Record]:
-    """The records in a file; none where there is no file.
+def records_file(run: str) -> Path | None:
+    """The file for the records of RUN or RUN@STAGE; None for names of other things."""
+    path = Path(run)
+    if path.is_dir():
+        return path / "evaluation.json"
+    if "@" in path.name and not path.exists():
+        folder, stage = run.rsplit("@", 1)
+        return Path(folder) / f"evaluation-{stage}.json"
+    return None
 
-    Raises ValueError for a damaged one.
-    """
+
+def read_records(path: Path) -> list[Record]:
+    """A file's records in today's form; none without it. Raises ValueError for a damaged one."""
     if not path.is_file():
         return []
     try:
         records = json.loads(path.read_text("utf-8"))
         if not isinstance(records, list) or not all("metrics" in record for record in records):
-            raise ValueError("it holds no list of evaluations")
+            raise ValueError("it does not contain a list of evaluations")
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} can't be read ({error}): move it away") from None
-    return records
+        raise ValueError(f"{path} cannot be read ({error}): move it away") from None
+    return [_migrated(record) for record in records]
 
 
 def add_record(path: Path, record: Record) -> None:
-    """Appends a record, in the place of one of equal samples, features and reference."""
+    """Appends a record, in place of one with equal samples, features and reference."""
     kept = [other for other in read_records(path) if _subject(other) != _subject(record)]
-    text = json.dumps([*kept, record], indent=1) + "\n"
-    write_text(path, text)
+    write_text(path, json.dumps([*kept, record], indent=1) + "\n")
+
+
+def _migrated(record: Record) -> Record:
+    """A record whose settings have today's form."""
+    parts = {name: record.get(name) for name in ("samples", "recipe")}
+    return record | {name: migrated(part) for name, part in parts.items() if part}
 
 
 def _subject(record: Record) -> str:
-    """What a record is of, as text."""
+    """What a record is about, as text."""
     parts = [record["features"]["sha256"], record["samples"], record["reference"]]
     return json.dumps(parts, sort_keys=True)

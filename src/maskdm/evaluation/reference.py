@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from maskdm.evaluation.features import Features, features_of
+import numpy as np
+
+from maskdm.evaluation.features import Features, features_folder, features_of
 from maskdm.evaluation.statistics import (
     Statistics,
     holds_statistics,
@@ -20,7 +23,7 @@ from maskdm.images.arrays import ArraySource
 from maskdm.images.joined import Array
 from maskdm.images.known import crop_of
 from maskdm.images.open import open_source
-from maskdm.images.store import Store, cache_dir, is_store, load_store, open_store
+from maskdm.images.store import Store, is_store, load_store, open_store
 from maskdm.images.survey import survey
 from maskdm.recipe import Data
 from maskdm.settings import changed
@@ -30,78 +33,60 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Reference:
-    """The real images, or what another tool wrote down of them.
+    """The real images, or the statistics that another tool kept of them."""
 
-    Attributes:
-        name: what the user calls them.
-        store: the images; or None.
-        statistics: of an .npz with `mu` and `sigma`; or None.
-        notes: what a reader of the figures should know.
-    """
-
-    name: str
+    name: str  # the user's name for them
     store: Store | None
-    statistics: Statistics | None
-    notes: tuple[str, ...] = ()
+    statistics: Statistics | None  # those of an .npz with `mu` and `sigma`
+    notes: tuple[str, ...] = ()  # what a reader of the figures should know
 
     def facts(self) -> dict[str, Any]:
-        """For the record: source, fingerprint, number, preparation, as far as they are known."""
+        """For the record: source, fingerprint, number and preparation, as far as known."""
         if self.store is None:
             assert self.statistics is not None
             return {"source": self.name, "statistics": True, **self.statistics.facts}
-        manifest = self.store.manifest
-        return {
-            "source": manifest["source"],
-            "fingerprint": manifest["fingerprint"],
-            "sha256": manifest["sha256"],
-            "crop": manifest["crop"],
-            "num": len(self.store),
-            "shape": list(self.store.images.shape[1:]),
-            "flip": False,
-        }
+        num, *shape = self.store.images.shape
+        kept = ("source", "fingerprint", "sha256", "crop")
+        known = {key: self.store.manifest[key] for key in kept}
+        return {**known, "num": num, "shape": shape, "flip": False}
 
 
 @dataclass(frozen=True)
-class Known:
-    """A reference in some features.
+class ReferenceFeatures:
+    """A reference in some features: images uint8 (M, H, W, C), their vectors float32 (M, D).
 
-    Attributes:
-        statistics: its mean and covariance.
-        vectors: the features of its images, float32 (M, D); None where there are no images.
-        dim: D.
+    Without both where only statistics are available.
     """
 
-    statistics: Statistics
-    vectors: Array | None
+    images: Array = field(default_factory=lambda: np.empty((0, 0, 0, 0), np.uint8))
+    vectors: Array = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    kept: Statistics | None = None  # mean and covariance, where they were computed before
 
-    @property
-    def dim(self) -> int:
-        """Length of a feature vector."""
-        return len(self.statistics.mean)
+    @functools.cached_property
+    def statistics(self) -> Statistics:
+        """Mean and covariance of the features."""
+        return self.kept if self.kept is not None else statistics_of(self.vectors)
 
 
 def own_reference(data: Data, progress: bool) -> Reference:
-    """All images of a run's own source, prepared as for training, never mirrored.
-
-    Raises ValueError as `open_store`.
-    """
+    """All images of a run's own source, prepared as for training, never mirrored."""
     return Reference(data.source, open_store(data, progress), None)
 
 
 def other_reference(name: str, data: Data, from_run: bool, progress: bool) -> Reference:
-    """Other real images than a model was trained on.
+    """Real images other than those that a model was trained on.
 
-    Files of pictures are prepared by the samples' settings. What was prepared before (packed
-    stores, arrays, statistics) is taken as it is, and refused where it doesn't fit.
+    Image files are prepared with the samples' settings. What was prepared before (packed stores,
+    arrays, statistics) is used as it is, or refused where it does not fit.
 
     Args:
         name: any source of images, or an .npz with `mu` and `sigma`.
         data: how the samples' images were prepared: size, channels, crop.
-        from_run: whether a run tells how; else pictures that have other channels are refused too.
+        from_run: whether these are a run's settings; otherwise image files with other channels
+            are refused as well.
         progress: show a bar.
 
-    Raises:
-        ValueError: another resolution, other channels or another crop than the samples'.
+    Raises ValueError for a resolution, number of channels or crop other than the samples'.
     """
     path, shape = Path(name).expanduser(), data.shape
     if holds_statistics(path):
@@ -112,8 +97,8 @@ def other_reference(name: str, data: Data, from_run: bool, progress: bool) -> Re
         _refuse_shape(name, tuple(manifest["shape"][1:]), shape)
         if from_run and manifest["crop"] != crop_of(data):
             raise ValueError(
-                f"the reference {name} was packed by crop {manifest['crop']}, but the samples are "
-                f"of crop {crop_of(data)}: pack it by the same"
+                f"the reference {name} was packed with crop {manifest['crop']}, but the samples "
+                f"have crop {crop_of(data)}: pack it with the same"
             )
         return Reference(name, open_store(changed(data, crop="auto"), progress), None)
     source = open_source(name)
@@ -121,62 +106,50 @@ def other_reference(name: str, data: Data, from_run: bool, progress: bool) -> Re
     if isinstance(source, ArraySource):
         _refuse_shape(name, seen.shape, shape)
         data = changed(data, crop="none")
-    elif min(h - shape[0] for h, _, _ in seen.shapes) < 0 or (
-        min(w - shape[1] for _, w, _ in seen.shapes) < 0
-    ):
+    elif any(h < shape[0] or w < shape[1] for h, w, _ in seen.shapes):
         height, width, _ = min(seen.shapes)
         raise ValueError(
             f"the reference {name} has images of {width}x{height} pixels, smaller than the "
-            f"samples' {shape[1]}x{shape[0]}: enlarged ones would be no measure"
+            f"samples' {shape[1]}x{shape[0]}: enlarged ones are not comparable"
         )
     elif not from_run:
         if seen.shape[2] != shape[2]:
             _refuse_shape(name, seen.shape, shape)
         if seen.shape[:2] != shape[:2]:
+            widest, highest = (max(one[i] for one in seen.shapes) for i in (1, 0))
             notes.append(
-                f"the reference's images of up to {max(w for _, w, _ in seen.shapes)}x"
-                f"{max(h for h, _, _ in seen.shapes)} pixels were cut and reduced by crop "
-                f"{crop_of(data)}: were the samples' models trained on the same?"
+                f"the reference's images of up to {widest}x{highest} pixels were cut and reduced "
+                f"with crop {crop_of(data)}: make sure that the samples' model was trained on "
+                "images prepared in the same way"
             )
     return Reference(name, open_store(data, progress), None, tuple(notes))
 
 
-def in_features(reference: Reference, features: Features, show: bool) -> Known:
+def reference_features(reference: Reference, features: Features, show: bool) -> ReferenceFeatures:
     """A reference's features and their statistics, kept in the cache under a hash of both.
 
     To be called on every rank.
 
-    Raises ValueError for statistics of features of other length, or of other features by name.
+    Raises ValueError for statistics that are known to be of other features.
     """
+    facts = {**reference.facts(), "features": features.facts}
     if reference.store is None:
-        assert reference.statistics is not None
-        known = reference.statistics.facts.get("features")
-        if known is not None and known["sha256"] != features.sha256:
+        kept = reference.statistics
+        assert kept is not None
+        other = kept.facts.get("features")
+        if other is not None and other["sha256"] != features.sha256:
             raise ValueError(
-                f"the statistics in {reference.name} are of features {known['name']} (weights "
-                f"{known['sha256'][:12]}), not of {features.name} ({features.sha256[:12]})"
+                f"the statistics in {reference.name} are of features {other['name']} (weights "
+                f"{other['sha256'][:12]}), not of {features.name} ({features.sha256[:12]})"
             )
-        return Known(reference.statistics, None)
-    store = reference.store
-    folder = cache_dir() / f"images-{store.manifest['sha256'][:20]}"
-    vectors = features.vectors(features_of(store.images, features, folder, show))
-    file = folder / f"features-{features.sha256[:20]}" / "statistics.npz"
-    facts = reference_facts(reference, features)
-    if file.is_file():
-        kept = load_statistics(file)
-        if kept.facts.get("num") == len(store) and len(kept.mean) == vectors.shape[1]:
-            return Known(Statistics(kept.mean, kept.cov, facts), vectors)
-    statistics = statistics_of(vectors, facts)
-    save_statistics(statistics, file)
-    return Known(statistics, vectors)
-
-
-def reference_facts(reference: Reference, features: Features) -> dict[str, Any]:
-    """What statistics of a reference are of, to be kept with them."""
-    return {
-        **reference.facts(),
-        "features": {"name": features.name, "sha256": features.sha256, "library": features.library},
-    }
+        return ReferenceFeatures(kept=replace(kept, facts=facts))
+    images = reference.store.images
+    folder = features_folder(reference.store.manifest["sha256"])
+    vectors = features.vectors(features_of(images, features, folder, show))
+    file = folder / features.folder_name / "statistics.npz"
+    if not file.is_file():
+        save_statistics(statistics_of(vectors, facts), file)
+    return ReferenceFeatures(images, vectors, replace(load_statistics(file), facts=facts))
 
 
 def _from_statistics(name: str, path: Path, shape: Shape) -> Reference:
@@ -189,7 +162,7 @@ def _from_statistics(name: str, path: Path, shape: Shape) -> Reference:
         raise ValueError(
             f"the statistics in {name} are of images of {seen[1]}x{seen[0]} pixels, but the "
             f"samples have {shape[1]}x{shape[0]}"
-            + ("" if len(seen) == 3 else " (going by its name: if it is wrong, rename it)")
+            + ("" if len(seen) == 3 else " (judged by its name: if that is wrong, rename the file)")
         )
     note = f"how the images behind {name} were cut, resized and saved is unknown"
     return Reference(name, None, statistics, (note,))
@@ -207,7 +180,7 @@ def _foreign_shape(path: Path) -> Shape | None:
 def _refuse_shape(name: str, seen: Shape, wanted: Shape) -> None:
     if tuple(seen) != tuple(wanted):
         raise ValueError(
-            f"the reference {name} has images of {seen[0]}x{seen[1]}x{seen[2]} (height, width, "
+            f"the reference {name} has images of {'x'.join(map(str, seen))} (height, width, "
             f"channels), but the samples have {'x'.join(map(str, wanted))}: a distance between "
             "them would measure the preparation"
         )

@@ -1,99 +1,111 @@
-"""Which runs are trainings of one recipe by other seeds, and what runs are called."""
+"""Which runs are trainings of one recipe with different seeds, and short names of runs."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from maskdm.recipe import Recipe
+from maskdm.recipe_files import migrated
+from maskdm.words import listed
 
-# Settings in which two runs may differ and still be trainings of one recipe: the seed, and what
-# touches no weight.
-NO_PART_OF_TRAINING = (
+# Settings in which two trainings of one recipe may differ: the seed, and what changes no weight.
+NOT_TRAINED = (
     "seed sampling evaluation log_every checkpoint_every keep_checkpoints evaluate_every "
     "preview_every num_previews preview_steps"
 ).split()
 
-Training = tuple[str, int]  # what was trained, and by which seed
+Training = tuple[str, int]  # what was trained, as text, and the seed
 
 
 def training_of_recipe(recipe: dict[str, Any] | None, *more: Any) -> Training | None:
-    """What a run trained and its seed: equal but for the seed in retrainings of one recipe.
+    """What a run trained, and its seed: retrainings of one recipe differ in the seed alone.
 
     Args:
-        recipe: a run's recipe, as JSON; None = unknown.
+        recipe: a run's recipe, as JSON; None = unknown, which gives None.
         more: what else must be equal.
-
-    Returns:
-        None where the recipe is unknown.
     """
     if recipe is None:
         return None
     try:
-        recipe = Recipe(**recipe).model_dump(mode="json")  # settings that came later: as they were
-    except ValueError:  # another version's: taken as it is
+        recipe = Recipe(**migrated(recipe)).model_dump(mode="json")  # with settings added later
+    except ValueError:  # another version's: used as it is
         recipe = dict(recipe)
-    kept = {name: value for name, value in recipe.items() if name not in NO_PART_OF_TRAINING}
+    kept = {name: value for name, value in recipe.items() if name not in NOT_TRAINED}
     return json.dumps([kept, *more], sort_keys=True), recipe["seed"]
 
 
 def retrainings(
-    trainings: Sequence[Training | None],
-) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Sorts runs into groups whose trainings differ in nothing but the seed.
+    trainings: Mapping[str, Training | None], caution: str | None = None
+) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """Sorts runs into groups whose trainings differ in the seed alone.
 
-    Returns:
-        The groups, as numbers of runs, in the order in which they are first met; and pairs of
-        runs (later, earlier) that have even the seed in common: the later is a group of its own.
+    Args:
+        trainings: name of a run -> what it trained; None = unknown.
+        caution: noted for runs without retrainings.
+
+    Gives the runs of each group by its name, `dense-* (3)`, and notes. A single run keeps its own
+    name; runs with equal seeds, too, are not retrainings.
     """
-    groups: list[list[int]] = []
-    of_recipe: dict[str, list[int]] = {}
-    same: list[tuple[int, int]] = []
-    for number, training in enumerate(trainings):
-        group = of_recipe.get(training[0]) if training else None
-        if training is None or group is None:
-            group = []
-            groups.append(group)
-            if training is not None:
-                of_recipe[training[0]] = group
+    groups: dict[Any, list[str]] = {}
+    first: dict[Training, str] = {}
+    notes = []
+    for run, training in trainings.items():
+        if training is None:
+            groups[run, None] = [run]
+        elif training in first:
+            groups[run, None] = [run]
+            same = f"{run} has the same recipe and seed as {first[training]}"
+            notes.append(f"{same}: it is not counted as a retraining")
         else:
-            seeds = {known[1]: i for i in group if (known := trainings[i]) is not None}
-            if training[1] in seeds:
-                same.append((number, seeds[training[1]]))
-                groups.append([number])
-                continue
-        group.append(number)
-    return groups, same
+            first[training] = run
+            groups.setdefault(training[0], []).append(run)
+    alone = [runs[0] for runs in groups.values() if len(runs) == 1]
+    if caution and alone and len(trainings) > 1:
+        whose = "each run" if len(alone) == len(trainings) else listed(alone)
+        notes.append(f"one training of {whose}: {caution}")
+    starts = [os.path.commonprefix(runs) for runs in groups.values()]
+    named = {}
+    for runs, start in zip(groups.values(), starts, strict=True):
+        others = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
+        is_clear = others and start and starts.count(start) == 1
+        named[f"{start}* ({len(runs)})" if is_clear else runs[0] + others] = tuple(runs)
+    return named, notes
+
+
+def measured_in_all(
+    has: Mapping[str, Sequence[str]], wanted: str | None, hint: str = ""
+) -> tuple[str, ...]:
+    """The metrics that all runs have, or only the wanted one.
+
+    Args:
+        has: name of a run -> its metrics.
+        wanted: one of them; None = all.
+        hint: why a run may lack the wanted one.
+
+    Raises ValueError where there is none, or a run lacks the wanted one; it lists what there is.
+    """
+    first, *others = has.values()
+    common = [name for name in first if all(name in one for one in others)]
+    if wanted in common:
+        return (str(wanted),)
+    if wanted is None and common:
+        return tuple(common)
+    measured = "; ".join(f"{run}: {', '.join(one) or 'none'}" for run, one in has.items())
+    if wanted is None:
+        raise ValueError(f"no metric was measured for all of these runs ({measured})")
+    lacking = listed(run for run, one in has.items() if wanted not in one)
+    raise ValueError(f"{wanted} was not measured for {lacking}{hint}; measured were {measured}")
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of different paths that tell them apart: `dense`, or `a/dense`."""
-    parts = [path.parts for path in paths]
-    lengths = [1] * len(paths)
-    while True:
-        names = ["/".join(part[-length:]) for part, length in zip(parts, lengths, strict=True)]
-        longer = [
-            min(length + (names.count(name) > 1), len(part))
-            for name, length, part in zip(names, lengths, parts, strict=True)
-        ]
-        if longer == lengths:
-            return names
-        lengths = longer
-
-
-def group_names(names: Sequence[str], groups: Sequence[Sequence[int]]) -> list[str]:
-    """What groups of runs are called: `dense-* (3)`; a group of one by its run."""
-    starts = [os.path.commonprefix([names[i] for i in group]) for group in groups]
-    called = []
-    for group, start in zip(groups, starts, strict=True):
-        first = names[group[0]]
-        if len(group) == 1:
-            called.append(first)
-        elif start and starts.count(start) == 1:
-            called.append(f"{start}* ({len(group)})")
-        else:
-            called.append(f"{first} and {len(group) - 1} more")
-    return called
+    """The shortest ends of different paths that are different: `dense`, or `a/dense`."""
+    parts, names = [path.parts for path in paths], []
+    for own in parts:
+        lengths = range(1, len(own))
+        unique = (n for n in lengths if [other[-n:] for other in parts].count(own[-n:]) == 1)
+        names.append("/".join(own[-next(unique, len(own)) :]))
+    return names

@@ -1,4 +1,4 @@
-"""The images that are judged: drawn from a model, every seed once, or anyone's."""
+"""The samples that are evaluated: drawn from a model, each seed once, or images of any origin."""
 
 from __future__ import annotations
 
@@ -14,34 +14,30 @@ import torch
 from torch import nn
 
 from maskdm.engine import choose_precision, process_state
-from maskdm.evaluation.pieces import in_pieces
+from maskdm.evaluation.features import features_folder
+from maskdm.evaluation.shards import in_shards
 from maskdm.images.joined import Array
 from maskdm.images.open import open_source
-from maskdm.images.store import cache_dir, is_store, load_store, open_store
+from maskdm.images.store import is_store, load_store, open_store
 from maskdm.images.survey import survey
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Data, Sampling
-from maskdm.sampling.generate import generate, prepare_to_draw
-from maskdm.sampling.speed import images_at_a_time
+from maskdm.sampling.generate import generate
+from maskdm.sampling.speed import compile_for_sampling, images_at_a_time
+from maskdm.settings import changed
+from maskdm.words import counted, listed
 
-MOST_PIECES = 100  # files that are held open at once, for each seed
+MOST_SHARDS = 100  # files that are open at once, for each seed
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images to be judged.
+    """Images to be evaluated."""
 
-    Attributes:
-        images: uint8 (N, H, W, C).
-        folder: where their features are kept.
-        facts: for the record.
-        notes: what a reader of the figures should know.
-    """
-
-    images: Array
-    folder: Path
-    facts: dict[str, Any]
-    notes: tuple[str, ...] = ()
+    images: Array  # uint8 (N, H, W, C)
+    folder: Path  # where their features are kept
+    facts: dict[str, Any]  # for the record
+    notes: tuple[str, ...] = ()  # what a reader of the figures should know
 
 
 def drawn_samples(
@@ -53,20 +49,21 @@ def drawn_samples(
     weak: TrainedModel | None = None,
     show: bool = False,
 ) -> Samples:
-    """Images 0..num-1 of a seed, each drawn once, on all ranks, and kept.
+    """Draws images 0..num-1 of a seed, each once, on all ranks, and keeps them.
 
-    A killed drawing continues; more images later, or other features, draw no image again. To be
-    called on every rank.
+    It continues after a kill; a larger number later, or other features, draw no image again. To
+    be called on every rank.
 
     Args:
         trained: the model, on the device to use.
         sampling: how they are drawn.
-        num, seed: which.
-        folder: they go into a folder in it, named by a hash of all that determines them.
+        num: number of images.
+        seed: names the sequence of images.
+        folder: they are kept in a subfolder named by a hash of all that determines them.
         weak: the weak model of autoguidance.
         show: show the progress.
 
-    Raises ValueError as `generate`, and where the folder can't be written.
+    Raises ValueError as `generate`, and where the folder cannot be written.
     """
     model = trained.model
     precision = choose_precision("auto", model.device)[0]
@@ -82,32 +79,25 @@ def drawn_samples(
     share = math.ceil(num / process_state().num_processes)
 
     def draw(start: int, stop: int) -> np.ndarray:
-        prepare_to_draw(trained, sampling, weak, share, model.num_patches)  # for all pieces
+        compile_for_sampling(trained, sampling, weak, share, model.num_patches)  # for all shards
         return generate(trained, sampling, list(range(start, stop)), seed, weak=weak)
 
     at_a_time = images_at_a_time(model, sampling)
-    num_pieces = max(MOST_PIECES, 4 * process_state().num_processes)
-    images = in_pieces(
-        folder / f"samples-{key}",
-        num,
-        min(at_a_time * math.ceil(num / (at_a_time * num_pieces)), share),
-        draw,
-        f"drawing {num:,} images of seed {seed}",
-        show,
-    )
-    return Samples(images, folder / f"samples-{key}", facts)
+    num_shards = max(MOST_SHARDS, 4 * process_state().num_processes)
+    size = min(at_a_time * math.ceil(num / (at_a_time * num_shards)), share)
+    kept, what = folder / f"samples-{key}", f"drawing {counted(num, 'image')} of seed {seed}"
+    return Samples(in_shards(kept, num, size, draw, what, show), kept, facts)
 
 
 def given_samples(name: str, num: int | None, progress: bool) -> Samples:
-    """Images of any origin, taken as they are: all must have one size.
+    """Images of any origin as samples, unchanged: all must have one size.
 
     Args:
         name: any source of images, or a packed store.
-        num: only so many, a fixed random part; None = all.
+        num: how many, a fixed random part; None = all.
         progress: show a bar.
 
-    Raises:
-        ValueError: no such source, other sizes among them, fewer than `num`.
+    Raises ValueError where there is no such source, sizes differ, or there are fewer than `num`.
     """
     path, notes = Path(name).expanduser(), []
     if is_store(path):
@@ -116,42 +106,30 @@ def given_samples(name: str, num: int | None, progress: bool) -> Samples:
     else:
         seen = survey(open_source(name))
         if len(seen.shapes) > 1:
-            told = ", ".join(f"{w}x{h} with {c} channels" for h, w, c in seen.shapes)
+            shapes = listed(f"{w}x{h} with {counted(c, 'channel')}" for h, w, c in seen.shapes)
             raise ValueError(
-                f"the images in {name} are of different shapes ({told}): samples of one model have "
-                "one; pack them first (maskdm pack) if they are none"
+                f"the images in {name} have different shapes ({shapes}), so they are not samples "
+                "of one model: bring them to one with maskdm pack"
             )
         if seen.is_lossy:
-            notes.append(
-                f"{name} has JPEG files: their compression is measured too; save samples as PNG"
-            )
-        height, width, channels = seen.shape
-        data = Data(
-            source=name,
-            size=(height, width),
-            channels=channels,
-            crop="none",
-            draft=False,
-            on_bad="error",
-        )
+            lossy = f"{name} contains JPEG files, whose compression is measured too"
+            notes.append(f"{lossy}: save samples as PNG")
+        data = Data(source=name, size=seen.shape[:2], channels=seen.shape[2])
+        data = changed(data, crop="none", draft=False, on_bad="error")
     store = open_store(data, progress)
     if num is not None and num > len(store):
-        raise ValueError(f"--num {num}: {name} has {len(store):,} images")
+        raise ValueError(f"--num {num}: {name} has only {counted(len(store), 'image')}")
     images: Array = store.images
-    folder = cache_dir() / f"images-{store.manifest['sha256'][:20]}"
-    if num is not None and num < len(store):  # in class folders the first would be of one class
+    folder = features_folder(store.manifest["sha256"])
+    if num is not None and num < len(store):  # the first images of class folders are of one class
         chosen = np.random.default_rng(0).choice(len(store), num, replace=False)
         images, folder = images[np.sort(chosen)], folder.with_name(f"{folder.name}-{num}")
-    facts = {
-        "source": name,
-        "fingerprint": store.manifest["fingerprint"],
-        "sha256": store.manifest["sha256"],
-    }
-    return Samples(images, folder, facts, tuple(notes))
+    hashes = {key: store.manifest[key] for key in ("fingerprint", "sha256")}
+    return Samples(images, folder, {"source": name, **hashes}, tuple(notes))
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 of a network's weights by name, hexadecimal; the same on every device."""
+    """SHA-256 of a network's weights with their names, the same on every device."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         values = value.detach().cpu().contiguous()

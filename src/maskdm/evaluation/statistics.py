@@ -1,4 +1,4 @@
-"""Mean and covariance of features: streamed in float64, kept in files of the field's form."""
+"""Mean and covariance of features: computed in chunks, kept in files that other tools read."""
 
 from __future__ import annotations
 
@@ -18,50 +18,55 @@ CHUNK = 4096  # rows turned into float64 at a time
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the Fréchet distance knows of a set.
+    """Mean and covariance of a set of features: the Gaussian that the Fréchet distance compares."""
 
-    Attributes:
-        mean: float64 (D,).
-        cov: float64 (D, D), unbiased (divided by N - 1).
-        facts: what the features and images were, as far as is known.
-    """
-
-    mean: np.ndarray
-    cov: np.ndarray
-    facts: dict[str, Any] = field(default_factory=dict)
+    mean: np.ndarray  # float64 (D,)
+    cov: np.ndarray  # float64 (D, D), unbiased (divided by N - 1)
+    facts: dict[str, Any] = field(default_factory=dict)  # about features and images, where known
 
 
-def statistics_of(features: Array, facts: dict[str, Any] | None = None) -> Statistics:
-    """Mean and covariance of features, read a piece at a time.
+def statistics_of(
+    features: Array, facts: dict[str, Any] | None = None, counts: np.ndarray | None = None
+) -> Statistics:
+    """Mean and covariance of features, read in chunks: memory is D x D and CHUNK x D numbers.
 
-    Values are taken relative to the first piece's mean, so that no digits are lost to a large
-    mean. Needs memory for D x D and for CHUNK x D numbers, whatever N is.
+    Values are taken relative to the first chunk's mean, so that a large mean costs no digits.
 
     Args:
         features: float (N, D), N at least 2.
         facts: kept with the result.
+        counts: how often each vector occurs, int (N,); None = once.
 
-    Raises:
-        ValueError: another shape, or values that are no numbers.
+    Raises ValueError for another shape, NaN or infinite values.
     """
     if len(features.shape) != 2 or len(features) < 2:
-        raise ValueError(f"need at least 2 vectors of features, got an array {features.shape}")
+        raise ValueError(f"expected at least 2 vectors of features, got shape {features.shape}")
     num, dim = features.shape
     shift = features[:CHUNK].mean(axis=0, dtype=np.float64)
     total, products = np.zeros(dim), np.zeros((dim, dim))
     for start in range(0, num, CHUNK):
         part = features[start : start + CHUNK].astype(np.float64) - shift
-        total += part.sum(0)
-        products += part.T @ part
-    if not np.isfinite(products).all():
-        raise ValueError("features are infinite or no numbers: other weights, or other images?")
+        weighted = part if counts is None else counts[start : start + CHUNK, None] * part
+        total += weighted.sum(0)
+        products += part.T @ weighted
+    finite(products)
+    num = num if counts is None else int(counts.sum())
     mean = total / num
     cov = (products - num * np.outer(mean, mean)) / (num - 1)
     return Statistics(shift + mean, (cov + cov.T) / 2, facts or {})
 
 
+def finite(values: np.ndarray) -> np.ndarray:
+    """The values themselves. Raises ValueError where one is NaN or infinite."""
+    if not np.isfinite(values).all():
+        raise ValueError(
+            "features contain NaN or infinite values: check the network's weights and the images"
+        )
+    return values
+
+
 def save_statistics(statistics: Statistics, path: Path) -> None:
-    """Writes an .npz with `mu` and `sigma`, as other tools read it, and `maskdm`: the facts."""
+    """Writes an .npz with `mu` and `sigma`, which other tools read, and the facts as `maskdm`."""
     mu, sigma, facts = statistics.mean, statistics.cov, np.array(json.dumps(statistics.facts))
     write_whole(path, lambda file: np.savez(file, mu=mu, sigma=sigma, maskdm=facts))
 
@@ -75,16 +80,16 @@ def holds_statistics(path: Path) -> bool:
 
 
 def load_statistics(path: Path) -> Statistics:
-    """Reads an .npz with `mu` and `sigma`; of one that another tool wrote the facts are empty.
+    """Reads an .npz with `mu` and `sigma`; another tool's file has no facts.
 
-    Raises ValueError where the arrays don't fit together.
+    Raises ValueError where it cannot be read, or the two do not fit together.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             mean, cov = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
             facts = json.loads(str(arrays["maskdm"])) if "maskdm" in arrays else {}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"the statistics in {path} can't be read: {error}") from None
+        raise ValueError(f"the statistics in {path} cannot be read: {error}") from None
     if mean.ndim != 1 or cov.shape != 2 * mean.shape:
-        raise ValueError(f"{path}: mu of {mean.shape} and sigma of {cov.shape} don't fit together")
+        raise ValueError(f"{path}: mu {mean.shape} and sigma {cov.shape} do not fit together")
     return Statistics(mean, cov, facts)

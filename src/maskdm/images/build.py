@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -23,35 +22,39 @@ from typing import Any
 import numpy as np
 import PIL
 import psutil
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import maskdm
+from maskdm.files import whole_folder, write_text, write_whole
 from maskdm.images.known import crop_of
-from maskdm.images.labels import Label, number_labels
+from maskdm.images.labels import Group, number_groups
 from maskdm.images.prepare import prepare_contents
-from maskdm.images.problems import refuse_bad, size_text
-from maskdm.images.source import Source, piece
+from maskdm.images.source import Source, part_of
+from maskdm.images.unreadable import refuse_unreadable
 from maskdm.images.workers import map_chunks
 from maskdm.recipe import Data
+from maskdm.words import size_text
 
-Seen = tuple[str, Label]
-"""An image's folder and label, as its source tells."""
+HOST = socket.gethostname().replace("@", "-")
 ABANDONED_SEC = 3600  # without a change, for a build of another machine
-FORMAT = 4  # goes into a store's name: raise it when the same settings would give other bytes
+FORMAT = 4  # part of a store's name: raise it when the same settings would give other bytes
+
+
+def store_key(source: Source, data: Data, part: tuple[int, int] | None = None) -> str:
+    """Names a store, or part i of n of one, by all that determines its bytes."""
+    how = [list(data.shape), crop_of(data), data.background, data.draft]
+    parts = [FORMAT, source.fingerprint, *how, part]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
 def build_store(
-    source: Source,
-    data: Data,
-    folder: Path,
-    progress: bool,
-    part: tuple[int, int] = (0, 1),
-    key: str = "",
+    source: Source, data: Data, folder: Path, progress: bool, part: tuple[int, int] | None = None
 ) -> None:
-    """Builds a store at `folder`, unless it is there.
+    """Builds a store, or part i of n of one, at `folder`, unless it exists.
 
-    It is built beside its place and renamed into it, so it is whole or not there. Of several
-    processes that want the same store one builds it and the others wait.
+    It is built beside its place and renamed into it, so it is complete or does not exist. Where
+    several processes need the same store, one builds it and the others wait.
 
     Raises ValueError for unreadable images (by `on_bad`) and where the disk has no room.
     """
@@ -59,180 +62,145 @@ def build_store(
         return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder.parent, os.W_OK)
+        if not os.access(folder.parent, os.W_OK):
+            raise PermissionError
     except OSError:
-        writable = False
-    if not writable:
         raise ValueError(
-            f"cannot write an image store into {folder.parent}: name another place (for training "
-            "with the environment variable MASKDM_CACHE)"
-        )
+            f"cannot write an image store into {folder.parent}: choose another folder (for "
+            "training with the environment variable MASKDM_CACHE)"
+        ) from None
     with _only_builder(folder):
         if (folder / "manifest.json").is_file():  # another process has built it
             return
         _remove_abandoned(folder.parent)
-        building = folder.with_name(f"building-{os.getpid()}@{_host()}@{folder.name}")
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir()
-        try:
+        building = folder.with_name(f"building-{os.getpid()}@{HOST}@{folder.name}")
+        # Without locks another machine may be faster: its store may be in use, and stays.
+        with whole_folder(folder, building, replace=False):
             manifest = _write_images(source, data, building, progress, part)
-            manifest["key"] = key
-            _write(building / "manifest.json", json.dumps(manifest, indent=1).encode())
-            try:
-                building.rename(folder)
-            except OSError:  # where locks don't reach, another machine may have been faster
-                if not (folder / "manifest.json").is_file():
-                    raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-
-
-def _host() -> str:
-    return socket.gethostname().replace("@", "-")
+            write_text(building / "manifest.json", json.dumps(manifest, indent=1))
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Removes what killed builds left: of dead processes of this machine, or untouched for long."""
+    """Removes what killed builds left: by dead processes of this machine, or untouched for long."""
     for path in itertools.islice(parent.glob("building-*@*@*"), 100):
         pid, host, _ = path.name.removeprefix("building-").split("@", 2)
         try:
             changed = max(file.stat().st_mtime for file in [path, *path.iterdir()])
         except OSError:  # its process has just finished it
             continue
-        is_dead = host == _host() and pid.isdigit() and not psutil.pid_exists(int(pid))
+        is_dead = host == HOST and pid.isdigit() and not psutil.pid_exists(int(pid))
         if is_dead or time.time() - changed > ABANDONED_SEC:
             shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _only_builder(folder: Path) -> Iterator[None]:
-    """Waits until no other process builds this store; the system releases the lock of a dead one.
+    """Waits until no other process builds this store; a dead process holds no lock.
 
-    It saves work, no more: without locks, or where they don't reach, builds don't meet.
+    The lock only saves work: builds write into folders of their own.
     """
     path = folder.with_name(f".{folder.name}.lock")
-    with path.open("w") as file:
+    # A soft lock is a file, which a killed process would leave behind.
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
         try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"another process is packing {folder}: waiting for it", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            warnings.warn(f"{folder.parent} has no locks: build only one store there", stacklevel=4)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another process is packing {folder}: waiting for it", file=sys.stderr)
+            lock.acquire()
+    except OSError:
+        warnings.warn(
+            f"{folder.parent} does not support locks: build only one store there", stacklevel=4
+        )
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows: `release` removes it
+            path.unlink()
+        lock.release()
 
 
 def _write_images(
-    source: Source, data: Data, building: Path, progress: bool, part: tuple[int, int]
+    source: Source, data: Data, building: Path, progress: bool, part: tuple[int, int] | None
 ) -> dict[str, Any]:
-    """Writes images.bin and labels.npy; gives the manifest."""
-    image_bytes, whole, expected = math.prod(data.shape), part == (0, 1), None
-    if source.num_images is not None:
-        expected = len(piece(range(source.num_images), part))
-    _refuse_full_disk(building, expected, image_bytes)
-    seen, kept, left_out = list[Seen](), list[int](), list[tuple[str, str]]()
-    digest = hashlib.sha256()
+    """Writes images.bin and labels.npy; returns the manifest."""
+    image_bytes, span, is_whole = math.prod(data.shape), part or (0, 1), part is None
+    total = source.num_images
+    expected = None if total is None else len(part_of(range(total), span))
+    if problem := missing_room((expected or 0) * image_bytes, building.parent):
+        raise ValueError(problem)
+    num_seen, unreadable, digest = 0, list[tuple[str, str]](), hashlib.sha256()
+    groups, of_image = dict[Group, int](), list[int]()  # number of each group, group of each image
     prepare = functools.partial(prepare_contents, data=data)
-    hidden = None if progress else True  # None: hidden where no terminal shows it
+    hidden = None if progress else True  # None: hidden unless in a terminal
     with (
         (building / "images.bin").open("wb") as file,
-        tqdm(desc=f"packing {data.source}", total=expected, disable=hidden, unit="img") as bar,
-        contextlib.closing(map_chunks(prepare, source.items(part), image_bytes)) as chunks,
+        tqdm(None, f"packing {data.source}", expected, disable=hidden, unit="img") as bar,
+        contextlib.closing(map_chunks(prepare, source.items(span), image_bytes)) as chunks,
     ):
         for items, (images, bad) in chunks:
             file.write(images.data)
             digest.update(images.data)
-            left_out += [(items[place].name, why) for place, why in bad.items()]
-            kept += [len(seen) + place for place in range(len(items)) if place not in bad]
-            seen += [(posixpath.dirname(item.name), item.label) for item in items]
-            if whole and (expected is not None or data.on_bad == "error"):
-                refuse_bad(data.source, left_out, expected or len(seen), data.on_bad, sure=False)
+            num_seen += len(items)
+            for i, item in enumerate(items):
+                group = groups.setdefault((posixpath.dirname(item.name), item.label), len(groups))
+                if i in bad:
+                    unreadable.append((item.name, bad[i]))
+                else:
+                    of_image.append(group)
+            if is_whole and (expected is not None or data.on_bad == "error"):
+                refuse_unreadable(data, unreadable, expected or num_seen, is_final=False)
             bar.update(len(items))
-        file.flush()
-        os.fsync(file.fileno())  # the rename that follows must not overtake the content
-    if whole:  # of a part the share of bad images says nothing
-        if not seen:
+    if is_whole:  # a part says nothing about the share of all images
+        if not num_seen:
             raise ValueError(f"{data.source} has no images")
-        refuse_bad(data.source, left_out, len(seen), data.on_bad)
-    classes = _write_labels(building, seen, kept, source.class_names, not whole)
+        refuse_unreadable(data, unreadable, num_seen)
     return {
         "format": FORMAT,
         "source": data.source,
         "kind": source.kind,
         "fingerprint": source.fingerprint,
-        "shape": [len(kept), *data.shape],
+        "shape": [len(of_image), *data.shape],
         "crop": crop_of(data),
         "background": data.background,
         "draft": data.draft,
-        **classes,
-        "num_seen": len(seen),
-        "left_out": left_out,
+        **_write_labels(building, list(groups), np.array(of_image, np.int64), source, is_whole),
+        "num_seen": num_seen,
+        "left_out": unreadable,
         "notes": source.notes,
-        "passed_over": dict(sorted(source.passed_over.items())),
+        "passed_over": dict(sorted(source.skipped.items())),
         "sha256": digest.hexdigest(),
         "maskdm": maskdm.__version__,
         "pillow": PIL.__version__,
-    }
+        "key": store_key(source, data, part),
+    }  # keys keep their names: stores and parts of earlier versions have them
 
 
 def _write_labels(
-    building: Path, seen: list[Seen], kept: list[int], class_names: list[str] | None, is_part: bool
+    building: Path, groups: list[Group], of_image: np.ndarray, source: Source, is_whole: bool
 ) -> dict[str, Any]:
-    """Writes labels.npy where there are classes; gives what the manifest says of them.
+    """Writes labels.npy where there are classes; returns the manifest's entries about them.
 
-    A part of a store can't number its classes: it numbers its groups of images that share folder
-    and label, for `number_groups` to do that when all parts are there.
+    The classes of a part cannot be numbered before all parts exist: its labels are the numbers of
+    its groups, which `store.load_store` turns into classes.
     """
-    groups = {group: i for i, group in enumerate(dict.fromkeys(seen))}
-    of_group = np.array([groups[seen[i]] for i in kept], dtype=np.int64)
-    if is_part:
-        told: dict[str, Any] = {"groups": list(groups), "class_names": class_names}
-        labels: np.ndarray | None = of_group
-    else:
-        labels, class_names = number_groups(list(groups), of_group, class_names)
-        told = {"class_names": class_names}
+    labels: np.ndarray | None = of_image
+    entries: dict[str, Any] = {"groups": groups, "class_names": source.class_names}
+    if is_whole:
+        labels, class_names = number_groups(groups, of_image, source.class_names)
+        entries = {"class_names": class_names}
     if labels is not None:
-        with (building / "labels.npy").open("wb") as file:
-            np.save(file, labels)
-            file.flush()
-            os.fsync(file.fileno())
-    return told
+        write_whole(building / "labels.npy", lambda file: np.save(file, labels))
+    return entries
 
 
-def number_groups(
-    groups: list[Seen], of_group: np.ndarray, class_names: list[str] | None
-) -> tuple[np.ndarray | None, list[str]]:
-    """Class numbers of images from the folder and label that groups of them share.
-
-    Args:
-        groups: folder and label of each.
-        of_group: each image's group, int64 (N,).
-        class_names: names of the numbers, where the source knows them.
-
-    Returns what `number_labels` returns.
-    """
-    names = [f"{folder}/x" if folder else "x" for folder, _ in groups]
-    numbers, class_names = number_labels(names, [label for _, label in groups], class_names)
-    return None if numbers is None else numbers[of_group], class_names
-
-
-def _refuse_full_disk(folder: Path, num_images: int | None, image_bytes: int) -> None:
-    """Raises ValueError where the images, as far as is known, will not fit on the disk."""
-    needed, free = (num_images or 0) * image_bytes, shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(
-            f"the image store needs {size_text(needed)}, but {folder.parent} has "
-            f"{size_text(free)} free: make room, or name another place with the environment "
-            "variable MASKDM_CACHE"
-        )
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def missing_room(num_bytes: int, folder: Path) -> str | None:
+    """What to do where a store of that size does not fit on a folder's disk; None where it does."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if num_bytes <= free:
+        return None
+    return (
+        f"the image store needs {size_text(num_bytes)}, but {folder} has {size_text(free)} free: "
+        "free some space, or choose another folder with the environment variable MASKDM_CACHE"
+    )

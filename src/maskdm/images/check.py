@@ -1,40 +1,38 @@
-"""The doctor: one pass over a source, and what there is to know before training on it."""
+"""The doctor: one pass over a source, and what a user should know before training on it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import os
+import math
 import posixpath
+import statistics
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from maskdm.images.build import Seen, number_groups
-from maskdm.images.diagnosis import Report, Span, findings_of, lengths, some
+from maskdm.images.diagnosis import Report, Spread, findings_of
 from maskdm.images.duplicates import MAX_IMAGES, exact_groups, near_groups
+from maskdm.images.inspection import THUMBNAIL, ImageFacts, inspect_images
 from maskdm.images.known import crop_of
-from maskdm.images.look import THUMBNAIL, Look, Looks, look_at
+from maskdm.images.labels import Group, folder_labels, number_groups
 from maskdm.images.open import open_source
 from maskdm.images.source import Item, Source
 from maskdm.images.workers import map_chunks, num_cores
 from maskdm.recipe import Data
+from maskdm.words import printable
 
-NUM_SIZES = 5  # commonest ones told
-HALF = 0.5  # of an image: what a crop should at least leave
+NUM_SIZES = 5  # commonest ones in the report
+LEAST_KEPT = 0.5  # of an image: a crop that keeps less is extreme
 
 
 class Samples:
-    """Some of the prepared images, evenly spread over a source whose length isn't known.
-
-    Args:
-        most: how many to keep; none if 0.
-    """
+    """Some of the prepared images, at most `most`, evenly spread over a source of any length."""
 
     def __init__(self, most: int):
         self.most = most
@@ -42,141 +40,114 @@ class Samples:
         self._num_seen, self._every = 0, 1
 
     def add(self, images: np.ndarray) -> None:
-        """uint8 (n, H, W, C): the next ones."""
+        """Adds the next images, uint8 (n, H, W, C)."""
         for image in images:
             if self._num_seen % self._every == 0:
                 self._kept.append(image.copy())
             self._num_seen += 1
-            if len(self._kept) > 2 * self.most:  # thins them out, and takes half as many on
+            if len(self._kept) > 2 * self.most:  # keeps every other one, now and from here on
                 self._kept, self._every = self._kept[::2], 2 * self._every
 
     def images(self) -> list[np.ndarray]:
-        """uint8 (H, W, C) each, at most `most` of them, from the first to about the last."""
+        """uint8 (H, W, C) each, from the first to about the last."""
         num = min(self.most, len(self._kept))
-        places = np.linspace(0, len(self._kept) - 1, num).round().astype(int) if num else []
+        places = np.linspace(0, len(self._kept) - 1, num).round().astype(int)
         return [self._kept[place] for place in places]
 
 
 def examine(data: Data, progress: bool = True, samples: Samples | None = None) -> Report:
-    """Reads a source through, and tells what is in it; nothing is written.
+    """Reads all of a source and reports what it holds; nothing is written.
 
-    An image costs some 300 bytes of memory besides its name (a digest, a thumbnail);
-    of more than 1,048,576 near duplicates are not looked for.
+    An image takes some 300 bytes of memory besides its name (a digest, a thumbnail). Near
+    duplicates are searched for among up to 1,048,576 images. `samples` receives the prepared ones.
 
-    Args:
-        data: source, size, channels, crop, background and on_bad.
-        progress: show a bar.
-        samples: is given the prepared images.
-
-    Raises:
-        ValueError: a source that can't be opened, has no images, or breaks off before its first.
+    Raises ValueError for a source that cannot be opened, has no images, or fails before its first.
     """
     source = open_source(data.source)
-    seen = _Gathered(data)
-    num_kept = samples.most if samples else 0
-    look = functools.partial(look_at, data=data, with_images=num_kept > 0)
-    hidden = None if progress else True  # None: hidden where no terminal shows it
-    breaks = list[str]()
-    image_bytes = int(np.prod(data.shape))
+    samples = samples or Samples(0)
+    inspect = functools.partial(inspect_images, data=data, with_images=samples.most > 0)
+    collected, errors = _Collected(data), list[str]()
+    items = _until_error(source.items(), errors)
+    hidden = None if progress else True  # None: hidden unless in a terminal
     with (
-        tqdm(
-            desc=f"checking {data.source}", total=source.num_images, disable=hidden, unit="img"
-        ) as bar,
-        contextlib.closing(
-            map_chunks(look, _up_to_a_break(source.items(), breaks), image_bytes)
-        ) as chunks,
+        tqdm(None, f"checking {data.source}", source.num_images, disable=hidden, unit="img") as bar,
+        contextlib.closing(map_chunks(inspect, items, math.prod(data.shape))) as chunks,
     ):
-        for items, looks in chunks:
-            seen.add(items, looks)
-            if samples is not None:
-                samples.add(looks.prepared)
-            bar.update(len(items))
-    if not seen.num_images:
-        raise ValueError(f"{data.source} has no images")
-    report = seen.report(source, breaks[0] if breaks else None)
-    return dataclasses.replace(report, findings=findings_of(report, data))
+        for chunk, (facts, build_sec, prepared) in chunks:
+            collected.add(chunk, facts, build_sec)
+            samples.add(prepared)
+            bar.update(len(chunk))
+    if not collected.num_images:
+        raise ValueError(errors[0] if errors else f"{data.source} has no images")
+    report = collected.report(source, errors[0] if errors else None)
+    return dataclasses.replace(report, findings=findings_of(report))
 
 
-def _up_to_a_break(items: Iterator[Item], breaks: list[str]) -> Iterator[Item]:
-    """Items for as long as the source can be read; adds why it can't any more to `breaks`.
-
-    Raises ValueError where not even the first can be.
-    """
-    is_empty = True
+def _until_error(items: Iterator[Item], errors: list[str]) -> Iterator[Item]:
+    """Yields items until the source can be read no further, and adds the reason to `errors`."""
     try:
-        for item in items:
-            yield item
-            is_empty = False
+        yield from items
     except ValueError as error:
-        if is_empty:
-            raise
-        breaks.append(str(error))
+        errors.append(str(error))
 
 
-class _Gathered:
-    """What has been seen of a source so far."""
+class _Collected:
+    """What has been read of a source so far."""
 
     def __init__(self, data: Data):
-        self._data = data
-        self._crop = crop_of(data)
-        self.num_images = 0
+        self._data, self._crop = data, crop_of(data)
+        self.num_images, self._build_sec = 0, 0.0
         self._names: list[str] = []  # of the readable ones
-        self._widths, self._heights = array("l"), array("l")
-        self._formats, self._modes = Counter[str](), Counter[str]()
-        self._traits, self._sizes = Counter[str](), Counter[tuple[int, int]]()
+        self._formats, self._modes, self._traits = Counter[str](), Counter[str](), Counter[str]()
+        self._sizes = Counter[tuple[int, int]]()
         self._digests, self._thumbnails, self._hashes = bytearray(), bytearray(), array("Q")
         self._unreadable: list[tuple[str, str]] = []
         self._enlarged: list[str] = []
         self._extreme: list[str] = []
-        self._groups: dict[Seen, str] = {}  # first image of each folder and label
-        self._of_group = Counter[Seen]()  # readable ones
-        self._build_sec = 0.0
+        self._groups: dict[Group, str] = {}  # first image of each
+        self._num_in_group = Counter[Group]()  # readable ones
 
-    def add(self, items: list[Item], looks: Looks) -> None:
-        """The next images."""
+    def add(self, items: list[Item], facts: Sequence[ImageFacts | str], build_sec: float) -> None:
+        """Adds the next images."""
         self.num_images += len(items)
-        self._build_sec += looks.build_sec
-        for item, look in zip(items, looks.looks, strict=True):
+        self._build_sec += build_sec
+        for item, known in zip(items, facts, strict=True):
             group = posixpath.dirname(item.name), item.label
             self._groups.setdefault(group, item.name)
-            if isinstance(look, str):
-                self._unreadable.append((item.name, look))
+            if isinstance(known, str):
+                self._unreadable.append((item.name, known))
             else:
-                self._of_group[group] += 1
-                self._add_look(item.name, look)
+                self._num_in_group[group] += 1
+                self._add_readable(item.name, known)
 
-    def _add_look(self, name: str, look: Look) -> None:
+    def _add_readable(self, name: str, facts: ImageFacts) -> None:
         self._names.append(name)
-        self._widths.append(look.width)
-        self._heights.append(look.height)
-        self._sizes[look.width, look.height] += 1
-        self._formats[look.format] += 1
-        self._modes[look.mode] += 1
-        self._traits.update(look.traits)
-        self._digests += look.digest
-        if len(self._hashes) <= MAX_IMAGES:  # one more tells that there are too many
-            self._hashes.append(look.difference_hash)
-            self._thumbnails += look.thumbnail
+        self._sizes[facts.width, facts.height] += 1
+        self._formats[facts.format] += 1
+        self._modes[facts.mode] += 1
+        self._traits.update(facts.traits)
+        self._digests += facts.digest
+        if len(self._hashes) <= MAX_IMAGES:  # one more shows that there are too many
+            self._hashes.append(facts.difference_hash)
+            self._thumbnails += facts.thumbnail
         height, width, _ = self._data.shape
-        if _is_enlarged(look, self._crop, height, width):
+        side = {"celeba": 128, "celeba140": 140}.get(self._crop)  # cut from each image
+        if (side or facts.width) < width or (side or facts.height) < height:
             self._enlarged.append(name)
-        if self._crop in ("center", "resize"):
-            shape = look.width * height / (look.height * width)
-            if min(shape, 1 / shape) < HALF:
-                self._extreme.append(name)
+        shape = facts.width * height / (facts.height * width)
+        if self._crop in ("center", "resize") and min(shape, 1 / shape) < LEAST_KEPT:
+            self._extreme.append(name)
 
-    def report(self, source: Source, broke_off: str | None) -> Report:
-        """All of it, without findings."""
-        groups = list(self._groups.items())
-        classes, no_classes, bad_labels = dict[str, int](), None, None
+    def report(self, source: Source, read_error: str | None) -> Report:
+        """The report on all images, without findings."""
+        classes, no_classes, label_error = dict[str, int](), None, None
         try:
-            classes, no_classes = _classes(groups, self._of_group, source.class_names)
-            if no_classes and not source.has_folders:
-                no_classes = "the source tells none"
+            classes, no_classes = self._classes(source)
         except ValueError as error:
-            bad_labels = str(error)
-        exact, near, is_whole = self._copies()
+            label_error = str(error)
+        exact, near, near_all = self._copies()
         num_readable, cores = len(self._names), num_cores()
+        sizes = list(self._sizes.elements())
         return Report(
             source=self._data.source,
             kind=source.kind,
@@ -186,88 +157,73 @@ class _Gathered:
             on_bad=self._data.on_bad,
             num_images=self.num_images,
             num_readable=num_readable,
-            broke_off=broke_off,
+            read_error=read_error,
             notes=source.notes,
             classes=classes,
             no_classes=no_classes,
-            bad_labels=bad_labels,
-            width=lengths(list(self._widths)),
-            height=lengths(list(self._heights)),
-            sizes=[Span(*size, num) for size, num in self._sizes.most_common(NUM_SIZES)],
+            label_error=label_error,
+            width=_spread([width for width, _ in sizes]),
+            height=_spread([height for _, height in sizes]),
+            sizes=[(*size, num) for size, num in self._sizes.most_common(NUM_SIZES)],
             formats=_commonest_first(self._formats),
             modes=_commonest_first(self._modes),
             traits=_commonest_first(self._traits),
             unreadable=self._unreadable,
-            passed_over=_commonest_first(source.passed_over),
+            skipped=_commonest_first(source.skipped),
             duplicates=exact,
             near_duplicates=near,
-            near_duplicates_all=is_whole,
+            near_duplicates_all=near_all,
             enlarged=self._enlarged,
             extreme=self._extreme,
-            store_bytes=num_readable * int(np.prod(self._data.shape)),
+            store_bytes=num_readable * math.prod(self._data.shape),
             build_sec=self._build_sec / cores,
             num_cores=cores,
         )
 
+    def _classes(self, source: Source) -> tuple[dict[str, int], str | None]:
+        """Numbers of readable images by class; or why there are no classes.
+
+        Raises ValueError for labels that cannot be class numbers.
+        """
+        groups = list(self._groups)
+        numbers, names = number_groups(groups, np.arange(len(groups)), source.class_names)
+        if numbers is not None:
+            counts = Counter[int]()
+            for group, number in zip(groups, numbers.tolist(), strict=True):
+                counts[number] += self._num_in_group[group]
+            return {name: counts[i] for i, name in enumerate(names)}, None
+        if not source.has_folders:
+            return {}, "the source has no labels"
+        without = [name for (_, label), name in self._groups.items() if label is None]
+        if len(without) < len(groups):
+            return {}, f"some images have a label and some do not, such as {printable(without[0])}"
+        if len(groups) == 1:
+            return {}, "all images are in one folder"
+        images = list(self._groups.values())
+        outside = images[folder_labels(images).index(None)]
+        return {}, f"some images are outside the class folders, such as {printable(outside)}"
+
     def _copies(self) -> tuple[list[list[str]], list[list[str]], bool]:
         """Names of equal images, of alike ones, and whether all of the latter were found."""
-        groups = exact_groups(np.frombuffer(self._digests, np.uint64).reshape(-1, 2))
+        groups = exact_groups(np.frombuffer(self._digests, "V16"))
         exact = [[self._names[i] for i in group] for group in groups]
         if len(self._hashes) > MAX_IMAGES:
             return exact, [], False
-        is_first = np.ones(len(self._names), bool)  # of its equals
-        for group in groups:
-            is_first[group[1:]] = False
-        firsts = np.flatnonzero(is_first)
+        copies = [i for group in groups for i in group[1:]]
+        firsts = np.delete(np.arange(len(self._names)), copies)
         hashes = np.frombuffer(self._hashes, np.uint64)
         thumbnails = np.frombuffer(self._thumbnails, np.uint8).reshape(-1, THUMBNAIL**2)
         if len(firsts) < len(hashes):
             hashes, thumbnails = hashes[firsts], thumbnails[firsts]
-        alike, is_whole = near_groups(hashes, thumbnails)
-        return exact, [[self._names[firsts[i]] for i in group] for group in alike], is_whole
+        alike, is_all = near_groups(hashes, thumbnails)
+        return exact, [[self._names[firsts[i]] for i in group] for group in alike], is_all
 
 
 def _commonest_first(counter: Counter[Any]) -> dict[Any, int]:
     return dict(sorted(counter.items(), key=lambda entry: (-entry[1], str(entry[0]))))
 
 
-def _is_enlarged(look: Look, crop: str, height: int, width: int) -> bool:
-    """Whether pixels have to be made up to fill the size asked for."""
-    if crop in ("celeba", "celeba140"):
-        side = 128 if crop == "celeba" else 140
-        return max(height, width) > side
-    return look.width < width or look.height < height
-
-
-def _classes(
-    groups: list[tuple[Seen, str]], num_readable: dict[Seen, int], class_names: list[str] | None
-) -> tuple[dict[str, int], str | None]:
-    """Numbers of readable images by class; or why there are no classes.
-
-    Args:
-        groups: folder and label of images that share both, and the name of the first.
-        num_readable: of each group.
-        class_names: names of the numbers, where the source knows them.
-
-    Raises ValueError for labels that can't be class numbers.
-    """
-    if not groups:
-        return {}, "there are no images"
-    keys = [key for key, _ in groups]
-    numbers, names = number_groups(keys, np.arange(len(keys)), class_names)
-    if numbers is not None:
-        counts = Counter[int]()
-        for key, number in zip(keys, numbers.tolist(), strict=True):
-            counts[number] += num_readable.get(key, 0)
-        return {name: counts[i] for i, name in enumerate(names)}, None
-    without = [name for (_, label), name in groups if label is None]
-    if len(without) < len(groups):
-        return {}, f"some images have a label and some have none, such as {some(without[:1])}"
-    folders = [folder.split("/") if folder else [] for folder, _ in keys]
-    depth = len(os.path.commonprefix(folders))
-    outside = [
-        name for folder, (_, name) in zip(folders, groups, strict=True) if len(folder) <= depth
-    ]
-    if len(groups) == 1:
-        return {}, "all images lie in one folder"
-    return {}, f"some images lie outside of the class folders, such as {some(outside[:1])}"
+def _spread(lengths: list[int]) -> Spread | None:
+    if not lengths:
+        return None
+    return min(lengths), statistics.median_low(lengths), max(lengths)

@@ -1,330 +1,217 @@
-"""What the doctor says of a source: facts, and findings with a way out in each."""
+"""The doctor's report: facts about a source, and findings that each say what to do."""
 
 from __future__ import annotations
 
-import shutil
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from maskdm.images.build import missing_room
 from maskdm.images.known import KNOWN
-from maskdm.images.problems import TOLERATED, printable, refuse_bad, size_text
 from maskdm.images.store import cache_dir
-from maskdm.recipe import Data
+from maskdm.images.unreadable import TOLERATED, most_unreadable
+from maskdm.words import counted, listed, printable
+
+Level = Literal["error", "warning", "note"]
+LEVELS: tuple[Level, ...] = ("error", "warning", "note")
 
 
 class Finding(NamedTuple):
-    """One thing to know: what it is, and what to do. An `error` makes the source unusable."""
+    """What is wrong or worth knowing, and what to do. An `error` makes the source unusable."""
 
-    level: Literal["error", "warning", "note"]
+    level: Level
     text: str
 
 
-class Spread(NamedTuple):
-    """How some lengths in pixels lie."""
+_error, _warning, _note = (functools.partial(Finding, level) for level in LEVELS)
 
-    least: int
-    median: int
-    most: int
-
-
-class Span(NamedTuple):
-    """How often a size occurs, in pixels."""
-
-    width: int
-    height: int
-    num_images: int
+Spread = tuple[int, int, int]  # least, median (the lower one of two) and largest
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is in a source. JSON-able by `dataclasses.asdict`.
+    """What a source holds. JSON-able by `dataclasses.asdict`."""
 
-    Attributes:
-        source: as the user named it.
-        kind: `folder`, `zip archive`, ...
-        shape: height, width and channels that were asked for.
-        crop: how images come to that size, known sets' own crops resolved.
-        background: colour under transparent images.
-        on_bad: what unreadable images do: auto, error or skip.
-        num_images: all that the source holds, unreadable ones included.
-        num_readable: those that can be decoded and prepared; all that follows is told of them.
-        broke_off: why the source could not be read to its end, or None.
-        notes: what else is wrong with the source (its label files, say).
-        classes: number of images by name of the class, in the order of their numbers.
-        no_classes: why there are none, or None where there are.
-        bad_labels: why labels can't be class numbers, or None.
-        width, height: of the images, turned as EXIF says.
-        sizes: the commonest ones.
-        formats, modes: numbers of images by Pillow's names.
-        traits: numbers of images by what is special: see `look.Look`.
-        unreadable: name and reason of each.
-        passed_over: numbers of files that are no images, by suffix.
-        duplicates: names of images whose pixels are equal, by group.
-        near_duplicates: names of images that look the same, by group; of equal ones the first.
-        near_duplicates_all: False where there are too many images to find them all.
-        enlarged: names of those smaller than what is asked for.
-        extreme: names of those of which the crop cuts away more than half (or which `resize`
-            squeezes to less than half).
-        store_bytes: size of the packed store.
-        build_sec: estimate of the time to build it, on `num_cores` cores.
-    """
-
-    source: str
-    kind: str
-    shape: tuple[int, int, int]
-    crop: str
-    background: str
-    on_bad: str
-    num_images: int
-    num_readable: int
-    broke_off: str | None
-    notes: list[str]
-    classes: dict[str, int]
-    no_classes: str | None
-    bad_labels: str | None
-    width: Spread | None
+    source: str  # its name, as in the settings
+    kind: str  # folder, zip archive, ...
+    shape: tuple[int, int, int]  # height, width and channels of the prepared images
+    crop: str  # how images come to that size; `auto` is resolved
+    background: str  # colour behind transparent images
+    on_bad: str  # what unreadable images do: auto, error or skip
+    num_images: int  # all images of the source, unreadable ones included
+    num_readable: int  # those that can be decoded and prepared; all that follows is about them
+    read_error: str | None  # why the source could not be read to its end
+    notes: list[str]  # what else is wrong with the source (with its label files, say)
+    classes: dict[str, int]  # numbers of images by name, in the order of the class numbers
+    no_classes: str | None  # why there are none
+    label_error: str | None  # why labels cannot be class numbers
+    width: Spread | None  # of the images, in pixels after rotation by EXIF
     height: Spread | None
-    sizes: list[Span]
-    formats: dict[str, int]
-    modes: dict[str, int]
-    traits: dict[str, int]
-    unreadable: list[tuple[str, str]]
-    passed_over: dict[str, int]
-    duplicates: list[list[str]]
-    near_duplicates: list[list[str]]
-    near_duplicates_all: bool
-    enlarged: list[str]
-    extreme: list[str]
-    store_bytes: int
-    build_sec: float
+    sizes: list[tuple[int, int, int]]  # the commonest: width, height, number of images
+    formats: dict[str, int]  # numbers of images by Pillow's name of the format
+    modes: dict[str, int]  # and by that of the mode
+    traits: dict[str, int]  # numbers of images by special traits: see `inspection.ImageFacts`
+    unreadable: list[tuple[str, str]]  # name and reason of each
+    skipped: dict[str, int]  # numbers of files that are not images, by suffix
+    duplicates: list[list[str]]  # names of images with equal pixels, by group
+    near_duplicates: list[list[str]]  # of images that look the same; the first of equal ones
+    near_duplicates_all: bool  # False where there are too many images to find them all
+    enlarged: list[str]  # names of images smaller than `shape`
+    extreme: list[str]  # of images that lose over half to the crop, or are squeezed as much
+    store_bytes: int  # size of the packed store
+    build_sec: float  # estimate of the time to build it, on `num_cores` cores
     num_cores: int
     findings: tuple[Finding, ...] = ()
 
     @property
     def usable(self) -> bool:
-        """Whether training would take the source."""
+        """Whether training would accept the source."""
         return all(finding.level != "error" for finding in self.findings)
 
 
 UNREADABLE_FORMATS = {
-    ".heic": "HEIC: convert them to JPEG or PNG, with heif-convert, say",
-    ".heif": "HEIF: convert them to JPEG or PNG, with heif-convert, say",
+    ".heic": "HEIC: convert them to JPEG or PNG, for example with heif-convert",
+    ".heif": "HEIF: convert them to JPEG or PNG, for example with heif-convert",
     ".avif": "AVIF: install a newer Pillow, or convert them to PNG",
-    ".jxl": "JPEG XL: convert them to PNG, with djxl, say",
-    ".svg": "drawings without pixels: render them to PNG, with rsvg-convert, say",
-    ".psd": "Photoshop's own: export them as PNG",
+    ".jxl": "JPEG XL: convert them to PNG, for example with djxl",
+    ".svg": "vector graphics: render them to PNG, for example with rsvg-convert",
+    ".psd": "Photoshop files: export them as PNG",
     **dict.fromkeys(
-        (".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"),
+        ".cr2 .cr3 .nef .arw .dng .raf .orf .rw2".split(),
         "a camera's raw data: develop them to JPEG or PNG",
     ),
     **dict.fromkeys(
-        (".mp4", ".mov", ".avi", ".mkv", ".webm"),
-        "films: take single frames out, with ffmpeg, say",
+        ".mp4 .mov .avi .mkv .webm".split(), "videos: extract frames, for example with ffmpeg"
     ),
 }
 
 
-def findings_of(report: Report, data: Data) -> tuple[Finding, ...]:
-    """What to know of a source, errors first."""
-    found = [
-        *_unreadable(report, data),
-        *_room(report),
-        *_known_set(report),
-        *_labels(report),
-        *_lost_files(report),
-        *_copies(report),
-        *_shapes(report),
-        *_notes(report),
-    ]
-    levels = ("error", "warning", "note")
-    return tuple(sorted(found, key=lambda finding: levels.index(finding.level)))
+def findings_of(report: Report) -> tuple[Finding, ...]:
+    """What a user should know about a source, errors first."""
+    kinds = (_reading, _known_set, _files, _shapes, _contents)
+    findings = [finding for find in kinds for finding in find(report)]
+    return tuple(sorted(findings, key=lambda finding: LEVELS.index(finding.level)))
 
 
-def counted(num: int, one: str, more: str | None = None) -> str:
-    """`1 image`, `2 images`, `1,234 images`."""
-    return f"{num:,} {one if num == 1 else more or one + 's'}"
-
-
-def _unreadable(report: Report, data: Data) -> Iterator[Finding]:
+def _reading(report: Report) -> Iterator[Finding]:
     num, total = len(report.unreadable), report.num_images
-    if report.bad_labels:
-        yield Finding("error", f"{report.bad_labels}: mend the labels, or take them away")
-    if report.broke_off:
-        yield Finding(
-            "error",
-            f"the source can't be read to its end: {report.broke_off}; mend or fetch it again "
-            f"(what is told here is of the {counted(total, 'image')} before)",
+    if report.label_error:
+        yield _error(f"{report.label_error}: fix the labels, or remove them")
+    if report.read_error:
+        yield _error(
+            f"the source cannot be read to its end: {report.read_error}; fix it or get it again "
+            f"(this report covers the {counted(total, 'image')} before)"
         )
-    if not num:
-        return
-    share = f"{counted(num, 'image')} of {total:,} can't be read"
-    try:
-        refuse_bad(report.source, report.unreadable, total, data.on_bad)
-    except ValueError:
-        if num == total:
-            yield Finding("error", f"none of the {total:,} images can be read: see why above")
-            return
-        rule = (
-            "on-bad error allows none"
-            if data.on_bad == "error"
-            else f"training leaves out {TOLERATED:.0%} by itself"
+    share = f"{counted(num, 'image')} of {total:,} cannot be read"
+    if num == total:
+        yield _error(f"none of the {total:,} images can be read: see why above")
+    elif num > most_unreadable(total, report.on_bad):
+        rule = f"training skips up to {TOLERATED:.0%} by default"
+        if report.on_bad == "error":
+            rule = "on-bad error allows none"
+        yield _error(
+            f"{share}, but {rule}: fix or remove them, or skip them with --data.on-bad skip "
+            "(here --on-bad skip)"
         )
-        ways_out = "mend or remove them, or leave them out with --data.on-bad skip"
-        yield Finding("error", f"{share}, and {rule}: {ways_out} (here --on-bad skip)")
-    else:
-        yield Finding(
-            "warning", f"{share} and will be left out: mend them if they matter, or remove them"
-        )
-
-
-def _room(report: Report) -> Iterator[Finding]:
-    folder = cache_dir()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if report.store_bytes > free:
-        yield Finding(
-            "error",
-            f"the store needs {size_text(report.store_bytes)}, but {cache_dir()} has "
-            f"{size_text(free)} free: make room, or name another place with the environment "
-            "variable MASKDM_CACHE",
-        )
+    elif num:
+        yield _warning(f"{share} and will be skipped: fix them if they matter, or remove them")
+    if problem := missing_room(report.store_bytes, cache_dir()):
+        yield _error(problem)
 
 
 def _known_set(report: Report) -> Iterator[Finding]:
     known = KNOWN.get(report.source)
     if known is None:
         return
-    if report.num_images < known.num_images:
-        yield Finding(
-            "warning",
-            f"{known.title} has {known.num_images:,} images, and here are "
-            f"{report.num_images:,}: get the rest from {known.where}",
+    if report.num_images != known.num_images:
+        way_out = f"get the rest from {known.where}"
+        if report.num_images > known.num_images:
+            way_out = f"remove what does not belong to it; expected {known.layout}"
+        yield _warning(
+            f"{known.title} has {known.num_images:,} images, but this copy has "
+            f"{report.num_images:,}: {way_out}"
         )
-    elif report.num_images > known.num_images:
-        yield Finding(
-            "warning",
-            f"{known.title} has {known.num_images:,} images, and here are "
-            f"{report.num_images:,}: take out what is not of it; expected is {known.layout}",
-        )
-    others = [size for size in report.sizes if known.size and size[:2] != known.size]
-    if known.size and others:
-        width, height = known.size
-        yield Finding(
-            "warning",
-            f"images of {known.title} have {width}x{height} pixels, but some here have "
-            f"{others[0].width}x{others[0].height}: get the set from {known.where}",
+    sizes = [f"{width}x{height}" for width, height, _ in report.sizes]
+    if others := [size for size in sizes if known.size not in (None, size)]:
+        yield _warning(
+            f"images of {known.title} have {known.size} pixels, but some here have {others[0]}: "
+            f"get the set from {known.where}"
         )
     if report.crop != known.crop:
-        yield Finding(
-            "note",
-            f"the field cuts {known.title} by crop {known.crop}, and this is crop {report.crop}: "
-            "to compare with papers use --data.crop auto (here --crop auto)",
+        yield _note(
+            f"papers use crop {known.crop} for {known.title}, but this is crop {report.crop}: "
+            "to compare with papers use --data.crop auto (here --crop auto)"
         )
 
 
-def _labels(report: Report) -> Iterator[Finding]:
-    for note in report.notes:
-        yield Finding("warning", f"{printable(note)}: mend it if that isn't meant")
+def _files(report: Report) -> Iterator[Finding]:
+    for text in report.notes:
+        yield _warning(f"{printable(text)}: fix it if this is not intended")
     if empty := [name for name, num in report.classes.items() if not num]:
-        yield Finding(
-            "warning",
-            f"{counted(len(empty), 'class has', 'classes have')} no images ({some(empty)}): number "
-            "classes without gaps, and take such folders away",
+        yield _warning(
+            f"{counted(len(empty), 'class has', 'classes have')} no images ({listed(empty, 3)}): "
+            "number classes without gaps, and remove empty class folders"
         )
-
-
-def _lost_files(report: Report) -> Iterator[Finding]:
     for suffix, what in UNREADABLE_FORMATS.items():
-        if num := report.passed_over.get(suffix):
+        if num := report.skipped.get(suffix):
             files = counted(num, f"{suffix} file is", f"{suffix} files are")
-            yield Finding("warning", f"{files} passed over; Pillow can't read {what}")
-
-
-def _copies(report: Report) -> Iterator[Finding]:
-    if report.duplicates:
-        num = sum(len(group) - 1 for group in report.duplicates)
-        yield Finding(
-            "warning",
+            yield _warning(f"{files} skipped, because Pillow cannot read {what}")
+    if num := sum(len(group) - 1 for group in report.duplicates):
+        yield _warning(
             f"{counted(num, 'image is an exact copy', 'images are exact copies')} of another: "
-            "keep one of each, or the model sees it more often than the rest",
+            "keep one of each, or the model sees it more often than the rest"
         )
-    if report.near_duplicates:
-        num = sum(len(group) - 1 for group in report.near_duplicates)
-        yield Finding(
-            "warning",
+    if num := sum(len(group) - 1 for group in report.near_duplicates):
+        yield _warning(
             f"{counted(num, 'image looks', 'images look')} almost like another: look at them, and "
-            "keep one of each if they are copies",
+            "keep one of each if they are copies"
         )
     if not report.near_duplicates_all:
-        yield Finding(
-            "note",
-            "there are too many images, or too many that look alike, to find all near duplicates: "
-            "check parts of the source by themselves",
+        yield _note(
+            "too many images, or too many that look alike, to find all near duplicates: check "
+            "parts of the source separately"
         )
 
 
 def _shapes(report: Report) -> Iterator[Finding]:
     height, width, _ = report.shape
     if num := len(report.enlarged):
-        images = counted(num, "image is", "images are")
-        images = f"all {images}" if 1 < num == report.num_readable else images
-        yield Finding(
-            "warning",
-            f"{images} smaller than what is asked for and will be enlarged, which blurs: ask for "
-            f"less than {width}x{height} with --data.size, or remove the small ones",
+        every = "all " if 1 < num == report.num_readable else ""
+        yield _warning(
+            f"{every}{counted(num, 'image is', 'images are')} smaller than {width}x{height} and "
+            "will be enlarged, which blurs: use a smaller --data.size, or remove the small ones"
         )
-    if num := len(report.extreme):
-        images = counted(num, "image is", "images are")
-        if report.crop == "resize":
-            text = f"{images} squeezed to less than half in one direction: crop center cuts instead"
-        else:
-            text = (
-                f"crop center cuts away more than half of {counted(num, 'image')}: crop resize "
-                "squeezes instead; or cut them yourself, or remove them"
-            )
-        yield Finding("warning", text)
+    num = len(report.extreme)
+    if num and report.crop == "resize":
+        yield _warning(
+            f"{counted(num, 'image is', 'images are')} squeezed to less than half in one "
+            "direction: crop center cuts instead"
+        )
+    elif num:
+        yield _warning(
+            f"crop center removes more than half of {counted(num, 'image')}: squeeze them with "
+            "crop resize, crop them yourself, or remove them"
+        )
 
 
-def _notes(report: Report) -> Iterator[Finding]:
+def _contents(report: Report) -> Iterator[Finding]:
     channels = report.shape[2]
     if report.no_classes:
-        yield Finding(
-            "note",
-            f"no classes: {report.no_classes}. A conditional model needs a folder for each class "
-            "with all images in one, or a label file (metadata.jsonl, dataset.json)",
+        yield _note(
+            f"no classes: {report.no_classes}. A conditional model needs all images in class "
+            "folders, or a label file (metadata.jsonl, dataset.json)"
         )
     if num := report.traits.get("transparent"):
-        images = counted(num, "image has", "images have")
+        how = f"kept in {channels} channels: --data.channels {channels - 1} removes them"
         if channels in (1, 3):
-            text = (
-                f"{images} transparent parts, to be laid on {report.background}: --data.background "
-                f"names another colour, --data.channels {channels + 1} keeps transparency"
+            how = (
+                f"drawn over {report.background}: --data.background sets another colour, "
+                f"--data.channels {channels + 1} keeps transparency"
             )
-        else:
-            text = f"{images} transparent parts, and {channels} channels keep them: 3 would not"
-        yield Finding("note", text)
+        yield _note(f"{counted(num, 'image has', 'images have')} transparent parts, {how}")
     if num := report.traits.get("several frames"):
-        images = counted(num, "file has", "files have")
-        yield Finding(
-            "note", f"{images} several frames, and the first is used: for more, save them as files"
-        )
+        files = counted(num, "file has", "files have")
+        yield _note(f"{files} several frames, of which the first is used: save others as files")
     if channels > 2 and report.modes and set(report.modes) <= {"1", "L", "I;16", "I;16B"}:
-        yield Finding(
-            "note", "all images are grey: --data.channels 1 makes the store and the model smaller"
-        )
-
-
-def some(names: list[str], most: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(printable(name) for name in names[:most]) + more
-
-
-def lengths(values: list[int]) -> Spread | None:
-    """Least, median (the lower one) and largest; None of none."""
-    ordered = sorted(values)
-    if not ordered:
-        return None
-    return Spread(ordered[0], ordered[(len(ordered) - 1) // 2], ordered[-1])
+        yield _note("all images are grey: --data.channels 1 makes the store and the model smaller")

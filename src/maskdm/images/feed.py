@@ -1,10 +1,10 @@
-"""Batches on the device, ahead of the step that wants them."""
+"""Batches of images on the device, fetched ahead of the training step."""
 
 from __future__ import annotations
 
+import functools
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,47 +12,33 @@ from torch import Tensor
 
 from maskdm.images.joined import Array
 from maskdm.images.order import ImageOrder
-from maskdm.images.problems import size_text
 from maskdm.images.store import Store
+from maskdm.words import size_text
 
-NUM_AHEAD = 2  # batches fetched before they are asked for
-RESIDENT_SHARE = 0.25  # of a GPU's memory that images may fill by themselves
+NUM_AHEAD = 2  # batches fetched before they are requested
+RESIDENT_SHARE = 0.25  # of a GPU's memory that images may fill with resident auto
 COPY_BYTES = 2**26  # copied to the device at a time
-MOST_WAITING = 0.05  # share of the time spent waiting for images that goes without a word
+MOST_WAITING = 0.05  # share of time spent waiting for images, above which a note is due
 
-Place = tuple[int, int]  # position in the order, global batch size
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """A rank's share of a batch.
-
-    Attributes:
-        images: uint8 (B, H, W, C) on the device.
-        labels: int64 (B,) on the device, or None.
-        ready: what the device has to wait for, or None.
-    """
-
-    images: Tensor
-    labels: Tensor | None
-    ready: torch.cuda.Event | None
+Fetched = tuple[Tensor, Tensor | None, torch.cuda.Event | None]
+"""Images, uint8 (B, H, W, C), and labels, int64 (B,), on the device; what it has to wait for."""
 
 
 class Feed:
-    """A rank's share of each batch, read in the endless order of the run.
+    """A rank's share of each batch, in the endless order of the run.
 
-    Images lie in the device's memory where that was asked for or is sensible; else a thread
-    gathers the next batches from the memory-mapped store, and copies them to a GPU from pinned
-    memory beside the computation. What comes is a function of the position alone.
+    Images are kept in the device's memory where `residence` says so; else a thread gathers the
+    next batches from the memory-mapped store and copies them to a GPU from pinned memory while it
+    computes. Batches are a function of the position alone.
 
     Args:
         store: the images.
-        subset: those that are trained on, int64, sorted.
-        order: in which; of as many images as the subset has.
-        rank, num_ranks: whose share.
-        device: where batches go.
+        subset: indices of the images to train on, int64, sorted.
+        order: their order; of as many images as the subset has.
+        rank, num_ranks: choose the share of each batch.
+        device: of the batches.
         resident: `auto`, `on` or `off`, as in `recipe.Data`.
-        with_labels: whether labels are wanted.
+        with_labels: whether batches have labels.
     """
 
     def __init__(
@@ -69,19 +55,21 @@ class Feed:
         self._order, self._rank, self._num_ranks, self._device = order, rank, num_ranks, device
         num_bytes = len(subset) * math.prod(store.images.shape[1:])
         self.is_resident, self.how = residence(num_bytes, device, resident)
-        self._labels = None
+        self._images: Array | Tensor = store.images
+        self._subset, self._labels = subset, None
         if with_labels:
             assert store.labels is not None
             self._labels = torch.from_numpy(store.labels[subset])
         if self.is_resident:
-            self._images: Array | Tensor = _to_device(store.images, subset, device)
+            self._images = _to_device(store.images, subset, device)
             self._labels = None if self._labels is None else self._labels.to(device)
-        else:
-            self._images, self._subset = store.images, subset
-            self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._thread = ThreadPoolExecutor(1, "feed", self._enter_thread)
-        self._ahead: dict[Place, Future[Fetched]] = {}
-        self._num_slow, self._is_told = 0, False
+        is_gpu = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if is_gpu and not self.is_resident else None
+        # In every new thread the device is GPU 0.
+        enter = functools.partial(torch.cuda.set_device, device) if is_gpu else None
+        self._thread = ThreadPoolExecutor(1, "feed", enter)
+        self._ahead: dict[tuple[int, int], Future[Fetched]] = {}  # by position and batch size
+        self._num_slow, self._is_noted = 0, False
 
     def next(self, position: int, batch_size: int) -> tuple[Tensor, Tensor | None]:
         """This rank's share of the global batch that starts at `position` of the order.
@@ -90,85 +78,75 @@ class Feed:
             uint8 (B, H, W, C) and int64 (B,) or None, on the device, B = batch_size / ranks.
         """
         places = [(position + i * batch_size, batch_size) for i in range(NUM_AHEAD + 1)]
-        known = {place: self._ahead[place] for place in places if place in self._ahead}
-        for place in self._ahead.keys() - known.keys():  # of a stage that has ended
+        kept = {place: self._ahead[place] for place in places if place in self._ahead}
+        for place in self._ahead.keys() - kept.keys():  # of an earlier stage
             self._ahead[place].cancel()
-        self._ahead = {p: known.get(p) or self._thread.submit(self._fetch, *p) for p in places}
-        fetched = self._ahead.pop(places[0]).result()
-        if fetched.ready is not None:
+        self._ahead = {p: kept.get(p) or self._thread.submit(self._fetch, *p) for p in places}
+        images, labels, ready = self._ahead.pop(places[0]).result()
+        if ready is not None:
             now = torch.cuda.current_stream(self._device)
-            now.wait_event(fetched.ready)
-            fetched.images.record_stream(now)
-            if fetched.labels is not None:
-                fetched.labels.record_stream(now)
-        return fetched.images, fetched.labels
+            now.wait_event(ready)
+            images.record_stream(now)
+            if labels is not None:
+                labels.record_stream(now)
+        return images, labels
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def note_waiting(self, share: float) -> str | None:
-        """What to say of the share of time spent waiting for images, if anything: once a run.
+        """A note for a run that waits too long for images: once, else None.
 
-        A single slow stretch, such as a cold start, goes without a word.
+        A single slow interval, such as a cold start, is ignored. `share` is that of the time since
+        the last call which was spent waiting.
         """
         self._num_slow = self._num_slow + 1 if share > MOST_WAITING else 0
-        if self._num_slow < 2 or self._is_told:
+        if self._num_slow < 2 or self._is_noted:
             return None
-        self._is_told = True
-        advice = "name a faster disk with the environment variable MASKDM_CACHE"
+        self._is_noted = True
+        advice = "move the store to a faster disk with the environment variable MASKDM_CACHE"
         if not self.is_resident:
             advice += ", or keep the images in memory with --data.resident on"
-        return f"note: {100 * share:.0f} % of the time goes into waiting for images: {advice}"
-
-    def _enter_thread(self) -> None:
-        """A new thread's device is GPU 0, whatever this one's is."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
+        return f"note: {100 * share:.0f} % of the time is spent waiting for images: {advice}"
 
     def _fetch(self, position: int, batch_size: int) -> Fetched:
         chosen = self._order.rank_indices(position, batch_size, self._rank, self._num_ranks)
         places = torch.from_numpy(chosen)
-        if self.is_resident:
-            assert isinstance(self._images, Tensor)
-            if self._device.type == "cuda":
-                places = places.pin_memory()  # else the copy waits for the step to end
-            places = places.to(self._device, non_blocking=True)
-            images = self._images.index_select(0, places)
-            return Fetched(images, self._chosen_labels(places), None)
-        assert not isinstance(self._images, Tensor)
-        images, labels = _gather(self._images, self._subset[chosen]), self._chosen_labels(places)
-        if self._stream is None:
-            labels = None if labels is None else labels.to(self._device)
-            return Fetched(images.to(self._device), labels, None)
-        with torch.cuda.stream(self._stream):
-            images = images.pin_memory().to(self._device, non_blocking=True)
-            if labels is not None:
-                labels = labels.pin_memory().to(self._device, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record(self._stream)
-        return Fetched(images, labels, ready)
+        if isinstance(self._images, Tensor):
+            places = self._copied(places)
+            labels = None if self._labels is None else self._labels[places]
+            return self._images.index_select(0, places), labels, None
+        images = _gather(self._images, self._subset[chosen])
+        with torch.cuda.stream(self._stream):  # without one, this does nothing
+            images = self._copied(images)
+            labels = None if self._labels is None else self._copied(self._labels[places])
+        return images, labels, self._stream.record_event() if self._stream else None
 
-    def _chosen_labels(self, places: Tensor) -> Tensor | None:
-        return None if self._labels is None else self._labels[places]
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device; a copy to a GPU does not wait for the step to end."""
+        if self._device.type != "cuda":
+            return tensor.to(self._device)
+        return tensor.pin_memory().to(self._device, non_blocking=True)
 
 
 def residence(num_bytes: int, device: torch.device, wanted: str) -> tuple[bool, str]:
-    """Whether the images go into the device's memory, and the reason in words.
+    """Whether to keep the images in the device's memory, and the reason in words.
 
-    By itself only onto a GPU, where they take at most a quarter of its memory: the rest is for
-    the model, its gradients and the activations.
+    `auto` keeps them on a GPU where they fill at most a quarter of its memory: the rest is for the
+    model, its gradients and the activations. `on` and `off` decide by themselves.
     """
-    size = size_text(num_bytes)
+    kept = f"{size_text(num_bytes)} resident in the memory of {device}"
+    mapped = f"{size_text(num_bytes)} memory-mapped, {NUM_AHEAD} batches ahead"
     if wanted == "on":
-        return True, f"{size} resident in the memory of {device}, as the recipe says"
+        return True, f"{kept}, as in the recipe"
     if wanted == "off" or device.type != "cuda":
-        return False, f"{size} memory-mapped, {NUM_AHEAD} batches ahead"
+        return False, mapped
     total = torch.cuda.get_device_properties(device).total_memory
     room = f"a quarter of its {size_text(total)}"
     if num_bytes <= RESIDENT_SHARE * total:
-        return True, f"{size} resident in the memory of {device} (at most {room})"
-    return False, f"{size} memory-mapped, {NUM_AHEAD} batches ahead (more than {room} of {device})"
+        return True, f"{kept} (at most {room})"
+    return False, f"{mapped} (more than {room} of {device})"
 
 
 def _to_device(images: Array, subset: np.ndarray, device: torch.device) -> Tensor:
@@ -181,7 +159,7 @@ def _to_device(images: Array, subset: np.ndarray, device: torch.device) -> Tenso
 
 
 def _gather(images: Array, indices: np.ndarray) -> Tensor:
-    """The images with these numbers: uint8 (n, H, W, C)."""
+    """The images with these indices: uint8 (n, H, W, C)."""
     if not isinstance(images, np.ndarray):
         return torch.from_numpy(images[indices])
     rows = torch.from_numpy(images).flatten(1)  # torch copies whole rows, on several threads

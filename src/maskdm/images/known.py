@@ -1,4 +1,4 @@
-"""The paper's data sets by name: where to get them, how they must lie on disk, how to cut them."""
+"""The paper's data sets by name: where to get them, how to store them, how to crop them."""
 
 from __future__ import annotations
 
@@ -11,31 +11,22 @@ from maskdm.recipe import Data
 
 @dataclass(frozen=True)
 class KnownSet:
-    """A data set of the paper.
+    """A data set of the paper."""
 
-    Attributes:
-        title: its name in print.
-        num_images: how many there should be.
-        size: width and height of the files, or None where they vary.
-        layout: what its folder holds.
-        where: the page that offers it.
-        crop: how the field cuts it.
-    """
-
-    title: str
-    num_images: int
-    size: tuple[int, int] | None
-    layout: str
-    where: str
-    crop: str = "center"
+    title: str  # its name in print
+    num_images: int  # in a complete copy
+    size: str | None  # WIDTHxHEIGHT of the files, or None where they vary
+    layout: str  # what its folder holds
+    where: str  # the page that offers it
+    crop: str = "center"  # as in papers
 
 
 KNOWN = {
     "celeba": KnownSet(
         "CelebA, aligned and cropped",
         202_599,
-        (178, 218),
-        "000001.jpg to 202599.jpg (img_align_celeba.zip, 1.3 GB, as it is or unpacked)",
+        "178x218",
+        "000001.jpg to 202599.jpg (img_align_celeba.zip, 1.3 GB, or its contents)",
         "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
         "celeba",
     ),
@@ -43,7 +34,7 @@ KNOWN = {
         "CelebA-HQ",
         30_000,
         None,
-        "30,000 square images of 256 pixels or more (CelebA-HQ-img of CelebAMask-HQ, say)",
+        "30,000 square images of 256 pixels or more (for example CelebA-HQ-img of CelebAMask-HQ)",
         "https://github.com/switchablenorms/CelebAMask-HQ",
     ),
     "ffhq": KnownSet(
@@ -56,7 +47,7 @@ KNOWN = {
     "afhq": KnownSet(
         "AFHQ, training part",
         14_630,
-        (512, 512),
+        "512x512",
         "the contents of afhq/train: class folders cat, dog and wild of 512x512 images",
         "https://github.com/clovaai/stargan-v2",
     ),
@@ -71,16 +62,16 @@ KNOWN = {
 
 
 def crop_of(data: Data) -> str:
-    """The crop that settings mean: that of the known set, or `center`, where they say `auto`."""
+    """The crop of some settings; `auto` is that of a known set, else `center`."""
     if data.crop != "auto":
         return data.crop
     return KNOWN[data.source].crop if data.source in KNOWN else "center"
 
 
 def locate(name: str) -> Path:
-    """Where a known set lies: NAME, NAME.zip or NAME.tar in $MASKDM_DATA, or in ./data.
+    """The path of a known set: NAME, NAME.zip or NAME.tar in $MASKDM_DATA, or in ./data.
 
-    Raises ValueError, with how to get it, where it isn't there.
+    Raises ValueError, which says how to get it, where it is missing.
     """
     root = Path(os.environ.get("MASKDM_DATA") or "data").expanduser()
     for path in (root / name, root / f"{name}.zip", root / f"{name}.tar"):
@@ -89,7 +80,7 @@ def locate(name: str) -> Path:
     known = KNOWN[name]
     raise ValueError(
         f"data.source {name} ({known.title}, {known.num_images:,} images) is not at {root / name}: "
-        f"get it from {known.where} and put there {known.layout}, or a zip or tar of them at "
-        f"{root / name}.zip or .tar (another place for data sets: the environment variable "
-        "MASKDM_DATA). Or train on any images of yours: --data.source FOLDER"
+        f"get it from {known.where} and put {known.layout} there, or a zip or tar of them at "
+        f"{root / name}.zip or .tar. The environment variable MASKDM_DATA sets another folder for "
+        "data sets. To train on your own images: --data.source FOLDER"
     )

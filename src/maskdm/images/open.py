@@ -1,4 +1,4 @@
-"""Which kind of source it is that a user named."""
+"""Opening a source of any kind by its name."""
 
 from __future__ import annotations
 
@@ -15,40 +15,47 @@ from maskdm.images.source import IMAGE_SUFFIXES, DigitsSource, FolderSource, Sou
 
 
 def open_source(name: str) -> Source:
-    """Opens the source that the user named.
+    """Opens a source by its name.
 
-    `digits`; a known set's name (celeba, ...); `hf:...`; a URL or pattern of tars; a folder, a
-    zip, a tar, an `.npz` or `.npy`. A folder of nothing but tars is taken for shards.
+    Args:
+        name: `digits`; a known set's name (celeba, ...); `hf:...`; a URL or pattern of tars; a
+            folder, a zip, a tar, an `.npz` or `.npy`. A folder that holds only tars is read as
+            shards.
 
-    Raises ValueError where there is none, or no image in it.
+    Raises ValueError where it does not exist or has no images.
     """
     try:
-        return _open(name)
+        if name == "digits":
+            return DigitsSource()
+        if name.startswith(PREFIX):
+            return HuggingFaceSource(name)
+        path = locate(name) if name in KNOWN else Path(name).expanduser()
+        is_pattern = glob.has_magic(name) or "{" in name
+        if "://" in name or (is_pattern and not path.exists()):
+            return TarSource(expand_pattern(name))
+        return _open_folder(path) if path.is_dir() else _open_file(name, path)
     except PermissionError as error:
-        raise ValueError(f"data.source {name} cannot be read: {error.strerror or error}") from None
+        raise ValueError(f"cannot read data.source {name}: {error.strerror or error}") from None
 
 
-def _open(name: str) -> Source:
-    if name == "digits":
-        return DigitsSource()
-    if name.startswith(PREFIX):
-        return HuggingFaceSource(name)
-    if "://" in name or (not Path(name).expanduser().exists() and _is_pattern(name)):
-        return TarSource(expand_pattern(name))
-    path = locate(name) if name in KNOWN else Path(name).expanduser()
-    if path.is_dir():
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return HuggingFaceSource(f"{PREFIX}{path}")
-        shards = _shards(path)
-        return TarSource(shards) if shards else FolderSource(path)
+def _open_folder(path: Path) -> Source:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return HuggingFaceSource(f"{PREFIX}{path}")
+    files = [file for file in path.iterdir() if not file.name.startswith(".")]
+    tars = [str(file) for file in files if file.is_file() and file.name.endswith(TAR_SUFFIXES)]
+    # Shards, where there is nothing else.
+    return TarSource(sorted(tars)) if tars and len(tars) == len(files) else FolderSource(path)
+
+
+def _open_file(name: str, path: Path) -> Source:
     if not path.exists():
         raise ValueError(
-            f"data.source {name} does not exist: name a folder, zip, tar, .npz or .npy of images, "
+            f"data.source {name} does not exist: use a folder, zip, tar, .npz or .npy of images, "
             f"hf:OWNER/NAME, or one of digits, {', '.join(KNOWN)}"
         )
     if path.suffix in (".npz", ".npy"):
         return ArraySource(path)
-    # The name decides where it can: a tar may hold, and so look like, a zip.
+    # The suffix decides where there is one: a tar that holds a zip looks like a zip.
     if path.name.endswith(TAR_SUFFIXES):
         return TarSource([str(path)])
     if path.suffix == ".zip":
@@ -57,20 +64,9 @@ def _open(name: str) -> Source:
         return TarSource([str(path)])
     if zipfile.is_zipfile(path):
         return ZipSource(path)
-    way_out = "name one, or a folder"
+    way_out = "use one of these, or a folder"
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        way_out = f"name its folder, {path.parent}"
+        way_out = f"use its folder, {path.parent}"
     elif path.suffix in (".parquet", ".arrow"):
-        way_out = f"say hf:{path.parent}, for Hugging Face's reader"
-    raise ValueError(f"data.source {name} is a file, but no zip, tar, .npz or .npy: {way_out}")
-
-
-def _is_pattern(name: str) -> bool:
-    return glob.has_magic(name) or "{" in name
-
-
-def _shards(folder: Path) -> list[str]:
-    """The tars in a folder that holds nothing else."""
-    files = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    tars = [str(path) for path in files if path.is_file() and path.name.endswith(TAR_SUFFIXES)]
-    return sorted(tars) if len(tars) == len(files) else []
+        way_out = f"use hf:{path.parent}, for Hugging Face's reader"
+    raise ValueError(f"data.source {name} is a file, but not a zip, tar, .npz or .npy: {way_out}")

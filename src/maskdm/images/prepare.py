@@ -1,4 +1,4 @@
-"""From an encoded image of any kind to uint8 pixels of the size and channels asked for."""
+"""Preparing images: from an encoded image of any kind to uint8 pixels of one size."""
 
 from __future__ import annotations
 
@@ -8,89 +8,91 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
+from maskdm.families import CROPS
 from maskdm.images.known import crop_of
 from maskdm.recipe import Data
+from maskdm.words import one_line
 
+T = TypeVar("T")
 Content = Path | bytes | np.ndarray | Exception
 """An image as a source holds it: a file, an encoded file's bytes, uint8 or uint16 pixels (H, W) or
-(H, W, C), or why it could not be had."""
+(H, W, C), or the error that reading it raised."""
 
+# Pillow has more formats, but one of them, EPS, runs another program on the file's content.
 FORMATS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM SGI TGA TIFF WEBP".split()
-# Pillow knows more; of those EPS runs another program on what the file says.
-MAX_PIXELS = (
-    89_478_485  # more, when decoded, are taken for a decompression bomb: Pillow warns there
-)
+MAX_PIXELS = 89_478_485  # of a decoded image; Pillow warns of decompression bombs above
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+ORIENTATION = ExifTags.Base.Orientation
 Size = tuple[int, int]  # height, width
 
 
 def prepare_contents(contents: Sequence[Content], data: Data) -> tuple[np.ndarray, dict[int, str]]:
-    """Decodes and prepares images, passing over those that can't be.
+    """Decodes and prepares images, except those that cannot be.
 
     Returns:
-        uint8 (n, H, W, C): the good ones in order; and for each bad one, by its place, why.
+        uint8 (n, H, W, C): the prepared images in order; the reasons for the others, by index.
     """
-    good, bad = [np.empty((0, *data.shape), np.uint8)], {}
+    results = where_readable(lambda one: prepare_image(open_image(one, data), data), contents)
+    good = [image for image in results if not isinstance(image, str)]
+    bad = {i: why for i, why in enumerate(results) if isinstance(why, str)}
+    return np.array(good, np.uint8).reshape(-1, *data.shape), bad
+
+
+def where_readable(read: Callable[[Content], T], contents: Sequence[Content]) -> list[T | str]:
+    """What `read` gives for each image, or the reason why it cannot be read."""
+    results = list[T | str]()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # decoders grumble at much that they can read
-        for i, content in enumerate(contents):
+        warnings.simplefilter("ignore")  # decoders warn about much that they can read
+        for content in contents:
             try:
-                good.append(prepare_image(open_image(content, data), data)[None])
+                results.append(read(content))
             except Exception as error:  # damaged files make decoders raise nearly anything
-                bad[i] = reason(error)
-    return np.concatenate(good), bad
+                results.append(reason(error))
+    return results
 
 
 def reason(error: Exception) -> str:
-    """What went wrong with an image, in one line."""
+    """Why an image cannot be read, in one line."""
     if isinstance(error, FileNotFoundError) and os.path.islink(error.filename or ""):
-        return "dangling link: what it points to isn't there"
+        return "dangling link: its target does not exist"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     if isinstance(error, Image.DecompressionBombError):
         return "decompression bomb: far too many pixels"
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     if "truncated" in text.lower():
         return "truncated: the file ends early"
     return "not an image" if text.startswith("cannot identify image file") else text
 
 
-def open_image(content: Content, data: Data | None = None) -> Image.Image:
-    """Decodes an image; of an animation the first frame.
+def open_image(content: Content, data: Data) -> Image.Image:
+    """Decodes an image, the first frame of an animation; a large JPEG reduced where it may be.
 
-    Args:
-        content: where it is, or what it is.
-        data: lets a large JPEG be decoded at a fraction of its size (`draft`). None = never.
-
-    Raises:
-        Exception: of whatever kind the decoder raises, where it can't be decoded; ValueError for
-            more than 89 million pixels.
+    Raises exceptions of any kind where the decoder fails; ValueError for too many pixels.
     """
     with opened(content) as image:
-        factor = draft_factor(image, data) if data is not None and data.draft else 1
-        size = image.size
+        factor = draft_factor(image, data)
+        width, height = image.size
+        smaller = (width // factor, height // factor)
         if factor > 1:
-            image.draft(None, (size[0] // factor, size[1] // factor))
+            image.draft(None, smaller)
         load(image)
-    if any(side % factor for side in size):  # JPEG rounds sizes up, halving rounds them down
-        box = (0.0, 0.0, size[0] / factor, size[1] / factor)
-        smaller = (size[0] // factor, size[1] // factor)
+    if width % factor or height % factor:  # JPEG rounds sizes up, halving rounds them down
+        box = (0.0, 0.0, width / factor, height / factor)
         image = image.resize(smaller, Image.Resampling.BILINEAR, box)
     return image
 
 
 @contextlib.contextmanager
 def opened(content: Content) -> Iterator[Image.Image]:
-    """An image of which only the header is read so far; its `load` reads the pixels.
-
-    Raises what `open_image` does.
-    """
+    """An image of which only the header has been read; `load` reads its pixels."""
     if isinstance(content, Exception):
         raise content
     if isinstance(content, np.ndarray):
@@ -106,7 +108,7 @@ def opened(content: Content) -> Iterator[Image.Image]:
 
 
 def load(image: Image.Image) -> None:
-    """Decodes the pixels of an image. Raises ValueError where they are too many."""
+    """Decodes the pixels of an image. Raises ValueError where there are too many."""
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"decompression bomb: {image.width}x{image.height} pixels")
     image.load()
@@ -114,48 +116,44 @@ def load(image: Image.Image) -> None:
 
 @functools.cache
 def _formats() -> list[str]:
-    """Those of FORMATS that this build of Pillow can read."""
+    """The members of FORMATS that this build of Pillow can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def draft_factor(image: Image.Image, data: Data) -> int:
-    """By how much a JPEG may be reduced while it is decoded: 1, 2, 4 or 8.
+    """The factor by which a JPEG may be reduced while it is decoded: 1, 2, 4 or 8.
 
-    The sides stay at least twice those asked for, so that the last halving and the final resizing
-    are done on pixels, with exact filters.
+    The sides stay at least twice those of `data.size`, so that the last halving and the final
+    resizing are done on pixels, with exact filters.
     """
-    if image.format not in ("JPEG", "MPO") or crop_of(data) not in ("center", "resize"):
+    is_jpeg = image.format in ("JPEG", "MPO")
+    if not (data.draft and is_jpeg and crop_of(data) in ("center", "resize")):
         return 1
     height, width, _ = data.shape
-    if image.getexif().get(0x0112, 1) >= 5:  # EXIF will turn it by 90 degrees
+    if image.getexif().get(ORIENTATION, 1) >= 5:  # EXIF will turn it by 90 degrees
         height, width = width, height
-    factor = 1
-    while (
-        factor < 8
-        and image.width // (2 * factor) >= 2 * width
-        and (image.height // (2 * factor) >= 2 * height)
-    ):
-        factor *= 2
-    return factor
+    most = min(image.width // (2 * width), image.height // (2 * height))
+    return next(factor for factor in (8, 4, 2, 1) if factor <= max(1, most))
 
 
 def prepare_image(image: Image.Image, data: Data) -> np.ndarray:
-    """Turns an image as its EXIF data say, converts, crops and resizes it: uint8 (H, W, C)."""
-    if image.getexif().get(0x0112, 1) != 1:
+    """Rotates an image by its EXIF data, converts, crops and resizes it: uint8 (H, W, C)."""
+    if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     image = convert(image, data.channels, data.background)
-    image = CROPS[crop_of(data)](image, data.shape[:2])
-    return np.asarray(image, dtype=np.uint8).reshape(data.shape)
+    crop = CROPS[crop_of(data)].run
+    assert crop is not None  # it is not `auto`
+    return np.asarray(crop(image, data.shape[:2]), dtype=np.uint8).reshape(data.shape)
 
 
 def convert(image: Image.Image, channels: int, background: str) -> Image.Image:
-    """Brings an image of any mode to 1, 2, 3 or 4 channels of 8 bits in sRGB.
+    """Converts an image of any mode to 1, 2, 3 or 4 channels of 8 bits in sRGB.
 
-    16-bit grey is scaled; colour profiles are applied; transparency is laid on `background`
-    where the result has no alpha, and kept where it has.
+    16-bit grey is scaled; colour profiles are applied; transparent images are composited over
+    `background` where the result has no alpha.
 
-    Raises ValueError for 32-bit and float images, whose range nothing tells.
+    Raises ValueError for 32-bit and float images, whose range is unknown.
     """
     image = _to_eight_bits(image)
     colours, alpha = image, None
@@ -180,22 +178,19 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         return image
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"images of mode {image.mode} (32 bits) have no known range")
+        raise ValueError(f"the range of images of mode {image.mode} (32 bits) is unknown")
     return Image.fromarray(np.round(values / 257).astype(np.uint8))
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Colours of an image without alpha as sRGB, mode L or RGB; a broken profile is passed over."""
+    """Colours of an image without alpha as sRGB, mode L or RGB; a broken profile is ignored."""
     if image.mode not in ("L", "RGB", "CMYK", "LAB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     if profile or image.mode == "LAB":
-        try:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
             transform = _transform(profile, image.mode)
             image = transform.apply(image) if transform else image
-        except (ImageCms.PyCMSError, OSError, ValueError):
-            if image.mode == "LAB":
-                image = image.convert("RGB")
-    return image.convert("RGB") if image.mode == "CMYK" else image
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
 @functools.lru_cache(maxsize=64)
@@ -211,10 +206,10 @@ def _transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform |
 
 
 def center_crop(image: Image.Image, size: Size) -> Image.Image:
-    """Resizes an image until it just covers the size, and cuts the middle.
+    """Resizes an image until it just covers the size, and crops the middle.
 
-    Large images are halved by box filter as often as possible first, then bicubic: the
-    preparation of ADM (Dhariwal & Nichol 2021), whose statistics many papers compare with.
+    Large images are first halved by box filter as often as possible, then resized bicubically:
+    the preparation of ADM (Dhariwal & Nichol 2021), whose statistics many papers use.
     """
     height, width = size
     while image.width >= 2 * width and image.height >= 2 * height:
@@ -228,12 +223,12 @@ def center_crop(image: Image.Image, size: Size) -> Image.Image:
 
 
 def squeeze(image: Image.Image, size: Size) -> Image.Image:
-    """Resizes the whole image to the size, whatever its shape (bicubic, antialiased)."""
+    """Resizes the whole image to the size, without keeping its shape (bicubic, antialiased)."""
     return image.resize(size[::-1], Image.Resampling.BICUBIC)
 
 
 def celeba(image: Image.Image, size: Size) -> Image.Image:
-    """The face in CelebA's aligned images: the 128-pixel square centred at x 89, y 121.
+    """The 128 pixels round the face in CelebA's aligned images, centred at x 89, y 121.
 
     The preparation of the paper's lineage (Bao et al. 2022). Raises ValueError for other images.
     """
@@ -241,33 +236,24 @@ def celeba(image: Image.Image, size: Size) -> Image.Image:
 
 
 def celeba140(image: Image.Image, size: Size) -> Image.Image:
-    """The middle 140 pixels of CelebA's aligned images (Song et al. 2020b); else as `celeba`."""
+    """The middle 140 pixels of CelebA's aligned images (Song et al. 2020b), as `celeba`."""
     return center_crop(_aligned(image).crop((19, 39, 159, 179)), size)
 
 
 def _aligned(image: Image.Image) -> Image.Image:
     if image.size != (178, 218):
         raise ValueError(
-            f"crops celeba and celeba140 are for CelebA's aligned images of 178x218 pixels, and "
+            "crops celeba and celeba140 are for CelebA's aligned images of 178x218 pixels, but "
             f"this one is {image.width}x{image.height}: use crop center"
         )
     return image
 
 
 def exact(image: Image.Image, size: Size) -> Image.Image:
-    """The image as it is. Raises ValueError where it isn't of that size."""
+    """The image itself. Raises ValueError for another size."""
     if image.size != size[::-1]:
         raise ValueError(
-            f"crop none wants images of {size[1]}x{size[0]} pixels, and this one is "
+            f"crop none requires images of {size[1]}x{size[0]} pixels, but this one is "
             f"{image.width}x{image.height}: use crop center or resize"
         )
     return image
-
-
-CROPS = {
-    "center": center_crop,
-    "resize": squeeze,
-    "celeba": celeba,
-    "celeba140": celeba140,
-    "none": exact,
-}

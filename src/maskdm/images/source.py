@@ -1,4 +1,4 @@
-"""Any source of images behind one face: items in a fixed order, not yet decoded."""
+"""Sources of images behind one interface: items in a fixed order, not yet decoded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import posixpath
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import features
 
-from maskdm.images.labels import Label, is_label_file, labels_of
+from maskdm.images.labels import Label, is_label_file, labels_of, notes_key
 from maskdm.images.prepare import Content
 
 T = TypeVar("T")
@@ -25,62 +25,44 @@ IMAGE_SUFFIXES = frozenset(
 )
 if features.check("avif"):
     IMAGE_SUFFIXES |= {".avif"}
-
-
 OTHER_SOURCES = {
-    ".tar": "name the tars by a pattern in quotes, 'FOLDER/*.tar'",
-    ".zip": "name the zip itself",
-    ".npz": "name the .npz itself",
-    ".npy": "name the .npy itself",
-    ".parquet": "say hf:FOLDER, for Hugging Face's reader",
-    ".arrow": "name the folder that save_to_disk wrote, which holds state.json",
-}  # what to name instead of a folder that holds these, and no images
+    ".tar": "use a pattern in quotes, 'FOLDER/*.tar'",
+    ".zip": "use the zip itself",
+    ".npz": "use the .npz itself",
+    ".npy": "use the .npy itself",
+    ".parquet": "use hf:FOLDER, for Hugging Face's reader",
+    ".arrow": "use the folder that save_to_disk wrote, which holds state.json",
+}  # what to use instead of a folder that holds these and no images
 
 
 @dataclass(frozen=True)
 class Item:
-    """An image as its source holds it.
+    """An image as its source holds it."""
 
-    Attributes:
-        name: path in the source, with "/" between its parts; used in messages and for classes.
-        content: what `prepare.open_image` decodes.
-        label: name or number of its class, where the source tells.
-    """
-
-    name: str
-    content: Content
-    label: Label = None
+    name: str  # path in the source, with "/" between its parts: for messages and classes
+    content: Content  # what `prepare.open_image` decodes
+    label: Label = None  # name or number of its class, where the source gives one
 
 
 class Source(ABC):
-    """Images in a fixed order, the same on every machine.
+    """Images in a fixed order, the same on every machine."""
 
-    Attributes:
-        kind: what it is, for people: `folder`, `zip archive`, ...
-        fingerprint: hexadecimal digest that changes when the images do; known before any is read.
-        num_images: how many there are, or None where only reading it through can tell.
-        class_names: names of class numbers, where the source gives numbers with names.
-        has_folders: whether folders may tell classes.
-        passed_over: how many files are neither images nor label files, by suffix.
-        notes: what else a user should know of it, in sentences.
-    """
-
-    kind: str
-    fingerprint: str
-    num_images: int | None = None
-    class_names: list[str] | None = None
-    has_folders: bool = False
-    passed_over: Counter[str]
-    notes: list[str]
+    kind: str  # in words: `folder`, `zip archive`, ...
+    fingerprint: str  # hexadecimal, changes when the images do; known before any is read
+    num_images: int | None = None  # None where only reading them all would show
+    class_names: list[str] | None = None  # of class numbers, where the source names them
+    has_folders: bool = False  # whether folders can be classes
+    skipped: Counter[str]  # number of files that are neither images nor label files, by suffix
+    notes: list[str]  # what else a user should know about it, in sentences
 
     def __init__(self) -> None:
-        self.passed_over, self.notes = Counter(), []
+        self.skipped, self.notes = Counter(), []
 
     @abstractmethod
     def items(self, part: tuple[int, int] = (0, 1)) -> Iterator[Item]:
-        """Gives the images in order, or those of part i of n (0 <= i < n): parts, joined, are all.
+        """Yields the images in order, or those of part i of n: parts, joined, are all.
 
-        Raises ValueError where the source can't be read on, or not be cut in so many parts.
+        Raises ValueError where the source can be read no further, or not be split into n parts.
         """
 
 
@@ -101,44 +83,71 @@ class DigitsSource(Source):
         self.fingerprint = hashlib.sha256(self._images.tobytes()).hexdigest()
 
     def items(self, part: tuple[int, int] = (0, 1)) -> Iterator[Item]:
-        for i in piece(range(len(self._images)), part):
+        for i in part_of(range(len(self._images)), part):
             yield Item(f"digit-{i:04d}", self._images[i], int(self._labels[i]))
 
 
-class FolderSource(Source):
-    """All images below a folder. Class folders (root/class/x.png) or a label file give labels."""
+class ListedSource(Source):
+    """Images whose names are known before any is read; class folders or a label file give labels.
 
-    kind = "folder"
+    `files` are the names of all files, `where` is the source in messages.
+    """
+
     has_folders = True
 
-    def __init__(self, root: Path):
+    def __init__(self, files: Collection[str], where: str):
         super().__init__()
-        self._root = root
-        files = _files_below(root)
-        self._names = images_among(files, f"folder {root}", self.passed_over)
-        self._labels, self.notes = labels_of(
-            self._names, files, lambda name: (root / name).read_text("utf-8")
-        )
+        self._names = images_among(files, where, self.skipped)
+        self._labels, self.notes = labels_of(self._names, files, self._text)
         self.num_images = len(self._names)
-        digest = hashlib.sha256(repr(self.notes).encode("utf-8", "surrogatepass"))
+        digest = hashlib.sha256(notes_key(self.notes))
         for name, label in zip(self._names, self._labels, strict=True):
-            facts = f"{name}\0{label}".encode("utf-8", "surrogatepass")
-            digest.update(facts + file_state(root / name))
+            digest.update(f"{name}\0{label}".encode("utf-8", "surrogatepass") + self._state(name))
         self.fingerprint = digest.hexdigest()
 
     def items(self, part: tuple[int, int] = (0, 1)) -> Iterator[Item]:
-        for i in piece(range(len(self._names)), part):
-            yield Item(self._names[i], self._root / self._names[i], self._labels[i])
+        for i in part_of(range(len(self._names)), part):
+            yield Item(self._names[i], self._content(self._names[i]), self._labels[i])
+
+    @abstractmethod
+    def _content(self, name: str) -> Path | bytes | Exception:
+        """A file's content by its name."""
+
+    @abstractmethod
+    def _state(self, name: str) -> bytes:
+        """Bytes that change when a file does."""
+
+    def _text(self, name: str) -> str:
+        content = self._content(name)
+        if isinstance(content, Exception):
+            raise ValueError(f"it cannot be read: {content}")
+        return (content.read_bytes() if isinstance(content, Path) else content).decode("utf-8")
 
 
-def piece(sequence: Sequence[T], part: tuple[int, int]) -> Sequence[T]:
-    """Part i of n of a sequence: consecutive, as even as possible."""
+class FolderSource(ListedSource):
+    """All images below a folder."""
+
+    kind = "folder"
+
+    def __init__(self, root: Path):
+        self._root = root
+        super().__init__(_files_below(root), f"folder {root}")
+
+    def _content(self, name: str) -> Path:
+        return self._root / name
+
+    def _state(self, name: str) -> bytes:
+        return file_state(self._root / name)
+
+
+def part_of(sequence: Sequence[T], part: tuple[int, int]) -> Sequence[T]:
+    """Part i of n of a sequence, 0 <= i < n: consecutive, as even as possible."""
     number, count = part
     return sequence[len(sequence) * number // count : len(sequence) * (number + 1) // count]
 
 
 def file_state(path: Path) -> bytes:
-    """What tells whether a file has changed: its size and time of change."""
+    """Bytes that change when a file does: its size and time of change."""
     try:
         state = path.stat()
     except OSError:  # a dangling link: a bad image
@@ -146,29 +155,37 @@ def file_state(path: Path) -> bytes:
     return f"\0{state.st_size}\0{state.st_mtime_ns}\n".encode()
 
 
-def images_among(names: list[str], where: str, passed_over: Counter[str]) -> list[str]:
-    """The names that look like images, sorted; hidden files and Mac litter left out.
+def is_image(name: str) -> bool:
+    """Whether a file is an image, by its suffix."""
+    return posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
-    Counts the others, by suffix, in `passed_over`. Raises ValueError where there is no image.
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is hidden, lies in a hidden folder, or is Mac litter."""
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+
+
+def images_among(names: Collection[str], where: str, skipped: Counter[str]) -> list[str]:
+    """The names of images, sorted; counts files that are skipped, by suffix.
+
+    Raises ValueError where there is no image.
     """
-    images, others = [], Counter[str]()
+    images = []
     for name in sorted(names):
-        suffix = posixpath.splitext(name)[1].lower()
-        if any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
-            others["hidden"] += 1
-        elif suffix in IMAGE_SUFFIXES:
+        if is_hidden(name):
+            skipped["hidden"] += 1
+        elif is_image(name):
             images.append(name)
         elif not is_label_file(name):
-            others[suffix or "no suffix"] += 1
-    passed_over.update(others)
+            skipped[posixpath.splitext(name)[1].lower() or "no suffix"] += 1
     if not images:
-        found = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(5))
+        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in skipped.most_common(5))
         way_out = next(
-            (hint for suffix, hint in OTHER_SOURCES.items() if others[suffix]),
+            (hint for suffix, hint in OTHER_SOURCES.items() if skipped[suffix]),
             f"expected {' '.join(sorted(IMAGE_SUFFIXES))}",
         )
         raise ValueError(
-            f"no images in {where} ({f'other files: {found}' if found else 'it is empty'}): "
+            f"no images in {where} ({f'other files: {counts}' if counts else 'it is empty'}): "
             f"{way_out}"
         )
     return images
@@ -177,7 +194,7 @@ def images_among(names: list[str], where: str, passed_over: Counter[str]) -> lis
 def _files_below(root: Path) -> list[str]:
     """Paths of all files below a folder, relative to it; links are followed, loops are not.
 
-    Raises ValueError for a folder that may not be read: its images would be missed in silence.
+    Raises ValueError for a folder without read permission: its images would silently be missing.
     """
 
     def refuse(error: OSError) -> None:
@@ -185,7 +202,7 @@ def _files_below(root: Path) -> list[str]:
 
     names, seen = [], {root.resolve()}
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        # Folders themselves before links to them, else a link's name would be the class.
+        # Folders come before links to them, or a link's name would become the class.
         real = {name: Path(folder, name).resolve() for name in subfolders}
         subfolders[:] = []
         for name in sorted(real, key=lambda name: (Path(folder, name).is_symlink(), name)):

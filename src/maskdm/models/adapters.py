@@ -1,7 +1,8 @@
-"""Other people's denoisers behind the face of ours.
+"""diffusers' denoisers behind the face of ours.
 
-They need the whole grid: patches that a mask hides are blanked, and the loss is on the visible
-ones alone. Masked pre-training works so for any network, but saves no compute.
+DiT is a transformer without convolutions, so it runs on the visible patches alone, as U-ViT does.
+The U-Net needs the whole grid: patches that a mask hides are blanked, and the loss is on the
+visible ones. Masked pre-training works so for any network, but saves no compute.
 """
 
 from __future__ import annotations
@@ -10,30 +11,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin, UNet2DModel
+import torch.nn.functional as F
+from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import LabelEmbedding
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskdm.models.class_names import refuse_class_names
+from maskdm.families import BACKBONES, named
+from maskdm.models.backbone import Backbone
 from maskdm.models.uvit import TIME_SCALE
-from maskdm.tokens import (
-    gather_patches,
-    grid_shape,
-    height_and_width,
-    patchify,
-    scatter_patches,
-    unpatchify,
-)
+from maskdm.tokens import gather_patches, patchify, scatter_patches, unpatchify
+from maskdm.words import listed, one_line
+
+NETWORKS: dict[str, type[Any]] = {"dit": DiTTransformer2DModel, "unet2d": UNet2DModel}
 
 
-class GridDenoiser(ModelMixin, ConfigMixin):
-    """One of diffusers' networks for whole images, asked about any subset of their patches.
+class DiffusersDenoiser(Backbone, ModelMixin):
+    """One of diffusers' networks for whole images, applied to any subset of their patches.
 
     Args:
         kind: `dit` = DiTTransformer2DModel, `unet2d` = UNet2DModel.
-        image_size: side of the square image, in pixels; of `unet2d` also its height and width.
+        image_size: side of the square image, in pixels; for `unet2d` also its height and width.
         patch_size: side of what masks hide, in pixels; also the patch size of `dit`.
         channels: channels of the image.
         embed_dim, depth, num_heads: width, blocks and heads of `dit`.
@@ -42,12 +41,8 @@ class GridDenoiser(ModelMixin, ConfigMixin):
         options: further arguments of diffusers' class.
         class_names: name of each class, in the order of their numbers; None = unknown.
 
-    Attributes:
-        image_shape: height, width and channels of its images.
-        grid: rows and columns of patches.
-
-    Raises ValueError for an unknown kind, sizes that don't fit, or options that diffusers' class
-    doesn't take.
+    Raises ValueError for an unknown kind, sizes that do not fit, or options that diffusers' class
+    does not take.
     """
 
     _supports_gradient_checkpointing = True
@@ -68,18 +63,11 @@ class GridDenoiser(ModelMixin, ConfigMixin):
         class_names: list[str] | None = None,
     ):
         super().__init__()
-        refuse_class_names(class_names, num_classes)
-        if kind not in NETWORKS:
-            raise ValueError(f"unknown kind of network {kind!r}: known are {', '.join(NETWORKS)}")
-        height, width = height_and_width(image_size)
-        self.image_shape = (height, width, channels)
-        if kind == "dit" and height != width:
-            raise ValueError(
-                f"kind dit takes square images only, not {height}x{width}: use uvit or unet2d"
-            )
-        self.grid = grid_shape(height, width, patch_size)
-        self.patch_size = patch_size
-        self.num_patches = self.grid[0] * self.grid[1]
+        self.set_grid(image_size, patch_size, channels, num_classes, class_names)
+        network = named(kind, NETWORKS, "kind of network")
+        height, width, _ = self.image_shape
+        if height != width and not BACKBONES[kind].takes_rectangles:
+            raise ValueError(f"kind {kind} takes square images only, not {height}x{width}")
         num_labels = num_classes + (label_dropout > 0) if num_classes else 0
         arguments: dict[str, Any] = {
             "sample_size": height if height == width else (height, width),
@@ -97,76 +85,119 @@ class GridDenoiser(ModelMixin, ConfigMixin):
         else:
             arguments |= {"num_class_embeds": num_labels or None}
         arguments |= options or {}
-        _refuse_arguments(NETWORKS[kind], arguments)
+        _refuse_arguments(network, arguments)
+        self._flops: dict[int, int] = {}
         try:
-            self.net = NETWORKS[kind](**arguments)
-            self._flops = self._try_on_nothing()
+            self.net = network(**arguments)
+            self.forward_flops(self.num_patches)  # runs it without memory: shapes are checked
         except Exception as error:  # its authors' own checks, or the shapes of its layers
-            text = " ".join(str(error).split())
             raise ValueError(
-                f"{NETWORKS[kind].__name__} can't be made so for images of {height}x{width} "
-                f"pixels (model, model.options): {text}"
+                f"{network.__name__} cannot be made with these settings for images of "
+                f"{height}x{width} pixels (model, model.options): {one_line(error)}"
             ) from None
         for module in self.net.modules():
             if isinstance(module, LabelEmbedding):
-                module.dropout_prob = 0.0  # classes are dropped by the training, by its seed
+                module.dropout_prob = 0.0  # the training drops classes, by its own seed
+        if kind == "dit":
+            _start_as_adaln_zero(self.net)
 
     def forward(
         self, patches: Tensor, positions: Tensor, t: Tensor, labels: Tensor | None = None
     ) -> Tensor:
         """Answers for each given patch; takes and gives what `UViT.forward` does."""
-        if (labels is None) != (self.config.num_classes == 0):
-            raise ValueError(
-                "this model has no classes, but labels were given"
-                if labels is not None
-                else "this model is class-conditional: labels are needed"
-            )
-        full = scatter_patches(patches, positions, self.num_patches)  # hidden ones are 0
-        images = unpatchify(full, self.patch_size, self.grid).movedim(3, 1)  # (B, C, H, W)
-        if labels is None and self.config.kind == "dit":
-            labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        out = self.net(images, t * TIME_SCALE, class_labels=labels).sample
-        return gather_patches(patchify(out.movedim(1, 3), self.patch_size), positions)
+        self.check_labels(labels)
+        return self._run(self.net, patches, positions, t, labels)
 
     def forward_flops(self, num_visible: int) -> int:
-        """Floating-point operations of a forward pass for one image: masks don't change them.
+        """Floating-point operations of a forward pass for one image with V visible patches.
 
-        Matrix products and convolutions, two operations a multiply-add, counted by PyTorch.
+        Matrix products and convolutions, two operations a multiply-add, counted by PyTorch on a
+        copy without memory. For the U-Net they are the same for every V.
         """
-        return self._flops
+        if num_visible not in self._flops:
+            values = self.patch_size**2 * self.image_shape[2]
+            with torch.device("meta"):
+                copy = type(self.net).from_config(self.net.config)
+                patches = torch.zeros(1, num_visible, values)
+                positions = torch.zeros(1, num_visible, dtype=torch.int64)
+                labels = torch.zeros(1, dtype=torch.int64) if self.config.num_classes else None
+                with FlopCounterMode(display=False) as counter, torch.no_grad():
+                    out = self._run(copy, patches, positions, torch.zeros(1), labels)
+            if out.shape != patches.shape:
+                raise ValueError(f"it turns {tuple(patches.shape)} into {tuple(out.shape)}")
+            self._flops[num_visible] = counter.get_total_flops()
+        return self._flops[num_visible]
 
-    def _try_on_nothing(self) -> int:
-        """Runs a copy without memory on one image: operations of a forward pass.
+    def _run(
+        self, net: nn.Module, patches: Tensor, positions: Tensor, t: Tensor, labels: Tensor | None
+    ) -> Tensor:
+        if self.config.kind == "dit":
+            if labels is None:
+                labels = torch.zeros(len(patches), dtype=torch.int64, device=patches.device)
+            return _run_dit(net, patches, positions, t * TIME_SCALE, labels)
+        full = scatter_patches(patches, positions, self.num_patches)  # hidden ones are 0
+        images = unpatchify(full, self.patch_size, self.grid).movedim(3, 1)  # (B, C, H, W)
+        out = net(images, t * TIME_SCALE, class_labels=labels).sample
+        return gather_patches(patchify(out.movedim(1, 3), self.patch_size), positions)
 
-        Raises whatever the network raises, and ValueError for an answer of another shape.
-        """
-        height, width, channels = self.image_shape
-        with torch.device("meta"):
-            copy = type(self.net).from_config(self.net.config)
-            image = torch.zeros(1, channels, height, width)
-            label = torch.zeros(1, dtype=torch.int64) if self._takes_labels() else None
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                answer = copy(image, torch.zeros(1), class_labels=label).sample
-        if answer.shape != image.shape:
-            raise ValueError(f"it turns {tuple(image.shape)} into {tuple(answer.shape)}")
-        return counter.get_total_flops()
 
-    def _takes_labels(self) -> bool:
-        return self.config.kind == "dit" or bool(self.config.num_classes)
+GridDenoiser = DiffusersDenoiser  # its name in models that were exported before DiT took subsets
+
+
+def _run_dit(net: Any, patches: Tensor, positions: Tensor, step: Tensor, labels: Tensor) -> Tensor:
+    """DiTTransformer2DModel.forward on some of the patches: (B, V, P) -> (B, V, P).
+
+    Its patch embedding is a convolution whose stride is its width: a matrix product for each
+    patch. Its positions are a table over the grid. Nothing else in it knows of the grid.
+    """
+    kernel = net.pos_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, row column channel)
+    x = F.linear(patches, kernel, net.pos_embed.proj.bias)  # (B, V, D)
+    x = (x + net.pos_embed.pos_embed[0][positions]).to(x.dtype)
+    for block in net.transformer_blocks:
+        inputs = (x, None, None, None, step, None, labels)
+        if torch.is_grad_enabled() and net.gradient_checkpointing:
+            x = net._gradient_checkpointing_func(block, *inputs)
+        else:
+            x = block(*inputs)
+    condition = net.transformer_blocks[0].norm1.emb(step, labels, hidden_dtype=x.dtype)
+    shift, scale = net.proj_out_1(F.silu(condition)).chunk(2, dim=1)
+    x = net.norm_out(x) * (1 + scale[:, None]) + shift[:, None]
+    out: Tensor = net.proj_out_2(x)
+    return out
+
+
+def _start_as_adaln_zero(net: Any) -> None:
+    """Initial weights of DiT (Peebles & Xie 2022, Section 3.2), which diffusers leaves out.
+
+    Each block begins as the identity and the output as 0: modulation and final layer are zero.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    nn.init.xavier_uniform_(net.pos_embed.proj.weight.flatten(1))
+    nn.init.zeros_(net.pos_embed.proj.bias)
+    for block in net.transformer_blocks:
+        embedder = block.norm1.emb.timestep_embedder
+        nn.init.normal_(embedder.linear_1.weight, std=0.02)
+        nn.init.normal_(embedder.linear_2.weight, std=0.02)
+        nn.init.zeros_(block.norm1.linear.weight)
+    for last in (net.proj_out_1, net.proj_out_2):
+        nn.init.zeros_(last.weight)
 
 
 def _refuse_arguments(network: type[Any], arguments: dict[str, Any]) -> None:
-    """Raises ValueError for arguments that diffusers' class doesn't know, or that draw numbers."""
+    """Raises ValueError for arguments that diffusers' class does not know, or that draw numbers."""
     known = {*network._get_init_keys(network)} - {"self"}
     if unknown := set(arguments) - known:
         raise ValueError(
             f"model.options: {network.__name__} takes no {', '.join(sorted(unknown))}; "
-            f"known are {', '.join(sorted(known))}"
+            f"known are {listed(sorted(known), len(known))}"
         )
     if arguments.get("dropout"):
         raise ValueError(
             "model.options: dropout draws numbers that a resumed run would not repeat: leave it 0"
         )
-
-
-NETWORKS: dict[str, type[Any]] = {"dit": DiTTransformer2DModel, "unet2d": UNet2DModel}

@@ -1,32 +1,28 @@
-"""The model that a recipe asks for."""
+"""The model of a recipe."""
 
 from __future__ import annotations
 
 import torch
 
-from maskdm.models.adapters import GridDenoiser
-from maskdm.models.uvit import UViT
+from maskdm.families import BACKBONES
+from maskdm.models.backbone import Backbone as Backbone
 from maskdm.recipe import Recipe
 from maskdm.seeds import derive_seed
-
-Backbone = UViT | GridDenoiser
 
 
 def build_model(recipe: Recipe, class_names: list[str] | None = None) -> Backbone:
     """The recipe's model, with initial weights that depend on the recipe's seed alone.
 
-    It keeps the names of its classes, where they are known, for those who ask for one.
+    It keeps the names of its classes, if they are known, so that samples can be named by them.
 
-    Raises ValueError for sizes or options that the network doesn't take, or where the names are
+    Raises ValueError for sizes or options that the network does not take, or where the names are
     not one for each class.
     """
-    settings = recipe.model.model_dump()
+    kind = BACKBONES[recipe.model.kind]
+    names = ("patch_size", "num_classes", "label_dropout", *kind.settings)
+    settings = {name: getattr(recipe.model, name) for name in names}
     settings |= {"image_size": recipe.data.size, "channels": recipe.data.channels}
-    settings["class_names"] = class_names
-    kind, options = settings.pop("kind"), settings.pop("options")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(recipe.seed, "weights"))  # the CPU's alone
-        if kind == "uvit":
-            return UViT(**settings)
-        del settings["mlp_ratio"], settings["final_conv"]
-        return GridDenoiser(kind=kind, options=options, **settings)
+        model: Backbone = kind.network(**settings, class_names=class_names)
+    return model

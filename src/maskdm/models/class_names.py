@@ -1,36 +1,34 @@
-"""A model's classes by their names, which stand in the order of their numbers."""
+"""A model's classes by their names, in the order of their numbers."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, tensor
 
-NUM_LISTED = 10  # names in an error's list
+from maskdm.words import listed, suggestion
 
 
 def refuse_class_names(class_names: Sequence[str] | None, num_classes: int) -> None:
     """Raises ValueError where names are known, but not one for each class."""
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(
-            f"class_names are {len(class_names)} ({some_names(class_names)}), but num_classes is "
+            f"class_names are {len(class_names)} ({listed(class_names)}), but num_classes is "
             f"{num_classes}: give one name for each class, in the order of their numbers, or None"
         )
 
 
 def class_number(config: Any, name: str) -> int:
-    """The number of a class that is asked for by its name, or by its number as text.
+    """The number of a class by its name, or by its number as text.
 
-    A name wins: of classes called 1, 10 and 2, "10" is the second. Whether a number is one of
-    the model's is not asked here.
+    A name wins: among classes called 1, 10 and 2, "10" is the second. Numbers are not checked.
 
     Args:
         config: the model's.
 
     Raises:
-        ValueError: the model has no classes, or none of that name; lists those that it has.
+        ValueError: the model has no classes, or none of that name; lists the known ones.
     """
     names = config.class_names or []
     if name in names:
@@ -44,10 +42,7 @@ def class_number(config: Any, name: str) -> int:
             f"no class {name!r}: this model's classes have no names, only numbers from 0 to "
             f"{config.num_classes - 1}"
         )
-    spelt = {known.lower(): known for known in names}
-    near = difflib.get_close_matches(name.lower(), spelt, n=1)
-    hint = f" did you mean {spelt[near[0]]}?" if near else ""
-    raise ValueError(f"no class {name!r}:{hint} known are {some_names(names)}")
+    raise ValueError(f"no class {name!r}: {suggestion(name, names)}")
 
 
 def class_numbers(config: Any, names: str | Sequence[str], num_images: int) -> Tensor:
@@ -65,9 +60,3 @@ def class_text(config: Any, number: int) -> str:
     """A class for people: `cat (number 0)`, or the number alone where it has no name."""
     names = config.class_names or []
     return f"{names[number]} (number {number})" if 0 <= number < len(names) else str(number)
-
-
-def some_names(names: Sequence[str]) -> str:
-    """Names for one line: the first few, and how many more there are."""
-    more = len(names) - NUM_LISTED
-    return ", ".join(names[:NUM_LISTED]) + (f" and {more} more" if more > 0 else "")

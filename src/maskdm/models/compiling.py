@@ -1,12 +1,10 @@
-"""Compiling a network: one graph for one shape, and never at the price of the work."""
+"""Compiling a network: one graph for one shape; what fails runs eagerly."""
 
 from __future__ import annotations
 
-import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -14,20 +12,21 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
+from maskdm.words import one_line
+
 Shape = tuple[int, ...]
 
 
 class NotCompiled(RuntimeError):
-    """The compiler can't do it; the network runs as written."""
+    """The network cannot be compiled, and runs eagerly."""
 
 
-@dataclass(frozen=True)
-class Compiled:
+class Compiled(NamedTuple):
     """How compiling went.
 
     Attributes:
         seconds: that it took.
-        cuda_graphs: whether kernels are replayed; the compiler leaves that out where it can't.
+        cuda_graphs: whether kernels are replayed; the compiler may leave that out.
     """
 
     seconds: float
@@ -35,17 +34,17 @@ class Compiled:
 
 
 class CompiledForward:
-    """A network's forward, as written or compiled; stands in the network's place.
+    """A network's forward, eager or compiled; it replaces the network's own.
 
-    It is compiled for patches of one shape, as one graph; other shapes run as written. Weights,
-    names and checkpoints are the network's own, compiled or not; a copy runs as written.
+    It is compiled for patches of one shape, as one graph; other shapes run eagerly. Weights, names
+    and checkpoints are the network's own, compiled or not; a copy runs eagerly.
 
     Args:
         model: the network; its `forward` becomes this.
         backend: of torch.compile.
 
     Attributes:
-        shape: (B, V, P) that it was last compiled for, even if in vain; None = as written.
+        shape: (B, V, P) that it was last compiled for, even if in vain; None = eager.
     """
 
     def __init__(self, model: nn.Module, backend: str | Callable[..., Any] = "inductor"):
@@ -61,11 +60,11 @@ class CompiledForward:
         return self._eager(patches, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What torch.compile gives can't be pickled, and a copy of it would keep these weights.
+        # A compiled function cannot be pickled, and a copy of it would keep these weights.
         return {**self.__dict__, "_compiled": None, "shape": None}
 
-    def run_as_written(self) -> None:
-        """Leaves the compiled graph, and frees it."""
+    def run_eagerly(self) -> None:
+        """Frees the compiled graph."""
         if self._compiled is not None:
             self._compiled = None
             torch.compiler.reset()
@@ -79,18 +78,18 @@ class CompiledForward:
         Args:
             shape: (B, V, P).
             attempt: uses the network as it will be used, changing nothing.
-            cuda_graphs: record its kernels and replay them, which spares their launches. An
-                answer, and its gradients, then last only until the network is asked again.
+            cuda_graphs: record its kernels and replay them, which saves their launches. An
+                answer, and its gradients, then last only until the next call.
 
         Raises:
-            NotCompiled: it can't be done; the network runs as written.
+            NotCompiled: it failed; the network runs eagerly.
         """
         self.shape = tuple(shape)
         skipped, start = counters["inductor"]["cudagraph_skips"], time.perf_counter()
         try:
             self._compile(attempt, cuda_graphs)
-        except RuntimeError as error:  # what is wrong with the network itself is met again
-            reason = textwrap.shorten(str(error), 160, placeholder=" ...")
+        except RuntimeError as error:  # an error of the network itself comes again, eagerly
+            reason = one_line(error, 160)
         else:
             replayed = cuda_graphs and counters["inductor"]["cudagraph_skips"] == skipped
             return Compiled(time.perf_counter() - start, replayed)

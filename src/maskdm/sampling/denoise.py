@@ -1,4 +1,4 @@
-"""A network as the denoiser that samplers ask: the clean image at a log-SNR."""
+"""A network as the denoiser that samplers evaluate: the clean image at a log-SNR."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def x0_denoiser(trained: TrainedModel, positions: Tensor, labels: Tensor | None)
     def denoise(x: Tensor, log_snr: float) -> Tensor:
         level = torch.tensor(log_snr, dtype=torch.float64)
         alpha, sigma = (scale.to(x.dtype) for scale in schedule.scales(level))
-        x_t = x * (alpha**2 + sigma**2).sqrt()  # 1, but for flows
+        x_t = x * (alpha**2 + sigma**2).sqrt()  # 1, except for flows
         t = torch.full((len(x),), schedule.time_of(log_snr), device=x.device)
         output = model(x_t, positions, t, labels).float()
         return x0_and_noise_from(trained.diffusion.prediction, output, x_t, alpha, sigma)[0]
@@ -33,11 +33,11 @@ def sparse_denoiser(
     rate: float,
     generators: list[Generator],
 ) -> Denoise:
-    """The same network, shown the image in parts that don't see each other.
+    """The same network, shown the image in parts that do not see each other.
 
-    At every call each image's patches are dealt anew into random groups, as large as a mask of
-    that rate leaves visible; the last group borrows from others to be as large. Each is denoised
-    alone, as pre-training did.
+    Every call deals each image's patches anew into random groups, as large as a mask of that rate
+    leaves visible; the last group borrows from others to be as large. Each is denoised alone, as
+    pre-training did.
 
     Args:
         trained: a model that was trained under masks.

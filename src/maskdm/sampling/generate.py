@@ -10,14 +10,15 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from maskdm.engine import autocast, on_all_ranks, process_state
+from maskdm.families import SAMPLERS
 from maskdm.models.build import Backbone
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Sampling
 from maskdm.sampling.denoise import clipped
-from maskdm.sampling.guidance import guided, refuse_guidance
-from maskdm.sampling.samplers import SAMPLERS, Denoise, sampling_levels
+from maskdm.sampling.guidance import Wanted, guided, refuse_guidance
+from maskdm.sampling.samplers import Denoise, sampling_levels
 from maskdm.sampling.speed import compile_for_sampling, in_parts
-from maskdm.seeds import derive_seed
+from maskdm.seeds import derive_seed, image_generator
 from maskdm.tokens import gather_patches, patchify, scatter_patches, unpatchify
 
 Solve = Callable[[Denoise, Tensor, Tensor, list[Generator]], Tensor]
@@ -50,8 +51,8 @@ def generate(
             the number of classes.
         weak: the weak model of autoguidance.
         visible: indices of the patches to draw, int64 (n, V): a sample of the marginal that they
-            select (Section 3.1). The others come out mid-grey, and half transparent where there
-            is alpha. None = all.
+            select (Section 3.1). The others are mid-grey, and half transparent where there is
+            alpha. None = all.
         progress: show a bar.
         solve: what turns noise into patches; None = the sampler of the settings.
 
@@ -59,9 +60,9 @@ def generate(
         uint8 (n, H, W, C).
 
     Raises:
-        ValueError: guidance that the model can't have, labels that it doesn't know, or steps
-            that the sampler can't take on its schedule.
-        RuntimeError: so many images at a time don't fit in the device's memory.
+        ValueError: guidance that is not available for the model, labels that it does not know, or
+            steps that the sampler cannot take on its schedule.
+        RuntimeError: so many images at a time do not fit in the device's memory.
     """
     model = trained.model
     if labels is None and (in_turn := default_labels(model, indices)) is not None:
@@ -72,70 +73,46 @@ def generate(
     levels = sampling_levels(trained.schedule, settings)
 
     def draw(part: slice) -> np.ndarray:
+        # Everything random belongs to an image's number, nothing to the batch: so any batch size
+        # and any number of devices draw the same images.
         noise = patchify(initial_noise(seed, indices[part], shape), model.patch_size).to(device)
         if visible is None:
             positions = torch.arange(model.num_patches, device=device).repeat(len(noise), 1)
         else:
             positions = visible[part].to(device).contiguous()
             noise = gather_patches(noise, positions)  # (B, V, P)
-        denoise = guided(
-            trained,
-            positions,
-            None if labels is None else labels[part].to(device),
-            settings,
-            weak,
-            _generators(seed, "sparse", indices[part]),
-        )
+        # Guidance first, clipping after it: guided answers are those that leave [-1, 1].
+        classes = None if labels is None else labels[part].to(device)
+        dealing = _generators(seed, "sparse", indices[part])
+        wanted = Wanted(trained, positions, classes, settings.guidance, weak, dealing)
+        denoise = guided(wanted)
         if settings.clip_x0:
             denoise = clipped(denoise)
         own = _generators(seed, "sampler", indices[part])
+        # The solver's arithmetic stays in fp32: only the network's products are autocast.
         with autocast(device):
             if solve is not None:
                 x = solve(denoise, noise, levels, own)
             else:
-                x = SAMPLERS[settings.sampler](denoise, noise, levels, settings, own)
+                x = SAMPLERS[settings.sampler].run(denoise, noise, levels, settings, own)
         if visible is not None:
             x = scatter_patches(x, positions, model.num_patches)
+        bar.update(len(x))
         return to_uint8(unpatchify(x, model.patch_size, model.grid)).cpu().numpy()
 
-    refuse_guidance(trained, settings, weak)
+    refuse_guidance(trained, settings.guidance, weak)
     num_visible = model.num_patches if visible is None else visible.shape[1]
-    prepare_to_draw(trained, settings, weak, len(indices), num_visible)
+    compile_for_sampling(trained, settings, weak, len(indices), num_visible)
     with tqdm(total=len(indices), desc="sampling", unit="img", disable=not progress) as bar:
-
-        def counted(part: slice) -> np.ndarray:
-            images = draw(part)
-            bar.update(len(images))
-            return images
-
-        parts = in_parts(model, settings, len(indices), counted)
+        parts = in_parts(model, settings, len(indices), draw)
     return np.concatenate([np.empty((0, *shape), np.uint8), *parts])
-
-
-def prepare_to_draw(
-    trained: TrainedModel,
-    settings: Sampling,
-    weak: TrainedModel | None,
-    num: int,
-    num_visible: int,
-) -> None:
-    """Compiles the networks that will be asked, where it is wanted.
-
-    Args:
-        trained, settings, weak: as for `generate`.
-        num: images that will be drawn on this device, perhaps in several calls.
-        num_visible: patches of an image that are drawn.
-    """
-    compile_for_sampling(trained, settings, num, num_visible)
-    if weak is not None and settings.guidance == "autoguidance":
-        compile_for_sampling(weak, settings, num, num_visible)
 
 
 def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Standard normal noise of images by number: float32 (n, *shape).
 
-    numpy's Philox takes the whole seed; torch's CPU generator only its low 32 bits, by which two
-    of 50,000 images would begin from the same noise in one seed out of four.
+    Drawn by numpy's Philox, which takes the whole seed, on the CPU: a device's own generator would
+    give other images on another kind of device.
     """
     noise = [
         np.random.Generator(np.random.Philox(derive_seed(seed, "sample", index))).standard_normal(
@@ -181,7 +158,7 @@ def generate_on_all_ranks(
 
 
 def default_labels(model: Backbone, indices: Sequence[int]) -> np.ndarray | None:
-    """Classes of images where none were asked for, all in turn: int64 (n,), or None."""
+    """Classes of images by default, all in turn: int64 (n,); None for a model without."""
     num_classes = model.config.num_classes
     return np.asarray(indices, dtype=np.int64) % num_classes if num_classes else None
 
@@ -201,11 +178,11 @@ def _refuse_labels(model: Backbone, labels: Tensor | None) -> None:
     if labels.min() < 0 or labels.max() > most:
         none = f" ({config.num_classes} = none)" if config.label_dropout else ""
         raise ValueError(
-            f"labels go from {labels.min()} to {labels.max()}, but this model's classes from 0 to "
+            f"labels are {labels.min()} to {labels.max()}, but this model's classes are 0 to "
             f"{config.num_classes - 1}{none}"
         )
 
 
 def _generators(seed: int, stream: str, indices: Sequence[int]) -> list[Generator]:
     """A generator for each image, on the CPU, so that every device gets the same numbers."""
-    return [Generator().manual_seed(derive_seed(seed, stream, index)) for index in indices]
+    return [image_generator(seed, stream, index) for index in indices]

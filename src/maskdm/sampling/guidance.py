@@ -1,9 +1,9 @@
 """Guidance: away from what a weaker denoiser would draw. A function round the denoiser.
 
 All kinds are weak + scale (strong - weak), in the clean image (which for a given x_t is the same
-as in the noise or the velocity). They differ in who is weak:
+as in the noise or the velocity). They differ in the weak denoiser:
 
-    classifier-free   the same model, told no class (Ho & Salimans 2022, Eq. 6)
+    classifier-free   the same model without a class (Ho & Salimans 2022, Eq. 6)
     autoguidance      a smaller or less trained model (Karras et al. 2024, Eq. 3): here by
                       default the run's own primer, from before its last stage
     sparse            the same model, which sees only a part of the patches at a time
@@ -12,89 +12,113 @@ as in the noise or the velocity). They differ in who is weak:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Generator, Tensor
 
+from maskdm.families import GUIDANCE
 from maskdm.models.build import Backbone
-from maskdm.models.class_names import some_names
 from maskdm.models.trained import TrainedModel
-from maskdm.recipe import Sampling
+from maskdm.recipe import Guidance
 from maskdm.sampling.denoise import sparse_denoiser, x0_denoiser
 from maskdm.sampling.samplers import Denoise
+from maskdm.words import listed
 
 
-def guided(
-    trained: TrainedModel,
-    positions: Tensor,
-    labels: Tensor | None,
-    settings: Sampling,
-    weak: TrainedModel | None,
-    generators: list[Generator],
-) -> Denoise:
-    """The denoiser of a trained model with the guidance that settings ask for.
+class Wanted(NamedTuple):
+    """What a weak denoiser is made from.
 
-    Args:
+    Attributes:
         trained: the strong model.
         positions: patches that are drawn, int64 (B, V).
         labels: classes, int64 (B,), or None.
-        settings: kind of guidance, scale, and times at which it acts (Kynkaanniemi et al. 2024).
-        weak: the weak model of autoguidance.
-        generators: one per image, on the CPU; sparse guidance deals patches with them.
+        guidance: its settings.
+        weak: the weak model of autoguidance, or None.
+        generators: one per image, on the CPU.
+    """
+
+    trained: TrainedModel
+    positions: Tensor
+    labels: Tensor | None
+    guidance: Guidance
+    weak: TrainedModel | None
+    generators: list[Generator]
+
+
+def guided(wanted: Wanted) -> Denoise:
+    """The denoiser of a trained model with guidance (Kynkaanniemi et al. 2024: in an interval).
 
     Raises:
-        ValueError: the model has no class for "none", or autoguidance has no weak model, or one
+        ValueError: the model has no "no class", or autoguidance has no weak model, or one
             of another image size or patch size or with other classes.
     """
-    strong = x0_denoiser(trained, positions, labels)
-    if settings.guidance == "none":
+    trained, guidance = wanted.trained, wanted.guidance
+    strong = x0_denoiser(trained, wanted.positions, wanted.labels)
+    make_weak = GUIDANCE[guidance.kind].weak
+    if make_weak is None:
         return strong
-    if settings.guidance == "classifier-free":
-        null = no_class(trained.model, len(positions)).to(positions.device)
-        other = x0_denoiser(trained, positions, null)
-    elif settings.guidance == "autoguidance":
-        refuse_weak(trained, weak)
-        assert weak is not None
-        other = x0_denoiser(weak, positions, labels)
-    else:
-        assert settings.guidance == "sparse"
-        other = sparse_denoiser(trained, positions, labels, settings.guidance_rate, generators)
-    ends = torch.tensor([settings.guidance_end, settings.guidance_start], dtype=torch.float64)
+    refuse_guidance(trained, guidance, wanted.weak)
+    weak = make_weak(wanted)
+    ends = torch.tensor([guidance.end, guidance.start], dtype=torch.float64)
     low, high = trained.schedule.log_snr(ends).tolist()
 
     def denoise(x: Tensor, log_snr: float) -> Tensor:
         x0 = strong(x, log_snr)
         if not low - 1e-6 <= log_snr <= high + 1e-6:
-            return x0
-        weak_x0 = other(x, log_snr)
-        return weak_x0 + settings.guidance_scale * (x0 - weak_x0)
+            return x0  # outside of the interval only the strong model is evaluated: half the cost
+        weak_x0: Tensor = weak(x, log_snr)
+        return weak_x0 + guidance.scale * (x0 - weak_x0)
 
     return denoise
 
 
-def refuse_guidance(trained: TrainedModel, settings: Sampling, weak: TrainedModel | None) -> None:
-    """Raises ValueError where a model can't have the guidance that settings ask for."""
-    if settings.guidance == "classifier-free":
-        no_class(trained.model, 0)
-    elif settings.guidance == "autoguidance":
-        refuse_weak(trained, weak)
+def refuse_guidance(trained: TrainedModel, guidance: Guidance, weak: TrainedModel | None) -> None:
+    """Raises ValueError where a model cannot be guided as the settings say."""
+    refuse = GUIDANCE[guidance.kind].refuse
+    if refuse is not None:
+        refuse(trained, weak)
+
+
+def without_class(wanted: Wanted) -> Denoise:
+    """The model itself, given "no class"."""
+    null = no_class(wanted.trained.model, len(wanted.positions)).to(wanted.positions.device)
+    return x0_denoiser(wanted.trained, wanted.positions, null)
+
+
+def by_weak_model(wanted: Wanted) -> Denoise:
+    """Another model, for the same images."""
+    assert wanted.weak is not None  # else it was refused
+    return x0_denoiser(wanted.weak, wanted.positions, wanted.labels)
+
+
+def sparse(wanted: Wanted) -> Denoise:
+    """The model itself, which sees a part of the patches at a time."""
+    trained, positions, labels, guidance, _, generators = wanted
+    return sparse_denoiser(trained, positions, labels, guidance.rate, generators)
+
+
+def refuse_without_class(trained: TrainedModel, weak: TrainedModel | None) -> None:
+    """Raises ValueError where the model was not trained on images of no class."""
+    no_class(trained.model, 0)
 
 
 def no_class(model: Backbone, num: int) -> Tensor:
     """Labels that say "no class": int64 (num,). Raises ValueError where the model knows none."""
     config = model.config
     if not config.num_classes or not config.label_dropout:
-        what = "has no classes" if not config.num_classes else "was never shown images of no class"
+        what = "has no classes" if not config.num_classes else "was not trained without classes"
         raise ValueError(
-            f"classifier-free guidance is not possible, since the model {what}: train one with "
+            f"classifier-free guidance is not available, since the model {what}: train one with "
             "num_classes and label_dropout above 0, or use autoguidance or sparse"
         )
     return torch.full((num,), config.num_classes)
 
 
 def refuse_weak(trained: TrainedModel, weak: TrainedModel | None) -> None:
-    """Raises ValueError where a model can't guide another."""
+    """Raises ValueError where a model cannot guide another."""
     if weak is None:
-        raise ValueError("autoguidance needs a weak model: name one with guidance_weak")
+        raise ValueError("autoguidance needs a weak model: name one with guidance.weak")
     strong, other = trained.model, weak.model
     traits = {
         "image_shape": (strong.image_shape, other.image_shape),
@@ -110,9 +134,9 @@ def refuse_weak(trained: TrainedModel, weak: TrainedModel | None) -> None:
     names, weak_names = strong.config.class_names, other.config.class_names
     if names and weak_names and names != weak_names:
         raise ValueError(
-            f"the weak model's classes are {some_names(weak_names)}, the guided one's "
-            f"{some_names(names)}: they must be equal"
+            f"the weak model's classes are {listed(weak_names)}, the guided one's "
+            f"{listed(names)}: they must be equal"
         )
     config = trained.model.config
     if config.num_classes and config.label_dropout and not weak.model.config.label_dropout:
-        raise ValueError("the weak model was never shown images of no class, the guided one was")
+        raise ValueError("the weak model was not trained without classes, the guided one was")

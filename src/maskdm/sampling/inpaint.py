@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageOps
 from torch import Generator, Tensor
 
 from maskdm.images.prepare import prepare_image
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Data, Sampling
 from maskdm.sampling.generate import generate_on_all_ranks
+from maskdm.sampling.marginal import read_picture
 from maskdm.sampling.samplers import Denoise, on_levels
 from maskdm.tokens import patchify
 
@@ -36,8 +37,8 @@ def inpaint(
     """Draws the unknown pixels of an image, num times, given the known ones.
 
     Args:
-        trained: the model; any model that draws images, no training for this is needed.
-        settings: steps, spacing, guidance, clipping; the solver is RePaint's whatever they say.
+        trained: any model; no training for inpainting is needed.
+        settings: steps, spacing, guidance, clipping; the solver is always RePaint's.
         image: uint8 (H, W, C) of the model's size; what it holds at unknown pixels is not used.
         unknown: bool (H, W), True where pixels are to be drawn.
         num: pictures to draw.
@@ -49,12 +50,12 @@ def inpaint(
         uint8 (num, H, W, C), at known pixels equal to the image.
 
     Raises:
-        ValueError: image or mask don't have the model's size, or there is nothing to draw.
+        ValueError: image or mask are not of the model's size, or there is nothing to draw.
     """
     shape = trained.model.image_shape
     if image.shape != shape or unknown.shape != shape[:2]:
         raise ValueError(
-            f"the model's images are {shape}, but the image is {image.shape} and the mask "
+            f"the model's images are {shape}, but the image is {image.shape} and the mask is "
             f"{unknown.shape}"
         )
     if not unknown.any():
@@ -88,15 +89,15 @@ def repaint(
 ) -> Tensor:
     """Ancestral sampling with known values put in at each level (Lugmayr et al. 2022, Algorithm 1).
 
-    So that what is drawn comes to fit what is known, every `jump` steps are taken `resamplings`
-    times, with noise added in between to go back: as many times the evaluations.
+    Every `jump` steps are taken `resamplings` times, with noise added in between to go back, so
+    that drawn and known parts come to fit: as many times the evaluations.
 
     Args:
         denoise: the clean image at x_t and a log-SNR.
         noise: standard normal, float (B, N, P).
-        levels: log-SNR at which it is asked, rising, float64 (steps,).
+        levels: log-SNR at which it is evaluated, rising, float64 (steps,).
         generators: one per image.
-        x0: the known image, float (1, N, P); values where `keep` is False don't matter.
+        x0: the known image, float (1, N, P); values where `keep` is False have no effect.
         keep: bool (1, N, P), True where it is known.
         resamplings: times that each stretch of steps is taken, at least 1.
         jump: steps in a stretch, at least 1.
@@ -145,15 +146,9 @@ def read_image_and_mask(image: Path, mask: Path, data: Data) -> tuple[np.ndarray
         uint8 (H, W, C); bool (H, W), cut and resized like the image.
 
     Raises:
-        ValueError: a file that is no picture, or a mask of another shape than the image's.
+        ValueError: a file that is not a picture, or a mask of another shape than the image's.
     """
-    pictures = []
-    for path in (image, mask):
-        try:
-            with Image.open(path) as picture:
-                pictures.append(ImageOps.exif_transpose(picture))
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"{path} cannot be read as an image: {error}") from None
+    pictures = [ImageOps.exif_transpose(read_picture(path)) for path in (image, mask)]
     if pictures[0].size != pictures[1].size:
         sizes = ["x".join(map(str, picture.size)) for picture in pictures]
         raise ValueError(

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Generator, Tensor
+from torch import Tensor
 
 from maskdm.masks import Grid, draw_visible
 from maskdm.recipe import Mask
-from maskdm.seeds import derive_seed
+from maskdm.seeds import image_generator
 
 
 def masks_of_images(mask: Mask, grid: Grid, indices: Sequence[int], seed: int) -> Tensor:
@@ -20,10 +20,7 @@ def masks_of_images(mask: Mask, grid: Grid, indices: Sequence[int], seed: int) -
 
     Raises ValueError for a mask that the grid cannot have.
     """
-    drawn = [
-        draw_visible(mask, grid, 1, Generator().manual_seed(derive_seed(seed, "mask", index)))
-        for index in indices
-    ]
+    drawn = [draw_visible(mask, grid, 1, image_generator(seed, "mask", index)) for index in indices]
     return torch.cat(drawn)
 
 
@@ -51,16 +48,22 @@ def patches_of_picture(picture: np.ndarray, patch_size: int) -> Tensor:
     return torch.from_numpy(np.flatnonzero(whole))
 
 
-def read_picture(path: Path, height: int, width: int) -> np.ndarray:
-    """A black and white picture of exactly that size: bool (H, W), True where it is light.
-
-    Raises ValueError where it isn't there, is no picture, or has another size.
-    """
+def read_picture(path: Path) -> Image.Image:
+    """A picture with its pixels. Raises ValueError where the file cannot be read as one."""
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L"))
+            image.load()
+            return image
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from None
+
+
+def read_mask(path: Path, height: int, width: int) -> np.ndarray:
+    """A black and white picture of exactly that size: bool (H, W), True where it is light.
+
+    Raises ValueError where it does not exist, is not a picture, or has another size.
+    """
+    pixels = np.asarray(read_picture(path).convert("L"))
     if pixels.shape != (height, width):
         raise ValueError(
             f"{path} is {pixels.shape[0]} pixels high and {pixels.shape[1]} wide, but the model's "

@@ -1,11 +1,11 @@
 """Solvers that turn noise into patches, a denoiser's answer at a time.
 
 One signature for all: `sampler(denoise, noise, levels, settings, generators) -> patches`. They know
-no schedule and no network: only log-SNR levels, and a denoiser that tells the clean image at one.
+no schedule and no network: only log-SNR levels, and a denoiser that gives the clean image at one.
 Any alpha and sigma can be scaled to alpha^2 + sigma^2 = 1, so each solver serves every schedule.
 
-diffusers' schedulers do the arithmetic where it has them. Each is given a table of exactly the
-levels of this run (`trained_betas`), so that it steps through all of them, whatever their spacing.
+Where diffusers has a scheduler, it does the arithmetic. Each gets a table of exactly the levels of
+this run (`trained_betas`), so that it steps through all of them, whatever their spacing.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from maskdm.diffusion.schedule import Schedule
+from maskdm.families import SAMPLERS
 from maskdm.recipe import Sampling
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -36,10 +37,10 @@ T_END = 1e-3  # last time of log-snr and karras spacing, and of Euler-Maruyama i
 
 
 def sampling_levels(schedule: Schedule, settings: Sampling) -> Tensor:
-    """Log-SNR of the levels at which the network is asked, rising: float64 (steps,).
+    """Log-SNR of the levels at which the network is evaluated, rising: float64 (steps,).
 
     From t = 1 on. After the last one comes the clean image itself, as the denoiser sees it there.
-    `uniform` times are 1, 1 - 1/steps, ..., 1/steps (of a discrete schedule the table's entries
+    `uniform` times are 1, 1 - 1/steps, ..., 1/steps (for a discrete schedule the table's entries
     that diffusers calls trailing). `log-snr` and `karras` go to t = 0.001, or to the table's
     first entry; Karras et al. 2022, Eq. 5 with rho = 7.
 
@@ -71,9 +72,9 @@ def ddim(
     Args:
         denoise: the clean image at x_t and a log-SNR.
         noise: standard normal, float (B, N, P).
-        levels: log-SNR at which it is asked, rising, float64 (steps,).
+        levels: log-SNR at which it is evaluated, rising, float64 (steps,).
         settings: eta.
-        generators: one per image, for samplers that add noise.
+        generators: one per image, on the CPU, for samplers that add noise.
 
     Returns:
         Clean patches, float (B, N, P).
@@ -151,7 +152,7 @@ def euler_maruyama(
 
 
 def refuse_unstable(levels: Tensor) -> None:
-    """Raises ValueError where Euler-Maruyama would blow up: where beta dt of a step is over 2.
+    """Raises ValueError where Euler-Maruyama would diverge: where beta dt of a step is over 2.
 
     There the step, an extrapolation, turns the image over. A schedule that starts from almost no
     signal begins with such a leap however many even steps there are.
@@ -166,26 +167,17 @@ def refuse_unstable(levels: Tensor) -> None:
 
 
 def refuse_settings(schedule: Schedule, settings: Sampling) -> None:
-    """Raises ValueError where a sampler can't take its steps on a schedule, before it is asked."""
+    """Raises ValueError where a sampler cannot take its steps on a schedule."""
+    refuse = SAMPLERS[settings.sampler].refuse
     levels = sampling_levels(schedule, settings)
-    if settings.sampler == "euler-maruyama":
-        refuse_unstable(levels)
-
-
-SAMPLERS: dict[str, Callable[[Denoise, Tensor, Tensor, Sampling, list[Generator]], Tensor]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "dpm-solver": dpm_solver,
-    "unipc": unipc,
-    "heun": heun,
-    "euler-maruyama": euler_maruyama,
-}
+    if refuse is not None:
+        refuse(levels)
 
 
 def _follow(
     scheduler: Any, denoise: Denoise, noise: Tensor, levels: Tensor, **options: Any
 ) -> Tensor:
-    """Steps through a scheduler's levels; `options` are of its `step`."""
+    """Steps through a scheduler's levels; `options` are arguments of its `step`."""
     x = noise
     for index in scheduler.timesteps.tolist():
         x0 = denoise(x, levels[-1 - index].item())
@@ -196,7 +188,7 @@ def _follow(
 def on_levels(kind: type[Any], levels: Tensor, **options: Any) -> Any:
     """diffusers' scheduler of that class whose only timesteps are these levels, first to last.
 
-    Timestep i is level -1 - i; the answers it takes are clean images.
+    Timestep i is level -1 - i; it takes clean images as the network's answers.
     """
     alphas_cumprod = levels.flip(0).sigmoid()
     before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])

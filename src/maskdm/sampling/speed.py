@@ -12,7 +12,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
 from maskdm.engine import autocast
-from maskdm.models.adapters import GridDenoiser
+from maskdm.families import BACKBONES, GUIDANCE, SAMPLERS
 from maskdm.models.build import Backbone
 from maskdm.models.compiling import CompiledForward, NotCompiled
 from maskdm.models.trained import TrainedModel
@@ -21,7 +21,6 @@ from maskdm.sampling.denoise import x0_denoiser
 
 TOKENS_ON_CPU = 2048  # within its caches: MaskDM-S was fastest so
 TOKENS_ON_GPU = 65_536  # rows of its matrix products; an estimate
-PIXELS_A_TOKEN = 16  # of a U-Net, which computes on pixels
 MOST_AT_A_TIME = 1024  # of tiny images
 COMPILE_FROM_FLOPS = 1e17  # minutes of a GPU; less is over before compiling has paid
 
@@ -34,10 +33,11 @@ def images_at_a_time(model: Backbone, settings: Sampling) -> int:
     """How many images to draw at a time: as the settings say, or as keeps the device busy."""
     if settings.batch_size != "auto":
         return settings.batch_size
+    # So many rows of its matrix products keep a device busy, at any size of an image.
     tokens = model.num_patches
-    if isinstance(model, GridDenoiser) and model.config.kind == "unet2d":
+    if pixels_per_token := BACKBONES[model.kind].pixels_per_token:  # it computes on pixels
         height, width, _ = model.image_shape
-        tokens = height * width // PIXELS_A_TOKEN
+        tokens = height * width // pixels_per_token
     on_cpu = next(model.parameters()).device.type == "cpu"
     size = (TOKENS_ON_CPU if on_cpu else TOKENS_ON_GPU) // max(tokens, 1)
     return min(max(1, size), MOST_AT_A_TIME, _fitting.get(model, MOST_AT_A_TIME))
@@ -58,6 +58,8 @@ def in_parts(
         RuntimeError: so many images at a time don't fit in the device's memory.
     """
     done, start = [], 0
+    # The size is read anew for each part: it is halved, and remembered for the model, wherever
+    # memory runs out.
     while start < num:
         size = min(images_at_a_time(model, settings), num - start)
         try:
@@ -92,36 +94,44 @@ def is_worth_compiling(model: Backbone, settings: Sampling, num: int, num_visibl
         return settings.compile == "on"
     if next(model.parameters()).device.type != "cuda":
         return False
-    evaluations = settings.steps * (2 if settings.sampler == "heun" else 1)
-    if settings.guidance == "classifier-free":
-        evaluations *= 2
+    evaluations = settings.steps * SAMPLERS[settings.sampler].evaluations
+    evaluations *= GUIDANCE[settings.guidance.kind].evaluations
     return num * evaluations * model.forward_flops(num_visible) >= COMPILE_FROM_FLOPS
 
 
 def compile_for_sampling(
-    trained: TrainedModel, settings: Sampling, num: int, num_visible: int
+    trained: TrainedModel,
+    settings: Sampling,
+    weak: TrainedModel | None,
+    num: int,
+    num_visible: int,
 ) -> None:
-    """Compiles a network for the batches of `generate`, where it is wanted; once is enough.
+    """Compiles networks for the batches of `generate`, if the settings want it; once is enough.
 
-    Smaller batches run as written. So does what can't be compiled, with a warning.
+    Smaller batches run eagerly. So does what cannot be compiled, with a warning.
 
     Args:
-        trained: the model, on the device to use.
-        settings: as for `generate`.
+        trained, settings, weak: as for `generate`.
         num: images that will be drawn on this device, perhaps in several calls.
         num_visible: patches of an image that are drawn.
     """
+    _compile(trained, settings, num, num_visible)
+    if weak is not None and GUIDANCE[settings.guidance.kind].needs_model:
+        _compile(weak, settings, num, num_visible)
+
+
+def _compile(trained: TrainedModel, settings: Sampling, num: int, num_visible: int) -> None:
     model = trained.model
     forward = model.forward if isinstance(model.forward, CompiledForward) else None
     if settings.compile == "off" and forward is not None:
-        forward.run_as_written()
+        forward.run_eagerly()
     if not is_worth_compiling(model, settings, num, num_visible):
         return
     device = next(model.parameters()).device
     values = model.patch_size**2 * model.image_shape[2]
 
     @torch.no_grad()
-    def ask(part: slice) -> None:
+    def attempt(part: slice) -> None:
         noise = torch.zeros(part.stop - part.start, num_visible, values, device=device)
         positions = torch.arange(num_visible, device=device).repeat(len(noise), 1)
         labels = None
@@ -135,10 +145,10 @@ def compile_for_sampling(
         return
     if forward is None:
         forward = CompiledForward(model)
-    forward.run_as_written()
-    in_parts(model, settings, size, ask)  # finds what fits
+    forward.run_eagerly()
+    in_parts(model, settings, size, attempt)  # finds what fits
     size = images_at_a_time(model, settings)
     try:
-        forward.compile((size, num_visible, values), lambda: ask(slice(0, size)))
+        forward.compile((size, num_visible, values), lambda: attempt(slice(0, size)))
     except NotCompiled as error:
-        warnings.warn(f"not compiled, runs as written: {error}", stacklevel=2)
+        warnings.warn(f"not compiled, runs eagerly: {error}", stacklevel=2)

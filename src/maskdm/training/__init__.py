@@ -1,1 +1,1 @@
-"""The training loop and what it keeps: optimizer, moving average, checkpoints, metrics."""
+"""The training loop, and the optimizer, averages, measurements and reports around it."""

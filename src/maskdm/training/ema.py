@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights: the model that is sampled from."""
+"""The exponential moving average of the weights: the model that samples are drawn from."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Moves the average a step towards the model: mean <- decay mean + (1 - decay) weight.
 
     n calls after a restart it is exactly decay^n w_0 + (1 - decay) sum_k decay^(n - k) w_k.
-    torch's own formula, in one pass over all tensors; its `AveragedModel`, which wraps it, asks
-    the device for a count at each call.
+    torch's own formula, in one pass over all tensors; its `AveragedModel`, which wraps it, reads
+    a count from the device at each call.
     """
     update = get_ema_multi_avg_fn(decay)
     update(list(average.parameters()), list(model.parameters()), 0)

@@ -1,25 +1,32 @@
-"""What a run tells people and machines: console, progress bar, lines of JSON, environment.json."""
+"""What a run reports to people and machines: console, progress bar, lines of JSON."""
 
 from __future__ import annotations
 
-import json
-import platform
-import shlex
-import subprocess
+import os
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 
-import maskdm
 from maskdm.engine import device_name
-from maskdm.files import write_text
+from maskdm.families import BACKBONES
+from maskdm.images.order import num_held_out, training_subset
+from maskdm.images.store import Store
+from maskdm.images.unreadable import listed_unreadable
+from maskdm.masks import mask_text
+from maskdm.models.backbone import Backbone
+from maskdm.recipe import Recipe
+from maskdm.runs.checkpoint import Progress
+from maskdm.runs.lines import append_line, keep_lines_until
+from maskdm.training.work import StageWork
+from maskdm.words import clock, counted, flops_text, printable
 
 PLAIN_LINE_SEC = 10.0  # without a terminal, a line of progress at most this often
+MOST_HELD_OUT = 0.25  # part of the images that may be held out without a note
+MOST_KEPT = 0.1  # part of a stage's first weights that the average may keep without a note
 
 
 class Monitor:
@@ -29,7 +36,7 @@ class Monitor:
         run_dir: the run's folder.
         total_flops: of the whole run; progress and time left are measured in them, since a
             masked step costs a fraction of a dense one.
-        active: whether this is the rank that speaks.
+        active: whether this is the rank that reports.
         show: whether to print to the console.
 
     Attributes:
@@ -45,15 +52,15 @@ class Monitor:
         self._bar: tqdm[Any] | None = None
         self._last_line_sec = 0.0
 
-    def start(self, step: int, flops: int) -> None:
-        """Drops lines of steps after `step` (a kill left them) and opens the bar."""
+    def start(self, progress: Progress) -> None:
+        """Drops lines of later steps (a kill left them) and opens the bar."""
         if self._active:
-            keep_lines_until(self._path, step)
-            keep_lines_until(self.quality_path, step)
+            keep_lines_until(self._path, progress.step)
+            keep_lines_until(self.quality_path, progress.step)
         if self._show and sys.stderr.isatty():
             self._bar = tqdm(
                 total=self._total_flops,
-                initial=flops,
+                initial=progress.flops,
                 bar_format="{percentage:3.0f}%|{bar}| {elapsed} < {remaining} {desc}",
                 dynamic_ncols=True,
             )
@@ -65,7 +72,7 @@ class Monitor:
         elif self._show:
             print(text, flush=True)
 
-    def doing(self, text: str) -> None:
+    def show_activity(self, text: str) -> None:
         """Shows on the bar, if there is one, what takes a while."""
         if self._bar is not None:
             self._bar.set_description_str(text)
@@ -74,7 +81,7 @@ class Monitor:
         """Appends a line to metrics.jsonl and shows it. Raises OSError on a full disk."""
         if not self._active:
             return
-        _append(self._path, line)
+        append_line(self._path, line)
         speed = line["images_per_sec"]
         text = (
             f"{line['stage']} step {line['step']:,}  loss {line['loss']:.4f}  "
@@ -90,7 +97,7 @@ class Monitor:
     def log_quality(self, line: dict[str, Any]) -> None:
         """Appends a line to quality.jsonl. Raises OSError on a full disk."""
         if self._active:
-            _append(self.quality_path, line)
+            append_line(self.quality_path, line)
 
     def close(self) -> None:
         """Closes the bar."""
@@ -98,73 +105,86 @@ class Monitor:
             self._bar.close()
             self._bar = None
 
+    def introduce(
+        self,
+        recipe: Recipe,
+        store: Store,
+        model: Backbone,
+        accelerator: Accelerator,
+        precision: str,
+    ) -> None:
+        """Says what the run trains on, what it trains, where, and how much of it."""
+        for line in data_lines(recipe, store):
+            self.say(line)
+        kind, num_params = BACKBONES[model.kind], sum(p.numel() for p in model.parameters())
+        self.say(
+            f"model   {kind.title}, {num_params / 1e6:.2f} M parameters, "
+            f"{model.num_patches} patches"
+        )
+        if not kind.masks_save_compute and any(stage.mask.rate for stage in recipe.stages):
+            self.say(f"  note: {kind.title} needs the whole grid: masks save no compute")
+        devices = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
+        self.say(f"device  {devices}, {precision}")
+        if note := threads_note(accelerator):
+            self.say(f"  note: {note}")
+        stages = counted(len(recipe.stages), "stage")
+        self.say(f"plan    {stages}, {flops_text(self._total_flops)} in all")
 
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    def introduce_stage(self, recipe: Recipe, progress: Progress, work: StageWork) -> None:
+        """Says what a stage does: its mask, the fraction really hidden, steps and compute."""
+        stage = recipe.stages[progress.stage]
+        what = "whole images"
+        if work.hidden:
+            rate = f" ({100 * stage.mask.rate:.4g} % in the recipe)"
+            is_exact = abs(work.hidden - stage.mask.rate) < 5e-4
+            what = f"{100 * work.hidden:.4g} % hidden{'' if is_exact else rate}, "
+            what += mask_text(stage.mask)
+        schedule = f", schedule {stage.schedule}" if stage.schedule else ""
+        self.say(
+            f"stage {progress.stage + 1}/{len(recipe.stages)} {stage.name}: {what}{schedule}, "
+            f"{stage.steps:,} steps of {counted(stage.batch_size, 'image')}, "
+            f"{flops_text(work.step_flops * stage.steps)}"
+        )
+        if (kept := stage.ema_decay**stage.steps) > MOST_KEPT:
+            self.say(
+                f"  note: ema_decay {stage.ema_decay:g} keeps {100 * kept:.0f} % of the "
+                f"stage's first weights over {stage.steps:,} steps: try a lower one"
+            )
+
+    def conclude_stage(self, progress: Progress) -> None:
+        """Says that a stage has ended."""
+        self.say(f"  done after {clock(progress.elapsed_sec)} of training")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl or quality.jsonl; a last one that a kill cut off is left out."""
-    lines = []
-    for text in path.read_text("utf-8").splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+def data_lines(recipe: Recipe, store: Store) -> list[str]:
+    """What a run trains on, and what to know about it, in lines for people."""
+    num, height, width, channels = store.images.shape
+    num_used, num_out = len(training_subset(num, recipe.data)), num_held_out(num, recipe.data)
+    parts = [
+        f"data    {num_used:,}{'' if num_used == num else f' of {num:,}'} images "
+        f"{height}x{width}x{channels} from {recipe.data.source}"
+    ]
+    if num_classes := len(store.manifest["class_names"]):
+        unused = "" if recipe.model.num_classes else " (unused)"
+        parts.append(f"{counted(num_classes, 'class', 'classes')}{unused}")
+    if num_out:
+        parts.append(f"{num_out:,} held out")
+    bad = store.manifest["left_out"]
+    if bad:
+        parts.append(f"{len(bad):,} unreadable skipped")
+    lines = [", ".join(parts)]
+    if num_out > MOST_HELD_OUT * num:
+        share = 100 * num_out / num
+        lines.append(f"  note: {share:.0f} % of the images are held out: lower data.held_out")
+    lines += [f"  note: {printable(note)}" for note in store.manifest["notes"]]
+    return lines + ([f"  skipped: {listed_unreadable(bad, most=3)}"] if bad else [])
 
 
-def keep_lines_until(path: Path, step: int) -> None:
-    """Rewrites such a file without the lines after a step, whole or not at all."""
-    if path.is_file():
-        kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
-        write_text(path, "".join(kept))
-
-
-def environment(device: torch.device, num_ranks: int) -> dict[str, Any]:
-    """Versions, hardware, source commit and command of this process, for environment.json."""
-    packages = ("torch", "accelerate", "diffusers", "safetensors", "numpy", "pillow")
-    return {
-        "maskdm": maskdm.__version__,
-        "commit": source_commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in packages},
-        "platform": platform.platform(),
-        "device": device_name(device),
-        "num_ranks": num_ranks,
-        "cpu_threads": torch.get_num_threads(),
-    }
-
-
-def source_commit() -> str | None:
-    """Git commit of the checkout that this package runs from, `+changes` if edited, or None."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", __file__)  # installed into someone's repository: none
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
+def threads_note(accelerator: Accelerator) -> str | None:
+    """What to do where waiting threads would take a busy CPU's time (docs/performance.md)."""
+    if accelerator.device.type != "cpu" or "OMP_WAIT_POLICY" in os.environ:
         return None
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss below an hour."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def flops_text(flops: float) -> str:
-    """Floating-point operations with a metric prefix: `3.7 TFLOP`."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if flops < 1000:
-            return f"{flops:.3g} {prefix}FLOP"
-        flops /= 1000
-    return f"{flops:,.0f} ZFLOP"
+    return (
+        "torch was imported before maskdm, so its threads spin while they wait: on a busy CPU "
+        "import maskdm first, or set OMP_WAIT_POLICY=PASSIVE"
+    )

@@ -1,4 +1,4 @@
-"""The optimizer, and the learning rate over a stage."""
+"""The optimizer, the learning rate over a stage, clipping."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from maskdm.recipe import Stage
 
@@ -19,10 +20,10 @@ def make_optimizer(parameters: Iterable[nn.Parameter], stage: Stage) -> torch.op
 
 
 def enter_stage(optimizer: torch.optim.AdamW, stage: Stage) -> None:
-    """Gives an optimizer the stage's settings; its moments are the caller's to clear or keep.
+    """Gives an optimizer the stage's settings; clearing its moments is left to the caller.
 
-    A run has one optimizer: the engine keeps every one that it was ever given, and its loss
-    scaler would undo the scale of the gradients once for each.
+    A run has one optimizer: the engine keeps every one that it prepared, and its loss scaler
+    would unscale the gradients once for each.
     """
     for group in optimizer.param_groups:
         group.update(lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay)
@@ -31,12 +32,22 @@ def enter_stage(optimizer: torch.optim.AdamW, stage: Stage) -> None:
 def learning_rate(stage: Stage, stage_step: int) -> float:
     """Learning rate of a stage's step, counted from 0: a pure function, so resume is exact.
 
-    Linear warm-up reaches `lr` at step `warmup_steps`; then constant, or a cosine that would
+    Linear warm-up reaches `lr` at step `stage.warmup_steps`; then constant, or a cosine that would
     reach zero at step `steps`.
     """
-    if stage_step < stage.warmup_steps:
-        return stage.lr * (stage_step + 1) / (stage.warmup_steps + 1)
+    warmup_steps = stage.warmup_steps
+    if stage_step < warmup_steps:
+        return stage.lr * (stage_step + 1) / (warmup_steps + 1)
     if stage.lr_schedule == "constant":
         return stage.lr
-    elapsed = (stage_step - stage.warmup_steps) / (stage.steps - stage.warmup_steps)
+    elapsed = (stage_step - warmup_steps) / (stage.steps - warmup_steps)
     return stage.lr * 0.5 * (1 + math.cos(math.pi * elapsed))
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, clip: float | None) -> Tensor:
+    """Clips the gradient to a norm, None = not at all; returns its norm before, on the device."""
+    if clip is not None:
+        norm: Tensor = accelerator.clip_grad_norm_(model.parameters(), clip)
+        return norm.detach()
+    accelerator.unscale_gradients()
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])

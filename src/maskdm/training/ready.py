@@ -1,9 +1,10 @@
-"""Making the network ready for a stage: what is recomputed, how many images at a time, compiled."""
+"""Making the network ready for a stage: recomputation, micro-batches, compiling."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -11,11 +12,26 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.utils.checkpoint import checkpoint
 
-from maskdm.diffusion.schedule import Schedule
-from maskdm.models.build import Backbone
+from maskdm.diffusion.schedule import Schedule, schedule_of
+from maskdm.models.backbone import Backbone
 from maskdm.models.compiling import CompiledForward, NotCompiled, wants_compiling
-from maskdm.recipe import Recipe, Stage
+from maskdm.recipe import Diffusion, Recipe, Stage
 from maskdm.training.step import Batch, draw_batch
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a stage's steps need besides the network.
+
+    Attributes:
+        diffusion: what the stage trains under.
+        schedule: its noise over time, for images of the recipe's size.
+        micro_batch_size: images per device at a time; None = all.
+    """
+
+    diffusion: Diffusion
+    schedule: Schedule
+    micro_batch_size: int | None
 
 
 def make_ready(
@@ -23,28 +39,26 @@ def make_ready(
     model: Backbone,
     recipe: Recipe,
     stage: Stage,
-    schedule: Schedule,
     accelerator: Accelerator,
     say: Callable[[str], None],
-) -> int | None:
+) -> Ready:
     """Readies the network for a stage, and says what it did. To be called on every rank.
-
-    Returns:
-        Images per device at a time; None = all.
 
     Raises:
         RuntimeError: not even one image fits in the device's memory.
     """
     if stage.activation_checkpointing:
         model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False))
-    else:
+    elif model.is_gradient_checkpointing:  # a stage before had it on
         model.disable_gradient_checkpointing()
-    network.run_as_written()
+    network.run_eagerly()
+    diffusion = recipe.diffusion_of(stage)
+    schedule = schedule_of(diffusion, recipe.data.size)
     share = stage.batch_size // accelerator.num_processes
     size = stage.micro_batch_size
     if size == "auto":
         size = None
-        if accelerator.device.type != "cpu":  # there nothing says how much fits
+        if accelerator.device.type != "cpu":  # a CPU does not say how much fits
 
             def attempt(num: int) -> None:
                 _try_step(model, _example(recipe, stage, schedule, num, accelerator.device))
@@ -54,40 +68,49 @@ def make_ready(
     if wants_compiling(recipe.compile, accelerator.device):
         num = min(share, size or share)
         example = _example(recipe, stage, schedule, num, accelerator.device)
-        graphs = recipe.compile == "graphs"
-        if graphs and (why_not := _no_graphs(accelerator, is_whole=num == share)):
-            say(f"  note: no CUDA graphs, since {why_not}")
-            graphs = False
-        attempt = functools.partial(forward_and_backward, model, example)
-        try:
-            done = network.compile(example.x0.shape, attempt, graphs)
-        except NotCompiled as error:
-            say(f"  not compiled, runs as written: {error}")
-        else:
-            say(
-                f"  compiled in {done.seconds:.0f} s"
-                + (", with CUDA graphs" if done.cuda_graphs else "")
-            )
-            if graphs and not done.cuda_graphs:
-                say("  note: no CUDA graphs, since the compiler can't have them for this network")
-    return size
+        why_no_graphs = _why_no_graphs(accelerator, is_whole=num == share)
+        _compile(network, model, example, recipe.compile == "graphs", why_no_graphs, say)
+    return Ready(diffusion, schedule, size)
 
 
-def _no_graphs(accelerator: Accelerator, is_whole: bool) -> str | None:
-    """Why a stage can't replay CUDA graphs; None = it can."""
+def _compile(
+    network: CompiledForward,
+    model: Backbone,
+    example: Batch,
+    graphs: bool,
+    why_no_graphs: str | None,
+    say: Callable[[str], None],
+) -> None:
+    """Compiles the network for batches like an example, with CUDA graphs if wanted and possible."""
+    if graphs and why_no_graphs:
+        say(f"  note: no CUDA graphs, since {why_no_graphs}")
+        graphs = False
+    attempt = functools.partial(forward_and_backward, model, example)
+    try:
+        done = network.compile(example.x0.shape, attempt, graphs)
+    except NotCompiled as error:
+        say(f"  not compiled, runs eagerly: {error}")
+        return
+    say(f"  compiled in {done.seconds:.0f} s" + (", with CUDA graphs" * done.cuda_graphs))
+    if graphs and not done.cuda_graphs:
+        say("  note: no CUDA graphs, since the compiler has none for this network")
+
+
+def _why_no_graphs(accelerator: Accelerator, is_whole: bool) -> str | None:
+    """Why a stage cannot replay CUDA graphs; None = it can."""
     if accelerator.device.type != "cuda":
         return f"the device is {accelerator.device.type}"
     if accelerator.num_processes > 1:
         return "they are for one GPU alone"
     if not is_whole:  # the next micro-batch would overwrite this one's gradients
-        return "they take a batch as a whole, not in micro-batches"
+        return "they take a whole batch, not micro-batches"
     return None
 
 
 def largest_that_fits(share: int, attempt: Callable[[int], None]) -> int:
-    """The largest divisor of a share of a batch that can be computed at a time.
+    """The largest divisor of a share of a batch that fits in memory at a time.
 
-    Divisors, so that every part of a batch has the same shape.
+    Divisors, so that every micro-batch has the same shape.
 
     Args:
         share: images.
@@ -111,14 +134,14 @@ def largest_that_fits(share: int, attempt: Callable[[int], None]) -> int:
 
 
 def _try_step(model: Backbone, batch: Batch) -> None:
-    """Takes the memory of a step and gives it back; changes nothing."""
+    """Allocates the memory of a step and frees it; changes nothing."""
     kept = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]  # moments, gradients
     forward_and_backward(model, batch)
     del kept
 
 
 def forward_and_backward(model: Backbone, batch: Batch) -> None:
-    """Asks the network and differentiates its answer, as a step does; changes nothing."""
+    """Runs the network forward and backward, as a step does; changes nothing."""
     answer = model(batch.x0, batch.visible, batch.t, batch.labels)
     parameters = [p for p in model.parameters() if p.requires_grad]
     torch.autograd.grad(answer.float().square().sum(), parameters, allow_unused=True)
@@ -127,7 +150,7 @@ def forward_and_backward(model: Backbone, batch: Batch) -> None:
 def _example(
     recipe: Recipe, stage: Stage, schedule: Schedule, num: int, device: torch.device
 ) -> Batch:
-    """What the network is given at a time in a stage: its shapes, on the device."""
+    """A batch of the shapes that the network gets in a stage, on the device."""
     images = torch.zeros((num, *recipe.data.shape), dtype=torch.uint8, device=device)
     labels = images.new_zeros(num, dtype=torch.int64) if recipe.model.num_classes else None
     return draw_batch(images, labels, recipe, stage, schedule, step=0)

@@ -39,6 +39,8 @@ class Batch:
 
 def step_generator(seed: int, rank: int, step: int, device: torch.device) -> Generator:
     """The generator of a rank's random numbers in a step: a function of (seed, rank, step)."""
+    # A CPU's generator takes the low 32 bits of a seed alone. Two steps in a million may agree in
+    # them, which is harmless here; images that are drawn take all (`seeds.image_generator`).
     return Generator(device).manual_seed(derive_seed(seed, "step", rank, step))
 
 
@@ -59,8 +61,7 @@ def draw_batch(
 ) -> Batch:
     """Mirrors images by option, keeps their visible patches, draws times and noise, drops labels.
 
-    Patches are chosen while they are still bytes: hidden ones are never converted, noised or
-    embedded. All that is random depends on (seed, rank, step) alone.
+    All random numbers depend on (seed, rank, step) alone.
 
     Args:
         images: this rank's, uint8 (B, H, W, C) on the device to use.
@@ -77,13 +78,17 @@ def draw_batch(
         images = mirror(images, torch.rand(num, generator=own, device=device) < 0.5)
     patch_size = recipe.model.patch_size
     grid = grid_shape(images.shape[1], images.shape[2], patch_size)
+    # Patches are chosen while they are still bytes, so that hidden ones cost nothing: they are
+    # never converted, noised or embedded. V is fixed for a stage: shapes are static.
     visible = draw_visible(stage.mask, grid, num, own)
     patches = gather_patches(patchify(images, patch_size), visible)  # uint8 (B, V, P)
     x0 = patches.float().div_(127.5).sub_(1)
+    # Stratified times spread over the whole batch: ranks agree on them by a generator of the step.
     share = Share(num, rank, num_ranks)
     shared = shared_generator(recipe.seed, step, device)
-    t = draw_times(recipe.diffusion, schedule, share, own, shared)
+    t = draw_times(recipe.diffusion.times, schedule, share, own, shared)
     noise = torch.randn(x0.shape, generator=own, device=device)
+    # The last draw, so that a model without classes sees the same numbers before it.
     if labels is not None and recipe.model.label_dropout:
         dropped = torch.rand(num, generator=own, device=device) < recipe.model.label_dropout
         labels = torch.where(dropped, recipe.model.num_classes, labels)
@@ -91,13 +96,13 @@ def draw_batch(
 
 
 def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirrors some images left-right, without a look from the host.
+    """Mirrors some images left-right, without reading from the device.
 
     Args:
         images: uint8 (B, H, W, C).
         mirrored: bool (B,), which.
     """
-    # Seen as channels-last (B, C, H, W), torch has a fast path for this flip on a CPU.
+    # Viewed as channels-last (B, C, H, W), torch has a fast path for this flip on a CPU.
     flipped = images.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)
     chosen = torch.where(mirrored[:, None], _words(flipped), _words(images))  # (B, H*W*C / 8)
     return chosen.view(torch.uint8).view(images.shape)
@@ -140,7 +145,7 @@ def backward(
                 diffusion,
                 None if batch.labels is None else batch.labels[part],
             )
-            loss = losses.sum() / num
+            loss = losses.sum() / num  # so the micro-batches' losses add up to the batch's mean
             accelerator.backward(loss)
         mean_loss += loss.detach()
     return mean_loss

@@ -1,4 +1,4 @@
-"""Stopping politely: a signal asks the loop to save and leave."""
+"""Stopping on request: after a signal the loop saves and leaves."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class StopRequest:
         self._previous.clear()
 
     def agreed(self, accelerator: Accelerator, may_ask: bool) -> bool:
-        """Whether any rank was asked to stop; ranks ask each other only where `may_ask`.
+        """Whether any rank got a signal; ranks exchange that only where `may_ask`.
 
         Every rank must call this at the same steps with the same `may_ask`.
         """

@@ -6,17 +6,19 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from maskdm.training.checkpoint import Progress
+from maskdm.recipe import Recipe, Stage
+from maskdm.runs.checkpoint import Progress
 
 
 class NonFiniteLoss(RuntimeError):
-    """Training broke down: the loss or the gradient is no longer a number."""
+    """Training diverged: the loss or the gradient is NaN or infinite."""
 
 
 class Tick:
@@ -41,7 +43,7 @@ class Tick:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps the block (previews, saving) out of speed and training time."""
+        """Excludes the block (previews, saving) from speed and training time."""
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
@@ -49,8 +51,8 @@ class Tick:
         self._lap += seconds
 
     @contextlib.contextmanager
-    def unhurried(self) -> Iterator[None]:
-        """Keeps the block (compiling) out of speed, but not out of training time."""
+    def excluded_from_speed(self) -> Iterator[None]:
+        """Excludes the block (compiling) from speed, but not from training time."""
         start = time.perf_counter()
         yield
         self._paused_sec += time.perf_counter() - start
@@ -77,7 +79,7 @@ class Tick:
             self._progress.tick.append((loss, norm))
 
     def line(self) -> dict[str, Any]:
-        """What happened since the last line; begins the next."""
+        """Sums up the time since the last line; begins the next."""
         now, progress = time.perf_counter(), self._progress
         losses = [loss for loss, _ in progress.tick]
         norms = [norm for _, norm in progress.tick if math.isfinite(norm)]  # see read
@@ -94,3 +96,15 @@ class Tick:
         progress.tick = []
         self._restart()
         return line
+
+
+def with_way_out(
+    error: NonFiniteLoss, checkpoint: Path | None, recipe: Recipe, stage: Stage
+) -> NonFiniteLoss:
+    """The error with what was saved and what to try in its message."""
+    saved = f"the last good checkpoint is {checkpoint}" if checkpoint else "nothing was saved"
+    tries = ["a lower lr", "a longer warmup"]
+    tries += [] if stage.clip else ["clip 1.0"]
+    if recipe.diffusion_of(stage).schedule == "linear":
+        tries += ["schedule cosine (90 % masking diverges with linear)"]
+    return NonFiniteLoss(f"{error}; {saved}; try {', '.join(tries)}")

@@ -6,17 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskdm.models.build import Backbone
-from maskdm.models.class_names import some_names
+from maskdm.families import BACKBONES
+from maskdm.models.backbone import Backbone
 from maskdm.models.uvit import UViT
+from maskdm.words import listed
 
 
 def transfer_weights(source: Backbone, target: Backbone) -> list[str]:
-    """Copies what fits from one model into another, and says what became of each weight.
+    """Copies what fits from one model into another, and reports what happened to each weight.
 
     Positions of another grid are interpolated (bicubic, patch by patch). Weights of another shape
-    or name are left as they are: those of the ends where patches or channels differ, of classes
-    where their number does, of blocks that only one of the two has.
+    or name keep their fresh values: those of the ends where patches or channels differ, of classes
+    where their number differs, of blocks that only one of the two has.
 
     Args:
         source: the model to start from.
@@ -26,8 +27,7 @@ def transfer_weights(source: Backbone, target: Backbone) -> list[str]:
         Lines for people: what was loaded, what was interpolated, what was left fresh.
 
     Raises:
-        ValueError: nothing fits but scraps: not one weight matrix of a block. The target is
-            unchanged.
+        ValueError: not one weight matrix of a block fits. The target is unchanged.
     """
     old, new = source.state_dict(), target.state_dict()
     fitting = {
@@ -46,8 +46,8 @@ def transfer_weights(source: Backbone, target: Backbone) -> list[str]:
             not_copied = labels[:-1].numel()
     if not any(fitting[name].ndim > 1 and "block" in name for name in fitting):
         raise ValueError(
-            f"nothing of the model to start from fits: it is {_sizes(source)}, the new one "
-            f"{_sizes(target)}"
+            f"no weights of the model to start from fit: it is a {_sizes(source)}, the new one is "
+            f"a {_sizes(target)}"
         )
     target.load_state_dict({**new, **fitting})
     loaded = sum(fitting[name].numel() for name in fitting) - not_copied
@@ -60,10 +60,10 @@ def transfer_weights(source: Backbone, target: Backbone) -> list[str]:
         )
     if not_copied:
         counts = [model.config.num_classes for model in (source, target)]
-        lines.append(f"classes left fresh, but for no class: {counts[0]} -> {counts[1]}")
+        lines.append(f"classes left fresh, except for no class: {counts[0]} -> {counts[1]}")
     lines += _renamed(source, target)
-    heads = [model.config.num_heads for model in (source, target)]
-    if heads[0] != heads[1]:
+    heads = [model.config.get("num_heads") for model in (source, target)]
+    if source.kind == target.kind and _has(source, "num_heads") and heads[0] != heads[1]:
         lines.append(f"note: trained with {heads[0]} attention heads, now read as {heads[1]}")
     if fresh := [name for name in new if name not in fitting]:
         lines.append(f"left fresh: {_short(fresh)}")
@@ -110,17 +110,25 @@ def _renamed(source: Backbone, target: Backbone) -> list[str]:
     if len(old) != len(new):
         return []
     changes = [f"{i} {a} -> {b}" for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
-    return [f"note: class numbers mean others now: {some_names(changes)}"] if changes else []
+    return [f"note: class numbers mean others now: {listed(changes)}"] if changes else []
+
+
+def _has(model: Backbone, setting: str) -> bool:
+    """Whether a setting means something to a network of that kind."""
+    return setting in BACKBONES[model.kind].settings
 
 
 def _sizes(model: Backbone) -> str:
-    config = model.config
-    kind = "uvit" if isinstance(model, UViT) else config.kind
-    return f"{kind} of width {config.embed_dim}, depth {config.depth}, {config.num_heads} heads"
+    """A network's kind, and those of its sizes that it has."""
+    names = {"embed_dim": "width", "depth": "depth", "num_heads": "heads", "options": "options"}
+    sizes = [
+        f"{word} {model.config[name]}"
+        for name, word in names.items()
+        if _has(model, name) and model.config.get(name)
+    ]
+    return BACKBONES[model.kind].title + (f" of {', '.join(sizes)}" if sizes else "")
 
 
 def _short(names: list[str]) -> str:
     """Names of weights for one line: the first few, by module."""
-    modules = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in names))
-    rest = f" and {len(modules) - 6} more" if len(modules) > 6 else ""
-    return ", ".join(modules[:6]) + rest
+    return listed(dict.fromkeys(name.rsplit(".", 1)[0] for name in names), most=6)

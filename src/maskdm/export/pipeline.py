@@ -2,9 +2,9 @@
 
 # No postponed annotations here: diffusers reads a pipeline's signature to know its components.
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -15,18 +15,16 @@ from diffusers import (
     ModelMixin,
     SchedulerMixin,
 )
-from safetensors import SafetensorError
 
 from maskdm.diffusion.schedule import NUM_STEPS, log_snr_shift, schedule_of
+from maskdm.files import whole_folder
 from maskdm.images.output import to_pil
 from maskdm.models.class_names import class_numbers
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Diffusion, Recipe, Sampling
+from maskdm.runs.find import grouped_index
+from maskdm.runs.load import load_model
 from maskdm.sampling.generate import generate
-from maskdm.training.checkpoint import replace_folder, system_error
-from maskdm.training.load import diffusion_fields, load_model
-
-DIFFUSION, SAMPLING = Diffusion(), Sampling()  # the defaults
 
 
 class MaskDMPipeline(DiffusionPipeline):
@@ -35,9 +33,14 @@ class MaskDMPipeline(DiffusionPipeline):
     Args:
         denoiser: the network, with averaged weights.
         scheduler: the same noise in diffusers' terms, for other tools; not used here. None where
-            diffusers has no words for it.
-        schedule, base_size, prediction: what it was trained under, as in `recipe.Diffusion`.
-        sampler, ...: default settings, as in `recipe.Sampling`.
+            diffusers has no scheduler for it.
+        diffusion: schedule, base_size and prediction that it was trained under, as in
+            `recipe.Diffusion`; None = the defaults there.
+        sampling: default settings, as in `recipe.Sampling`; None = the defaults there.
+
+    Example:
+        >>> pipeline = MaskDMPipeline.from_pretrained("runs/digits/model")  # doctest: +SKIP
+        >>> images = pipeline(num_images=16, seed=0).images  # doctest: +SKIP
     """
 
     _optional_components = ["scheduler"]  # noqa: RUF012 (diffusers' own form)
@@ -46,54 +49,27 @@ class MaskDMPipeline(DiffusionPipeline):
         self,
         denoiser: ModelMixin,
         scheduler: SchedulerMixin,
-        schedule: str = DIFFUSION.schedule,
-        base_size: int | None = DIFFUSION.base_size,
-        prediction: str = DIFFUSION.prediction,
-        sampler: str = SAMPLING.sampler,
-        steps: int = SAMPLING.steps,
-        spacing: str = SAMPLING.spacing,
-        eta: float = SAMPLING.eta,
-        clip_x0: bool = SAMPLING.clip_x0,
-        guidance: str = SAMPLING.guidance,
-        guidance_scale: float = SAMPLING.guidance_scale,
-        guidance_start: float = SAMPLING.guidance_start,
-        guidance_end: float = SAMPLING.guidance_end,
-        guidance_weak: str = SAMPLING.guidance_weak,
-        guidance_rate: float = SAMPLING.guidance_rate,
-        batch_size: int | str = SAMPLING.batch_size,
-        compile: str = SAMPLING.compile,
+        diffusion: dict[str, Any] | None = None,
+        sampling: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler)
-        # Scalars, one by one: a pipeline folder's model_index.json holds nothing else.
-        self.register_to_config(
-            schedule=schedule,
-            base_size=base_size,
-            prediction=prediction,
-            sampler=sampler,
-            steps=steps,
-            spacing=spacing,
-            eta=eta,
-            clip_x0=clip_x0,
-            guidance=guidance,
-            guidance_scale=guidance_scale,
-            guidance_start=guidance_start,
-            guidance_end=guidance_end,
-            guidance_weak=guidance_weak,
-            guidance_rate=guidance_rate,
-            batch_size=batch_size,
-            compile=compile,
-        )
+        self.register_to_config(diffusion=diffusion or {}, sampling=sampling or {})
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """diffusers' reading of a model_index.json, also in the form of earlier versions."""
+        return super().extract_init_dict(grouped_index(config_dict), **kwargs)
 
     @property
     def trained(self) -> TrainedModel:
         """The network and what it was trained under."""
-        return TrainedModel(self.denoiser, diffusion_fields(self.config))
+        return TrainedModel(self.denoiser, Diffusion(**self.config.diffusion))
 
     @property
     def settings(self) -> Sampling:
         """The default sampling settings."""
-        return Sampling(**{name: self.config[name] for name in Sampling.model_fields})
+        return Sampling(**self.config.sampling)
 
     def __call__(
         self,
@@ -119,7 +95,7 @@ class MaskDMPipeline(DiffusionPipeline):
                 (num_images, H, W, C), whose last axis is grey, grey and alpha, RGB or RGBA.
 
         Raises:
-            ValueError: an unknown output type or class, or settings that the model can't follow.
+            ValueError: an unknown output type or class, or settings that the model cannot follow.
         """
         if output_type not in ("pil", "np"):
             raise ValueError(f"unknown output_type {output_type!r}: known are pil, np")
@@ -145,10 +121,8 @@ def make_pipeline(trained: TrainedModel, sampling: Sampling) -> MaskDMPipeline:
     return MaskDMPipeline(
         trained.model,
         diffusers_scheduler(diffusion, trained.model.image_shape[:2]),
-        schedule=diffusion.schedule,
-        base_size=diffusion.base_size,
-        prediction=diffusion.prediction,
-        **sampling.model_dump(mode="json"),
+        diffusion.model_dump(mode="json", include={"schedule", "base_size", "prediction"}),
+        sampling.model_dump(mode="json"),
     )
 
 
@@ -160,9 +134,9 @@ def pipeline_of_run(model: ModelMixin, recipe: Recipe) -> MaskDMPipeline:
 def diffusers_scheduler(
     diffusion: Diffusion, image_size: int | Sequence[int]
 ) -> SchedulerMixin | None:
-    """A diffusion in diffusers' terms, or None where diffusers has no words for it.
+    """A diffusion as diffusers' scheduler; None where diffusers has none for it.
 
-    Its timestep i is our time t = i / 999 (of flows i / 1000).
+    Its timestep i is our time t = i / 999 (for flows i / 1000).
     """
     shift = log_snr_shift(diffusion.base_size, image_size)
     if diffusion.schedule == "flow":
@@ -184,25 +158,27 @@ def diffusers_scheduler(
 
 
 def save_pipeline(pipeline: MaskDMPipeline, folder: Path) -> None:
-    """Writes a pipeline folder, whole or not at all; an older one in its place goes.
+    """Writes a pipeline folder, whole or not at all; an older one in its place is replaced.
 
     Raises OSError where the disk refuses.
     """
-    writing = folder.with_name(f"writing-{folder.name}")
-    shutil.rmtree(writing, ignore_errors=True)
-    try:
+    with whole_folder(folder) as writing:
         pipeline.save_pretrained(writing)
-    except SafetensorError as error:
-        raise system_error(error, writing) from error
-    replace_folder(writing, folder)
 
 
-def load_pipeline(name: str | Path, note: Callable[[str], None] = print) -> MaskDMPipeline:
+def load(name: str | Path, note: Callable[[str], None] = print) -> MaskDMPipeline:
     """The pipeline of the model that a user names: a run's folder, `RUN@STAGE`, a checkpoint, an
     exported folder, or a Hub id.
 
-    `note` is told which damaged checkpoints were passed over. Raises ValueError where there is
-    no model.
+    Args:
+        name: see `runs.find.find_model`.
+        note: is called with a line for each damaged checkpoint that is skipped.
+
+    Raises:
+        ValueError: there is no such model.
+
+    Example:
+        >>> images = load("runs/digits")(num_images=4).images  # doctest: +SKIP
     """
     loaded = load_model(name, note)
     return make_pipeline(loaded.trained, loaded.sampling)

@@ -1,13 +1,12 @@
 """Finding what a user names: a run's folder, one of its stages, a checkpoint, an exported model.
 
-Only files are looked at, so that this imports fast.
+It reads files only, and imports fast.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +14,20 @@ from typing import Any
 
 from maskdm.images.known import KNOWN
 from maskdm.recipe import Recipe, Sampling
-from maskdm.recipe_files import load_recipe
+from maskdm.recipe_files import load_recipe, migrated
+from maskdm.words import one_line
 
 PARTS = ["model_index.json", "denoiser/*", "scheduler/*"]  # of an exported model
 Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Found:
-    """Where a model lies.
+class Location:
+    """The place of a model on disk.
 
     Attributes:
         folder: an exported model (with model_index.json) or a checkpoint (with progress.json).
-        run: the run's folder around it, or None where it was copied out of one.
+        run: the run's folder around it, or None if it was copied out of one.
     """
 
     folder: Path
@@ -40,25 +40,24 @@ class Found:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the run. Raises ValueError where there is no run around it."""
+        """The recipe of the run. Raises ValueError where the model is outside of a run's folder."""
         if self.run is None:
-            raise ValueError(f"{self.folder} is in no run's folder: there is no recipe.yaml")
+            raise ValueError(f"{self.folder} is not in a run's folder: recipe.yaml is missing")
         return load_recipe(self.run / "recipe.yaml")
 
     @property
     def sampling(self) -> Sampling:
-        """How images are drawn from the model unless asked otherwise."""
+        """How images are drawn from the model by default."""
         if not self.is_exported:
             return self.recipe.sampling
-        index = read_index(self.folder)
-        return Sampling(**{name: index[name] for name in Sampling.model_fields if name in index})
+        return Sampling(**read_index(self.folder)["sampling"])
 
 
 def is_model(name: str) -> bool:
-    """Whether a user means a model by a name, and not images: what lies there decides.
+    """Whether a name is a model's, and not that of images: what is at that place decides.
 
-    What doesn't lie there is taken for images where it can only be that (`digits`, `hf:...`, a URL
-    or a pattern).
+    What does not exist is taken for images if it can only be that (`digits`, `hf:...`, a URL or a
+    pattern).
     """
     path = Path(name)
     if not path.exists():
@@ -67,29 +66,29 @@ def is_model(name: str) -> bool:
     return any((path / mark).is_file() for mark in marks)
 
 
-def training_of(found: Found) -> dict[str, Any] | None:
+def training_of(location: Location) -> dict[str, Any] | None:
     """How far a model was trained: step, stage, images, flops, elapsed_sec; None = unknown."""
-    if found.run is None:
+    if location.run is None:
         return None
-    checkpoint = found.folder
-    if found.is_exported:
-        newest = find_checkpoint(found.run / "checkpoints", lambda text: None)
+    checkpoint = location.folder
+    if location.is_exported:
+        newest = find_checkpoint(location.run / "checkpoints")
         if newest is None:
             return None
         checkpoint = newest
     progress = json.loads((checkpoint / "progress.json").read_text("utf-8"))
-    told = {name: progress[name] for name in ("step", "images", "flops", "elapsed_sec")}
-    return {**told, "stage": found.recipe.stages[progress["stage"]].name}
+    costs = {name: progress[name] for name in ("step", "images", "flops", "elapsed_sec")}
+    return {**costs, "stage": location.recipe.stages[progress["stage"]].name}
 
 
-def find_model(name: str | Path, note: Note = print) -> Found:
+def find_model(name: str | Path, note: Note = print) -> Location:
     """Finds the model that a user names.
 
     Args:
-        name: a run's folder (its exported model; of an unfinished run the newest checkpoint),
+        name: a run's folder (its exported model, or the newest checkpoint of an unfinished run),
             `RUN@STAGE` (the checkpoint at that stage's end), a checkpoint, an exported folder,
             or a Hub id `owner/name`, which is downloaded.
-        note: told which damaged checkpoints were passed over.
+        note: is called with a line for each damaged checkpoint that is skipped.
 
     Raises:
         ValueError: there is no model of that name.
@@ -97,25 +96,25 @@ def find_model(name: str | Path, note: Note = print) -> Found:
     path = Path(name)
     if not path.exists() and "@" in str(name):
         run, stage = str(name).rsplit("@", 1)
-        return Found(stage_checkpoint(Path(run), stage), Path(run))
+        return Location(stage_checkpoint(Path(run), stage), Path(run))
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         path = _download(str(name))
     for folder in (path, path / "model"):
         if (folder / "model_index.json").is_file():
-            return Found(folder, _run_around(folder))
+            return Location(folder, _run_around(folder))
     if (path / "progress.json").is_file():
         if problem := damage(path):
             raise ValueError(f"checkpoint {path}: {problem}")
         if _run_around(path) is None:
-            raise ValueError(f"checkpoint {path} has no run around it: there is no recipe.yaml")
-        return Found(path, _run_around(path))
+            raise ValueError(f"checkpoint {path} is not in a run's folder: recipe.yaml is missing")
+        return Location(path, _run_around(path))
     if (path / "recipe.yaml").is_file():
         checkpoint = find_checkpoint(path / "checkpoints", note)
         if checkpoint is None:
             raise ValueError(f"{name} has no checkpoint yet: train it a little longer")
-        return Found(checkpoint, path)
+        return Location(checkpoint, path)
     raise ValueError(
-        f"{name} is no run folder, checkpoint or exported model"
+        f"{name} is not a run's folder, a checkpoint or an exported model"
         + ("" if path.exists() else " (it does not exist)")
     )
 
@@ -123,10 +122,10 @@ def find_model(name: str | Path, note: Note = print) -> Found:
 def stage_checkpoint(run: Path, stage: str) -> Path:
     """The checkpoint at the end of a run's stage.
 
-    Raises ValueError where the run has no stage of that name, or has not come to its end.
+    Raises ValueError where the run has no stage of that name, or has not reached its end.
     """
     if not (run / "recipe.yaml").is_file():
-        raise ValueError(f"{run}@{stage}: {run} is no run's folder (it has no recipe.yaml)")
+        raise ValueError(f"{run}@{stage}: {run} is not a run's folder (it has no recipe.yaml)")
     stages = load_recipe(run / "recipe.yaml").stages
     names = [known.name for known in stages]
     if stage not in names:
@@ -134,13 +133,13 @@ def stage_checkpoint(run: Path, stage: str) -> Path:
     step = sum(known.steps for known in stages[: names.index(stage) + 1])
     checkpoint = run / "checkpoints" / f"step-{step:08d}"
     if problem := damage(checkpoint):
-        ended = "" if checkpoint.exists() else f": the run has not come to the end of {stage}"
+        ended = "" if checkpoint.exists() else f": the run has not reached the end of {stage}"
         raise ValueError(f"checkpoint {checkpoint}: {problem}{ended}")
     return checkpoint
 
 
-def find_checkpoint(folder: Path, note: Note) -> Path | None:
-    """The newest whole checkpoint below RUN/checkpoints, or None; says what it passes over."""
+def find_checkpoint(folder: Path, note: Note = lambda text: None) -> Path | None:
+    """The newest whole checkpoint below RUN/checkpoints, or None; notes what it skips."""
     if not folder.is_dir():
         return None
     for leftover in [*folder.glob("writing-*"), *folder.glob("removing-*")]:
@@ -169,17 +168,39 @@ def damage(path: Path) -> str:
     return ""
 
 
-def read_index(folder: Path) -> dict[str, object]:
-    """The model_index.json of an exported model. Raises ValueError where it is no JSON."""
+def read_index(folder: Path) -> dict[str, Any]:
+    """The model_index.json of an exported model.
+
+    Raises ValueError where it is not valid JSON, or of another kind of pipeline.
+    """
     try:
-        index: dict[str, object] = json.loads((folder / "model_index.json").read_text("utf-8"))
+        index = json.loads((folder / "model_index.json").read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / 'model_index.json'} is damaged: {error}") from None
-    return index
+    if index.get("_class_name") != "MaskDMPipeline":
+        raise ValueError(f"{folder} holds another kind of pipeline: {index.get('_class_name')}")
+    return grouped_index(index)
+
+
+def grouped_index(index: dict[str, Any]) -> dict[str, Any]:
+    """A model_index.json with its settings in two groups, diffusion and sampling.
+
+    An earlier version wrote them one by one; today's form is left as it is.
+    """
+    if "sampling" in index or "sampler" not in index:
+        return index
+    diffusion = {name: index[name] for name in ("schedule", "base_size", "prediction")}
+    sampling = {
+        name: value
+        for name, value in index.items()
+        if name in Sampling.model_fields or name.startswith("guidance")
+    }
+    kept = {name: index[name] for name in index if name not in {**diffusion, **sampling}}
+    return {**kept, **migrated({"diffusion": diffusion, "sampling": sampling})}
 
 
 def _run_around(folder: Path) -> Path | None:
-    """The run's folder in which RUN/model or RUN/checkpoints/step-... lies; None if in neither."""
+    """The run's folder around RUN/model or RUN/checkpoints/step-...; None for any other folder."""
     place = folder.resolve()
     if place.name == "model":
         around = place.parent
@@ -197,7 +218,6 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=PARTS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = textwrap.shorten(str(error), 90, placeholder=" ...")
         raise ValueError(
-            f"{name} is no folder here, and could not be fetched from the Hub ({reason})"
+            f"{name} is not a folder, and could not be fetched from the Hub ({one_line(error, 90)})"
         ) from None

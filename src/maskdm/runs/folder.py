@@ -1,14 +1,15 @@
-"""Claiming a run's folder: what was asked for is written down, and checked when it goes on."""
+"""Claiming a run's folder: its settings are written down, and checked when it is continued."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from maskdm.files import write_text
 from maskdm.recipe import Recipe
@@ -27,7 +28,7 @@ def claimed_run_folder(
 ) -> Iterator[None]:
     """Makes RUN with its recipe.yaml, or checks that the run in it has an equal recipe.
 
-    While it is open, no other process can claim the folder.
+    Inside the block, no other process can claim the folder.
 
     Args:
         resume: `auto` accepts a folder with a run of an equal recipe; `never` accepts none.
@@ -37,9 +38,9 @@ def claimed_run_folder(
             the start before.
 
     Raises:
-        ValueError: the folder can't be made, is in use, or holds another recipe's run (its
-            differences are listed), a run on other images or classes, or a run where `never` was
-            asked. Nothing is changed.
+        ValueError: the folder cannot be made, is in use, or holds a run of another recipe (its
+            differences are listed), on other images or classes, or any run with `never`.
+            Nothing is changed.
     """
     path = run_dir / "recipe.yaml"
     starts_path = run_dir / "environment.json"
@@ -99,13 +100,16 @@ def read_class_names(run_dir: Path) -> list[str] | None:
 @contextlib.contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
     """Holds RUN/.lock, which the system releases however the process ends."""
-    with (run_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is training in {run_dir}: wait for it, or name a new folder"
-            ) from None
-        except OSError:  # a file system without locks: go on as if alone
-            warnings.warn(f"{run_dir} cannot be locked: start only one run in it", stacklevel=3)
+    lock = FileLock(run_dir / ".lock", timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"another process is training in {run_dir}: wait for it, or name a new folder"
+        ) from None
+    except OSError:  # a file system without locks: go on as if alone
+        warnings.warn(f"{run_dir} cannot be locked: start only one run in it", stacklevel=3)
+    try:
         yield
+    finally:
+        lock.release()

@@ -10,21 +10,18 @@ the rank and the step. Nothing is unpickled.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from maskdm.files import write_text
-from maskdm.training.find import damage
+from maskdm.files import whole_folder, write_text
+from maskdm.runs.find import damage
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
@@ -72,29 +69,22 @@ def save_checkpoint(
     Raises:
         OSError: the disk refused (full, say). What was there before is untouched.
     """
-    name = f"step-{progress.step:08d}"
-    writing = folder / f"writing-{name}"
-    shutil.rmtree(writing, ignore_errors=True)
-    try:
-        writing.mkdir(parents=True)
-        tensors = (model.state_dict(), ema.state_dict(), _optimizer_tensors(optimizer, model))
+    path = folder / f"step-{progress.step:08d}"
+    tensors = (model.state_dict(), ema.state_dict(), _optimizer_tensors(optimizer, model))
+    with whole_folder(path) as writing:
         for file, content in zip(FILES, tensors, strict=True):
-            _save_tensors(content, writing / file)
+            save_file({name: value.contiguous() for name, value in content.items()}, writing / file)
         sizes = {file: (writing / file).stat().st_size for file in FILES}
         content = {**asdict(progress), "is_stage_end": is_stage_end, "files": sizes}
         write_text(writing / "progress.json", json.dumps(content))
-        replace_folder(writing, folder / name)
-        write_text(folder / "latest", name + "\n")
-    except OSError:
-        shutil.rmtree(writing, ignore_errors=True)
-        raise
-    return folder / name
+    write_text(folder / "latest", path.name + "\n")
+    return path
 
 
 def load_checkpoint(
     path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Progress:
-    """Puts a whole checkpoint's state into model, average and optimizer; gives the counters."""
+    """Loads a whole checkpoint into model, average and optimizer; returns the counters."""
     content = json.loads((path / "progress.json").read_text("utf-8"))
     progress = Progress(**{key: content[key] for key in Progress.__dataclass_fields__})
     progress.tick = [(loss, norm) for loss, norm in progress.tick]
@@ -107,8 +97,8 @@ def load_checkpoint(
 def prune_checkpoints(folder: Path, current: Path, keep: int) -> None:
     """Removes old checkpoints after `current` was saved.
 
-    Kept are the last `keep` whole ones, `current` among them, and each stage's end. Leftovers,
-    damaged ones, and any beyond `current` (of steps that were run again) go.
+    The last `keep` whole ones, `current` among them, and each stage's end are kept. Leftovers,
+    damaged ones, and any beyond `current` (from steps that were run again) are removed.
     """
     for leftover in [*folder.glob("writing-*"), *folder.glob("removing-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
@@ -143,34 +133,3 @@ def _load_optimizer_tensors(
         state.setdefault(index[parameter], {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        raise system_error(error, path) from error
-    _sync(path)
-
-
-def system_error(error: SafetensorError, path: Path) -> OSError:
-    """The system's error that safetensors wraps in one of its own."""
-    code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
-    return OSError(code, os.strerror(code), str(path))
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file's or folder's content is on the disk: a rename must not overtake it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Renames a folder that is complete into its place; what stood there goes first."""
-    if target.exists():  # damaged, or of a step that is now run again
-        shutil.rmtree(target)
-    source.rename(target)
-    _sync(target.parent)

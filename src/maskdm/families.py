@@ -1,0 +1,500 @@
+"""Every choice that settings name, one table a family, one row a member.
+
+A row holds a member's help and title, what must be known of it before it runs, and the function
+that does the work. That function is imported when it is first called, so that this file needs
+neither torch nor the rooms where the functions live. To add a member, write its function
+and its row: `docs/extending.md`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import AfterValidator, Field
+from tyro.constructors import PrimitiveConstructorSpec
+
+from maskdm.words import suggestion
+
+T = TypeVar("T")
+
+
+class Later(Generic[T]):
+    """A function or class by its place, imported when it is first called.
+
+    Args:
+        place: `module:name`, the module below `maskdm`.
+    """
+
+    def __init__(self, place: str):
+        self.place = place
+
+    @functools.cached_property
+    def target(self) -> Callable[..., T]:
+        """The function itself."""
+        module, name = self.place.split(":")
+        found: Callable[..., T] = getattr(importlib.import_module(f"maskdm.{module}"), name)
+        return found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> T:
+        return self.target(*args, **kwargs)
+
+
+def _from(module: str) -> Callable[[str], Later[Any]]:
+    """The functions of a module, by name."""
+    return lambda name: Later(f"{module}:{name}")
+
+
+def named(name: str, table: Mapping[str, T], family: str) -> T:
+    """The member of a family with that name; raises ValueError with the known names for others."""
+    if name not in table:
+        raise ValueError(f"unknown {family} {name!r}: {suggestion(name, table)}")
+    return table[name]
+
+
+def helped(what: str, table: Mapping[str, Any]) -> str:
+    """The help text of a setting: what it chooses, and what each member is."""
+    return f"{what} {'; '.join(f'{name}: {row.help}' for name, row in table.items())}."
+
+
+def choice(default: str, table: Mapping[str, Any], what: str) -> Any:
+    """A setting that names a member of a family, with a help text made of the members'."""
+    return Field(default, description=helped(what, table))
+
+
+def _known(table: Mapping[str, Any], family: str) -> AfterValidator:
+    """Refuses, in settings, names that the table does not hold at that time."""
+
+    def check(name: str) -> str:
+        named(name, table, family)
+        return name
+
+    return AfterValidator(check)
+
+
+def _shown(table: Mapping[str, Any]) -> PrimitiveConstructorSpec[str]:
+    """Shows the names in the help of the command line; what is unknown is refused by `_known`."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(table)}}}",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda name: [name],
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A member of whose function nothing needs to be known beforehand.
+
+    Attributes:
+        help: what it is, for `--help`.
+        run: the function; families differ in its arguments. None where there is nothing to do.
+    """
+
+    help: str
+    run: Callable[..., Any] | None = None
+
+
+# Images: how they come to the wanted size.
+
+_prepare = _from("images.prepare")
+# run: (Pillow image, (height, width)) -> Pillow image of that size.
+CROPS: dict[str, Choice] = {
+    "auto": Choice("the known set's own, else center"),
+    "center": Choice("resize to cover, crop the middle", _prepare("center_crop")),
+    "resize": Choice("squeeze the whole image", _prepare("squeeze")),
+    "celeba": Choice("128 pixels round the face in CelebA's aligned images", _prepare("celeba")),
+    "celeba140": Choice("140 pixels of them", _prepare("celeba140")),
+    "none": Choice("already that size", _prepare("exact")),
+}
+CropName = Annotated[str, _known(CROPS, "crop"), _shown(CROPS)]
+
+
+# Masks: which patches of an image a stage hides (Section 3.2, Figure 3a).
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """A way to choose the visible patches.
+
+    Attributes:
+        help: what it is, for `--help`.
+        title: what is hidden, in a sentence; may hold `{block}`, the side of a block in patches.
+        count: (mask, grid) -> number of visible patches for the mask's rate, and every number
+            that another rate could give.
+        draw: (mask, grid, batch_size, generator) -> visible: int64 (B, V), sorted.
+    """
+
+    help: str
+    title: str
+    count: Callable[..., tuple[int, list[int]]]
+    draw: Callable[..., Any]
+
+
+_masks, _blocks, _square = _from("masks"), "{block}x{block} blocks", "all but one square"
+MASKS: dict[str, MaskKind] = {
+    "none": MaskKind("whole images", "nothing", _masks("count_patches"), _masks("draw_patches")),
+    "patch": MaskKind("single patches", "patches", _masks("count_patches"), _masks("draw_patches")),
+    "block": MaskKind("squares of patches", _blocks, _masks("count_blocks"), _masks("draw_blocks")),
+    "crop": MaskKind(_square, _square, _masks("count_crop"), _masks("draw_crop")),
+}
+MaskName = Annotated[str, _known(MASKS, "kind of mask"), _shown(MASKS)]
+
+
+# Backbones: the networks.
+
+
+@dataclass(frozen=True)
+class BackboneKind:
+    """A network.
+
+    Attributes:
+        title: its name in print.
+        help: what it is, for `--help`.
+        network: its class, a diffusers ModelMixin with the face of `models.uvit.UViT`.
+        settings: those of `recipe.Model` that its class takes besides patch_size, num_classes
+            and label_dropout; `options` is for arguments that have no setting here.
+        masks_save_compute: whether hidden patches cost nothing.
+        check: raises ValueError for settings (a `recipe.Model`) that do not fit together.
+        takes_rectangles: whether height and width may differ.
+        pixels_per_token: for networks that compute on pixels, how many cost as much as a token.
+    """
+
+    title: str
+    help: str
+    network: Callable[..., Any]
+    settings: tuple[str, ...] = ()
+    masks_save_compute: bool = True
+    check: Callable[[Any], None] = lambda model: None
+    takes_rectangles: bool = True
+    pixels_per_token: int | None = None
+
+    @property
+    def network_class(self) -> Any:
+        """The class itself."""
+        return self.network.target if isinstance(self.network, Later) else self.network
+
+
+def _check_heads(model: Any) -> None:
+    if model.embed_dim % (2 * model.num_heads):
+        raise ValueError(
+            f"embed_dim {model.embed_dim} is not a multiple of 2 x num_heads "
+            f"= {2 * model.num_heads}"
+        )
+
+
+def _check_uvit(model: Any) -> None:
+    if model.depth % 2 == 0:
+        raise ValueError(
+            f"depth {model.depth} is even, but blocks come as n in + 1 middle + n out: "
+            f"use {model.depth - 1} or {model.depth + 1}"
+        )
+    _check_heads(model)
+
+
+BACKBONES: dict[str, BackboneKind] = {
+    "uvit": BackboneKind(
+        "U-ViT",
+        "the paper's",
+        Later("models.uvit:UViT"),
+        ("embed_dim", "depth", "num_heads", "mlp_ratio", "final_conv"),
+        check=_check_uvit,
+    ),
+    "dit": BackboneKind(
+        "DiT",
+        "diffusers' DiTTransformer2DModel, on the visible patches alone; square images",
+        Later("models.adapters:DiffusersDenoiser"),
+        ("kind", "embed_dim", "depth", "num_heads", "options"),
+        check=_check_heads,
+        takes_rectangles=False,
+    ),
+    "unet2d": BackboneKind(
+        "U-Net",
+        "diffusers' UNet2DModel; it needs the whole grid, so hidden patches are blanked and masks "
+        "save no compute",
+        Later("models.adapters:DiffusersDenoiser"),
+        ("kind", "options"),
+        masks_save_compute=False,
+        pixels_per_token=16,
+    ),
+}
+BackboneName = Annotated[str, _known(BACKBONES, "kind of model"), _shown(BACKBONES)]
+
+
+# Diffusion: noise over time, what the network predicts, what its error weighs, times drawn.
+
+
+@dataclass(frozen=True)
+class ScheduleKind:
+    """Noise over time.
+
+    Attributes:
+        help: what it is, for `--help`.
+        make: (shift of the log-SNR) -> `diffusion.schedule.Schedule`.
+        num_times: how many times it has; None = all of [0, 1].
+    """
+
+    help: str
+    make: Callable[[float], Any]
+    num_times: int | None = None
+
+
+_schedule = _from("diffusion.schedule")
+SCHEDULES: dict[str, ScheduleKind] = {
+    "linear": ScheduleKind("DDPM's, 1000 steps", _schedule("linear"), 1000),
+    "cosine": ScheduleKind("stable under 90 % masking (Appendix C)", _schedule("cosine"), 1000),
+    "vp-sde": ScheduleKind("linear in continuous time", _schedule("VPSDE")),
+    "vp-cosine": ScheduleKind("cosine in continuous time", _schedule("VPCosine")),
+    "flow": ScheduleKind("the straight line of flow matching", _schedule("Flow")),
+}
+ScheduleName = Annotated[str, _known(SCHEDULES, "schedule"), _shown(SCHEDULES)]
+
+PREDICTIONS: dict[str, Choice] = {
+    "eps": Choice("the noise"),
+    "x0": Choice("the clean image"),
+    "v": Choice("the velocity alpha noise - sigma x0"),
+    "flow": Choice("the velocity noise - x0"),
+}
+PredictionName = Annotated[str, _known(PREDICTIONS, "prediction"), _shown(PREDICTIONS)]
+_SPACES = {"same": Choice("as predicted"), **PREDICTIONS}
+SpaceName = Annotated[str, _known(_SPACES, "loss space"), _shown(_SPACES)]
+
+# run: (weighting, schedule, t, log_snr) -> weight of the squared error in x0, float (B,).
+WEIGHTINGS: dict[str, Choice] = {
+    "uniform": Choice("1 in the loss space (Eqs. 1 and 2)"),
+    "min-snr": Choice("the signal-to-noise ratio, clipped", Later("diffusion.objective:min_snr")),
+    "p2": Choice("(1 + SNR)^-gamma of the noise", Later("diffusion.objective:p2")),
+    "sigmoid": Choice("a sigmoid of the log-SNR", Later("diffusion.objective:sigmoid")),
+}
+WeightingName = Annotated[str, _known(WEIGHTINGS, "weighting"), _shown(WEIGHTINGS)]
+
+# run: (times, schedule, share, own, shared) -> places in the range of times, float32 (B,).
+TIMES: dict[str, Choice] = {
+    "uniform": Choice("evenly", Later("diffusion.times:uniform")),
+    "stratified": Choice("evenly spread over each batch", Later("diffusion.times:stratified")),
+    "logit-normal": Choice("mostly in the middle", Later("diffusion.times:logit_normal")),
+    "soft-truncation": Choice("above a random one", Later("diffusion.times:soft_truncation")),
+}
+TimesName = Annotated[str, _known(TIMES, "way to draw times"), _shown(TIMES)]
+
+
+# Sampling: solvers, spacing of their steps, guidance.
+
+
+@dataclass(frozen=True)
+class SamplerKind:
+    """A solver.
+
+    Attributes:
+        help: what it is, for `--help`.
+        run: (denoise, noise, levels, settings, generators) -> patches; see `sampling.samplers`.
+        evaluations: of the network, a step.
+        takes_eta: whether the setting eta means something to it.
+        refuse: (levels) raises ValueError where it cannot take these steps.
+    """
+
+    help: str
+    run: Callable[..., Any]
+    evaluations: int = 1
+    takes_eta: bool = False
+    refuse: Callable[[Any], None] | None = None
+
+
+_solver = _from("sampling.samplers")
+_unstable = _solver("refuse_unstable")
+SAMPLERS: dict[str, SamplerKind] = {
+    "ddpm": SamplerKind("ancestral, hundreds of steps", _solver("ddpm")),
+    "ddim": SamplerKind("deterministic, or noisy by eta", _solver("ddim"), takes_eta=True),
+    "dpm-solver": SamplerKind("DPM-Solver++ 2M, 10 to 25 steps", _solver("dpm_solver")),
+    "unipc": SamplerKind("UniPC, 10 to 25 steps", _solver("unipc")),
+    "heun": SamplerKind("two evaluations a step", _solver("heun"), evaluations=2),
+    "euler-maruyama": SamplerKind(
+        "the reverse SDE, hundreds of steps", _solver("euler_maruyama"), refuse=_unstable
+    ),
+}
+SamplerName = Annotated[str, _known(SAMPLERS, "sampler"), _shown(SAMPLERS)]
+
+SPACINGS: dict[str, Choice] = {
+    "uniform": Choice("evenly in time"),
+    "log-snr": Choice("evenly in log-SNR"),
+    "karras": Choice("by Karras et al.'s rho = 7"),
+}
+SpacingName = Annotated[str, _known(SPACINGS, "spacing"), _shown(SPACINGS)]
+
+
+@dataclass(frozen=True)
+class GuidanceKind:
+    """A weaker denoiser to move away from.
+
+    Attributes:
+        help: what it is, for `--help`.
+        weak: (`sampling.guidance.Wanted`) -> the weak denoiser.
+        refuse: (trained, weak) raises ValueError where a model cannot be guided so.
+        needs_model: whether it needs a second model.
+        evaluations: of the network itself, for each of the unguided one.
+    """
+
+    help: str
+    weak: Callable[..., Any] | None = None
+    refuse: Callable[..., None] | None = None
+    needs_model: bool = False
+    evaluations: int = 1
+
+
+_weak = _from("sampling.guidance")
+GUIDANCE: dict[str, GuidanceKind] = {
+    "none": GuidanceKind("no guidance"),
+    "classifier-free": GuidanceKind(
+        "away from images of no class",
+        _weak("without_class"),
+        _weak("refuse_without_class"),
+        evaluations=2,
+    ),
+    "autoguidance": GuidanceKind(
+        "away from a weaker model", _weak("by_weak_model"), _weak("refuse_weak"), needs_model=True
+    ),
+    "sparse": GuidanceKind("away from the same model seeing fewer patches", _weak("sparse")),
+}
+GuidanceName = Annotated[str, _known(GUIDANCE, "kind of guidance"), _shown(GUIDANCE)]
+
+
+# Evaluation: what is measured.
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure that says how good samples, or a model, are.
+
+    Attributes:
+        title: its name in print.
+        help: what it is, for `--help`.
+        compute: (compared: `evaluation.measure.Compared`) -> `evaluation.measure.Measured`, or a
+            dict of them by name where one computation serves several rows, which then runs once;
+            a name that is missing from the dict could not be measured.
+        higher_is_better: else lower is.
+        needs: what it is computed from besides samples and the reference's statistics: `images`
+            (the reference's), `logits` (Inception's), `training` (which images the model was
+            trained on); or instead of all that `model`, in training, with held-out images.
+        is_cheap: whether it is measured in training too, into quality.jsonl.
+        is_report: whether it gives, instead of a figure, a dict for the record, under its name,
+            with `verdict` (a sentence) and `warning` (a sentence or None).
+        in_pca: whether it is measured in features `pca` without being named.
+        short_title: its name in tables; None = the title.
+        inception_title: its name in features `inception`, if it has one of its own there.
+        library: the package whose code computes it.
+        unit: of its values, for the axis of a plot; empty = none.
+    """
+
+    title: str
+    help: str
+    compute: Callable[..., Any]
+    higher_is_better: bool = False
+    needs: frozenset[str] = frozenset()
+    is_cheap: bool = False
+    is_report: bool = False
+    in_pca: bool = True
+    short_title: str | None = None
+    inception_title: str | None = None
+    library: str = "maskdm"
+    unit: str = ""
+
+    def title_in(self, features: str, short: bool = False) -> str:
+        """Its name for a figure in some features: `FID`, `Frechet distance`."""
+        if features == "inception" and self.inception_title:
+            return self.inception_title
+        return self.short_title if short and self.short_title else self.title
+
+    def heading_in(self, features: str) -> str:
+        """Its name above a column of a table: `FID`, `Frechet (pca)`."""
+        title = self.title_in(features, short=True)
+        depends = self.inception_title is not None and features != "inception"
+        return f"{title} ({features})" if depends else title
+
+
+METRICS: dict[str, Metric] = {
+    "frechet": Metric(
+        "Frechet distance",
+        "between Gaussians fitted to both sets (FID in features inception)",
+        Later("evaluation.distances:measure_frechet"),
+        short_title="Frechet",
+        inception_title="FID",
+        unit="squared units of the features",
+    ),
+    "sliced": Metric(
+        "sliced Wasserstein distance",
+        "mean over random directions, without the assumption of Gaussians",
+        Later("evaluation.distances:measure_sliced"),
+        needs=frozenset({"images"}),
+        is_cheap=True,
+        short_title="sliced",
+        unit="squared units of the features",
+    ),
+    "kid": Metric(
+        "kernel distance (KID)",
+        "unbiased, for features whose values are near 1 (in pca only if named)",
+        Later("evaluation.distances:measure_kid"),
+        needs=frozenset({"images"}),
+        is_cheap=True,
+        in_pca=False,
+        short_title="KID",
+        inception_title="KID",
+        library="torch-fidelity",
+    ),
+    "precision": Metric(
+        "precision",
+        "share of the samples that lie among the real images",
+        Later("evaluation.distances:measure_precision_recall"),
+        higher_is_better=True,
+        needs=frozenset({"images"}),
+        library="torch-fidelity",
+    ),
+    "recall": Metric(
+        "recall",
+        "share of the real images that lie among the samples",
+        Later("evaluation.distances:measure_precision_recall"),
+        higher_is_better=True,
+        needs=frozenset({"images"}),
+        library="torch-fidelity",
+    ),
+    "inception_score": Metric(
+        "Inception score",
+        "how clear and varied the Inception network's classes are (in features inception)",
+        Later("evaluation.distances:measure_inception_score"),
+        higher_is_better=True,
+        needs=frozenset({"logits"}),
+        short_title="IS",
+        library="torch-fidelity",
+    ),
+    "memorization": Metric(
+        "copies of training images",
+        "samples nearer to a training image than 99 % of real images are",
+        Later("evaluation.memorization:measure_memorization"),
+        needs=frozenset({"images", "training"}),
+        is_report=True,
+        short_title="copies",
+    ),
+    "dense_loss": Metric(
+        "dense denoising loss, held-out images",
+        "measured in training only, where data.held_out is above 0",
+        Later("evaluation.dense_loss:measure_dense_loss"),
+        needs=frozenset({"model"}),
+        is_cheap=True,
+        short_title="dense loss",
+    ),
+}
+
+MetricName = Annotated[
+    str,
+    AfterValidator(lambda name: name.replace("-", "_")),
+    _known(METRICS, "metric"),
+    _shown(METRICS),
+]
+
+
+def qualities() -> tuple[str, ...]:
+    """The figures that are measured in training; the first is the usual one."""
+    return tuple(name for name, row in METRICS.items() if row.is_cheap and not row.is_report)

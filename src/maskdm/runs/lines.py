@@ -1,0 +1,35 @@
+"""Files of JSON lines that a run appends to: metrics.jsonl, quality.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from maskdm.files import write_text
+
+Line = dict[str, Any]
+
+
+def append_line(path: Path, line: Line) -> None:
+    """Appends a line. Raises OSError on a full disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Reads all lines; a last one that a kill cut off is left out. No file gives no lines."""
+    lines = []
+    for text in path.read_text("utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def keep_lines_until(path: Path, step: int) -> None:
+    """Rewrites a file without the lines after a step, whole or not at all."""
+    if path.is_file():
+        kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
+        write_text(path, "".join(kept))

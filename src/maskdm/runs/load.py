@@ -1,0 +1,115 @@
+"""Loading a trained model, wherever it lies."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from maskdm.families import BACKBONES
+from maskdm.models.build import Backbone, build_model
+from maskdm.models.trained import TrainedModel
+from maskdm.recipe import Diffusion, Sampling
+from maskdm.runs.find import Location, Note, find_checkpoint, find_model, read_index
+from maskdm.runs.folder import read_class_names
+from maskdm.words import one_line
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model in evaluation mode, on the CPU.
+
+    Attributes:
+        trained: the network and what it was trained under.
+        sampling: how images are drawn from it by default.
+        location: where it was found.
+    """
+
+    trained: TrainedModel
+    sampling: Sampling
+    location: Location
+
+
+def load_model(name: str | Path, note: Note = print, weights: str = "ema") -> Loaded:
+    """Loads the model that a user names; see `find_model` for what that may be.
+
+    Args:
+        name, note: as for `find_model`.
+        weights: `ema` = averaged, `raw` = as trained.
+
+    Raises ValueError where there is no such model, its files are damaged, or an exported model,
+    which has averaged weights only, is to give raw ones.
+    """
+    location = find_model(name, note)
+    if weights == "raw" and location.is_exported and location.run is not None:
+        location = _newest_checkpoint(location, note)
+    if weights == "raw" and location.is_exported:
+        raise ValueError(f"{location.folder} has averaged weights only: use init_weights ema")
+    try:
+        if location.is_exported:
+            model, diffusion = _load_exported(location)
+        else:
+            model, diffusion = _load_checkpoint(location, weights)
+    except (OSError, SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        raise ValueError(f"the model in {location.folder} is damaged: {one_line(error)}") from None
+    return Loaded(TrainedModel(model.eval(), diffusion), location.sampling, location)
+
+
+def load_weak(strong: Location, name: str, note: Note = print) -> Loaded:
+    """The weak model of autoguidance: `primer` = the run's own, from the end of the stage before.
+
+    Raises ValueError where there is none.
+    """
+    if name != "primer":
+        return load_model(name, note)
+    way_out = "name a weak model with --guidance.weak RUN, or sample with --guidance.kind none"
+    if strong.run is None:
+        raise ValueError(
+            f"{strong.folder} is not in a run's folder, where its primer is: {way_out}"
+        )
+    stages = strong.recipe.stages
+    number = len(stages) - 1 if strong.is_exported else _progress(strong)["stage"]
+    if number == 0:
+        raise ValueError(
+            f"{strong.folder} is from the run's first stage, before which there is no primer: "
+            f"{way_out}"
+        )
+    return load_model(f"{strong.run}@{stages[number - 1].name}", note)
+
+
+def _newest_checkpoint(location: Location, note: Note) -> Location:
+    """The newest checkpoint of the run around an exported model, or the model itself."""
+    assert location.run is not None
+    checkpoint = find_checkpoint(location.run / "checkpoints", note)
+    return Location(checkpoint, location.run) if checkpoint else location
+
+
+def _load_exported(location: Location) -> tuple[Backbone, Diffusion]:
+    folder, index = location.folder / "denoiser", read_index(location.folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    classes: dict[str, Any] = {
+        row.network_class.__name__: row.network_class for row in BACKBONES.values()
+    }
+    name = config["_class_name"]
+    network = classes[name] if name in classes else BACKBONES[config["kind"]].network_class
+    model = network.from_pretrained(str(folder), use_safetensors=True)
+    return model, Diffusion(**index["diffusion"])
+
+
+def _progress(location: Location) -> dict[str, Any]:
+    """The counters of a checkpoint."""
+    counters: dict[str, Any] = json.loads((location.folder / "progress.json").read_text("utf-8"))
+    return counters
+
+
+def _load_checkpoint(location: Location, weights: str) -> tuple[Backbone, Diffusion]:
+    recipe = location.recipe
+    assert location.run is not None  # else there is no recipe
+    model = build_model(recipe, read_class_names(location.run))
+    file = {"ema": "ema.safetensors", "raw": "model.safetensors"}[weights]
+    model.load_state_dict(load_file(location.folder / file))
+    return model, recipe.diffusion_of(recipe.stages[_progress(location)["stage"]])

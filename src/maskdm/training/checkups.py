@@ -1,0 +1,163 @@
+"""Looks at the averaged model at set points of a run: measures it, draws previews, exports it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from maskdm.evaluation.quick import QuickLook
+from maskdm.export.pipeline import pipeline_of_run, save_pipeline
+from maskdm.families import METRICS
+from maskdm.images.store import Store
+from maskdm.models.backbone import Backbone
+from maskdm.models.trained import TrainedModel
+from maskdm.recipe import Recipe
+from maskdm.report.plots import plot_loss
+from maskdm.report.sheets import preview_sheet
+from maskdm.runs.checkpoint import Progress
+from maskdm.runs.lines import Line, read_lines
+from maskdm.sampling.generate import generate_on_all_ranks
+from maskdm.training.monitor import Monitor
+from maskdm.training.work import StageWork
+from maskdm.words import clock, with_error
+
+
+class Checkups:
+    """Measures and draws where the recipe says and at each stage's end; exports at the run's end.
+
+    To be made, and called, on every rank.
+
+    Args:
+        recipe: how often, and what.
+        run_dir: RUN.
+        store: all images of the run's source.
+        works: of the stages.
+        accelerator: tells the ranks apart.
+
+    Raises:
+        ValueError: features that are not available, or too few real images.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        store: Store,
+        works: Sequence[StageWork],
+        accelerator: Accelerator,
+    ):
+        self._recipe, self._run_dir, self._works = recipe, run_dir, works
+        self._is_main = accelerator.is_main_process
+        self._measure = (
+            QuickLook(recipe, store, recipe.for_previews) if recipe.evaluate_every else None
+        )
+
+    def measures_at(self, progress: Progress) -> bool:
+        """Whether the model is measured at this step."""
+        every = self._recipe.evaluate_every
+        if every == 0 or progress.step == 0:
+            return False
+        return self._is_stage_end(progress) or progress.step % every == 0
+
+    def draws_at(self, progress: Progress) -> bool:
+        """Whether a preview is drawn at this step."""
+        if self._recipe.num_previews == 0 or progress.step == 0:
+            return False
+        return self._is_stage_end(progress) or progress.step % self._recipe.preview_every == 0
+
+    def look(self, progress: Progress, average: Backbone, monitor: Monitor) -> None:
+        """Measures and draws what is due at this step."""
+        line = self._start_line(progress)
+        if self.measures_at(progress):
+            line |= self._measured(progress, average, line, monitor)
+        if self.draws_at(progress):
+            self._draw(progress, average, line, monitor)
+
+    def catch_up(self, progress: Progress, average: Backbone, monitor: Monitor) -> None:
+        """Does what was due at a checkpoint's step and is missing, because a kill came between."""
+        lines = read_lines(monitor.quality_path)
+        known = next((line for line in lines if line["step"] == progress.step), None)
+        is_drawn = self._preview_file(progress.step).exists()
+        known, is_drawn = broadcast_object_list([known, is_drawn])  # as the first rank sees it
+        line = known or self._start_line(progress)
+        if self.measures_at(progress) and known is None:
+            line |= self._measured(progress, average, line, monitor)
+        if self.draws_at(progress) and not is_drawn:
+            self._draw(progress, average, line, monitor)
+
+    def finish(self, average: Backbone, monitor: Monitor) -> None:
+        """Exports the finished model and plots its loss."""
+        if not self._is_main:
+            return
+        run = self._run_dir
+        save_pipeline(pipeline_of_run(average, self._recipe), run / "model")
+        monitor.say(f"model   {run / 'model'}")
+        monitor.say(f"loss    {plot_loss(run)}")
+        for file in sorted((run / "samples").glob("step-*.png"))[-1:]:
+            monitor.say(f"preview {file}")
+        monitor.say(f"next    maskdm sample {run} --num 64 --out grid.png")
+
+    def _start_line(self, progress: Progress) -> Line:
+        return {
+            "step": progress.step,
+            "stage": self._recipe.stages[progress.stage].name,
+            "images": progress.images,
+            "flops": progress.flops,
+            "elapsed_sec": progress.elapsed_sec,
+            "hidden": self._works[progress.stage].hidden,
+        }
+
+    def _measured(
+        self, progress: Progress, average: Backbone, line: Line, monitor: Monitor
+    ) -> Line:
+        assert self._measure is not None
+        start = time.perf_counter()
+        monitor.show_activity(f"step {progress.step:,}: measuring")
+        measured = self._measure(self._trained(progress, average))
+        monitor.log_quality({**line, **measured})
+        took = clock(time.perf_counter() - start)
+        monitor.say(f"  step {progress.step:,}: {', '.join(quality_parts(measured))}; took {took}")
+        return measured
+
+    def _draw(self, progress: Progress, average: Backbone, line: Line, monitor: Monitor) -> None:
+        monitor.show_activity(f"step {progress.step:,}: drawing a preview")
+        trained = self._trained(progress, average)
+        images = generate_on_all_ranks(
+            trained, self._recipe.for_previews, self._recipe.num_previews
+        )
+        if self._is_main:
+            title = f"{line['stage']}, step {progress.step:,}"
+            file = self._preview_file(progress.step)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            parts = [part.replace("+-", "±") for part in quality_parts(line)]
+            preview_sheet(images, title, parts).save(file)
+
+    def _trained(self, progress: Progress, average: Backbone) -> TrainedModel:
+        stage = self._recipe.stages[progress.stage]
+        return TrainedModel(average, self._recipe.diffusion_of(stage))
+
+    def _is_stage_end(self, progress: Progress) -> bool:
+        return progress.stage_step == self._recipe.stages[progress.stage].steps
+
+    def _preview_file(self, step: int) -> Path:
+        return self._run_dir / "samples" / f"step-{step:08d}.png"
+
+
+def quality_parts(line: dict[str, Any]) -> list[str]:
+    """What a line of quality.jsonl measured: `dense loss 0.0431 (train 0.0412)`, `sliced 12.3`."""
+    parts = []
+    for name, metric in METRICS.items():
+        if name not in line:
+            continue
+        title = metric.title_in(line.get("features", ""), short=True)
+        text = f"{title} {with_error(line[name], line.get(f'{name}_error') or None)}"
+        train = line.get(f"{name}_train")
+        parts.append(text + ("" if train is None else f" (train {with_error(train, None)})"))
+    if "dense_loss" not in line and "dense_loss_train" in line:
+        parts.append(f"dense loss {with_error(line['dense_loss_train'], None)} on training images")
+    return parts
