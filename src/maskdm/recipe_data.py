@@ -15,8 +15,8 @@ class Data(Settings):
 
     source: str = "digits"
     """A folder, zip, tar, .npz or .npy of images, a packed store, WebDataset shards (a pattern or
-    URLs), hf:OWNER/NAME[:SPLIT], or a known set: digits, celeba, celebahq, ffhq, afhq, vggface2.
-    Class folders give labels."""
+    URLs), hf:OWNER/NAME[:SPLIT], faces (drawn by code; faces:N:SEED@SIDE), or a known set: digits,
+    celeba, celebahq, ffhq, afhq, vggface2. Class folders give labels."""
     size: int | tuple[int, int] = 8
     """Side of the square images, in pixels; or their height and width."""
     channels: Literal[1, 2, 3, 4] = 3

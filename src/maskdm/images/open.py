@@ -9,6 +9,7 @@ from pathlib import Path
 
 from maskdm.images.archives import TAR_SUFFIXES, TarSource, ZipSource, expand_pattern
 from maskdm.images.arrays import ArraySource
+from maskdm.images.faces import FacesSource, is_faces
 from maskdm.images.huggingface import PREFIX, HuggingFaceSource
 from maskdm.images.known import KNOWN, locate
 from maskdm.images.source import IMAGE_SUFFIXES, DigitsSource, FolderSource, Source
@@ -18,15 +19,17 @@ def open_source(name: str) -> Source:
     """Opens a source by its name.
 
     Args:
-        name: `digits`; a known set's name (celeba, ...); `hf:...`; a URL or pattern of tars; a
-            folder, a zip, a tar, an `.npz` or `.npy`. A folder that holds only tars is read as
-            shards.
+        name: `digits`, `faces`, a known set's name (celeba, ...); `hf:...`; a URL or pattern of
+            tars; a folder, a zip, a tar, an `.npz` or `.npy`. A folder that holds only tars is
+            read as shards.
 
     Raises ValueError where it does not exist or has no images.
     """
     try:
         if name == "digits":
             return DigitsSource()
+        if is_faces(name):
+            return FacesSource(name)
         if name.startswith(PREFIX):
             return HuggingFaceSource(name)
         path = locate(name) if name in KNOWN else Path(name).expanduser()
@@ -51,7 +54,7 @@ def _open_file(name: str, path: Path) -> Source:
     if not path.exists():
         raise ValueError(
             f"data.source {name} does not exist: use a folder, zip, tar, .npz or .npy of images, "
-            f"hf:OWNER/NAME, or one of digits, {', '.join(KNOWN)}"
+            f"hf:OWNER/NAME, or one of digits, faces, {', '.join(KNOWN)}"
         )
     if path.suffix in (".npz", ".npy"):
         return ArraySource(path)

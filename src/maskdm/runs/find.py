@@ -61,7 +61,8 @@ def is_model(name: str) -> bool:
     """
     path = Path(name)
     if not path.exists():
-        return not (name in ("digits", *KNOWN) or ":" in name or "*" in name or "{" in name)
+        is_set = name in ("digits", *KNOWN) or re.fullmatch(r"faces(@\d+)?", name)
+        return not (is_set or any(mark in name for mark in ":*{"))
     marks = ("recipe.yaml", "model_index.json", "model/model_index.json", "progress.json")
     return any((path / mark).is_file() for mark in marks)
 
