@@ -71,10 +71,21 @@ def test_flags_win_over_the_file(recipe_file, tmp_path):
     assert recipe.stages[1].batch_size == 8
 
 
+def test_without_a_terminal_each_stages_last_step_is_printed(recipe_file, tmp_path, capsys):
+    assert main(["train", recipe_file, "--out", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    assert "hide step 6  loss" in text and "100 %  show step 11  loss" in text
+
+
 def test_an_average_too_long_for_its_stage_is_pointed_out(recipe_file, tmp_path, capsys):
     flags = ["--stages.1.ema-decay", "0.1"]
     assert main(["train", recipe_file, "--out", str(tmp_path / "run"), *flags]) == 0
-    assert capsys.readouterr().out.count("keeps 99 % of the stage's first weights") == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("keeps 99 % of the stage's first weights") == 1
+    assert "try --stages.0.ema-decay 0.5 " in text
+    flags += ["--stages.0.ema-decay", "0.5"]
+    assert main(["train", recipe_file, "--out", str(tmp_path / "other"), *flags]) == 0
+    assert "note: ema" not in capsys.readouterr().out
 
 
 def test_samples_come_as_grid_array_or_folder(run, tmp_path, capsys):
@@ -213,6 +224,7 @@ def test_samplers_guidance_and_marginals_are_flags(run, tmp_path, capsys):
     assert np.array_equal(by_name, np.load(tmp_path / "guided.npz")["arr_0"])
     assert not np.array_equal(plain, sample("stage", model=f"{run}@hide"))
     hidden = sample("marginal", "--mask.kind block --mask.rate 0.75") == 128
+    assert "4 of 16 patches each (" in capsys.readouterr().out
     assert hidden.reshape(4, -1).mean(axis=1) == pytest.approx([0.75] * 4, abs=0.05)
     picture = np.zeros((8, 8), np.uint8)
     picture[2:6, 2:6] = 255

@@ -19,7 +19,7 @@ from maskdm.evaluation.compare import compare_records, welch
 from maskdm.evaluation.curves import Facts, costs_to_quality, curves_of, first_reaching
 from maskdm.evaluation.retrainings import retrainings, short_names, training_of_recipe
 from maskdm.recipe import Recipe
-from maskdm.report.plots import quality_figure
+from maskdm.report.plots import loss_figure, quality_figure
 
 
 def recipe(seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -525,3 +525,20 @@ def test_retrainings_are_thin_lines_around_their_mean():
     curves, _ = curves_of(lines, facts, "images", "sliced")
     drawn = lines_of(quality_figure(curves, "images", "sliced", None))
     assert drawn["a-* (2)"].get_ydata().tolist() == [9, 5]
+
+
+@pytest.mark.parametrize(
+    ("losses", "most"), [([0.05, 0.8], (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)), ([0.3, 0.31], None)]
+)
+def test_a_loss_axis_has_round_ticks_over_any_range(losses, most, tmp_path):
+    rows = [
+        {"stage": "show", "hidden": 0.0, "images": 8 * i, "loss": loss}
+        for i, loss in enumerate(losses, 1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    axes = loss_figure(tmp_path).axes[0]
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    assert len(ticks) >= 3
+    if most is not None:
+        assert set(np.round(ticks, 6)) <= set(most)

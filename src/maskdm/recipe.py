@@ -185,7 +185,10 @@ class Stage(Settings):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
         if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup {self.warmup} outlasts the stage's {self.steps} steps")
+            raise ValueError(
+                f"warmup {self.warmup} outlasts the stage's {self.steps} steps: use fewer, or a "
+                "part of them such as 10%"
+            )
         return self
 
 

@@ -51,8 +51,8 @@ def inpaint(
             (N, H, W, C) as arr_0; any other name = a new folder of PNG files.
         num: number of results.
         seed: another seed, other results.
-        label: class of the results, by its name or number; default: no class, or all in turn if
-            the model was not trained without classes.
+        label: class of the results, by its name or number; default: no class if the
+            model can draw without one, else all in turn.
         resamplings: times that each stretch of steps is repeated, so that old and new fit.
         jump: steps in a stretch.
     """

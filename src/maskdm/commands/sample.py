@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -50,6 +51,7 @@ def sample(
         raise ValueError(f"--num {num}: at least one image")
 
     from maskdm.images.output import refuse_output, save_images
+    from maskdm.masks import mask_text
     from maskdm.models.class_names import class_numbers, class_text
     from maskdm.sampling.generate import default_labels, generate_on_all_ranks
     from maskdm.sampling.marginal import masks_of_images, patches_of_picture, read_mask
@@ -62,12 +64,14 @@ def sample(
         raise ValueError("--mask-image and --mask.rate both choose patches: give one")
     strong, weak = load(run, settings)
     model = strong.trained.model
-    visible = None
+    visible, of = None, ""
     if mask_image is not None:
         picture = read_mask(mask_image, *model.image_shape[:2])
         visible = patches_of_picture(picture, model.patch_size).repeat(num, 1)
+        of = f", the white patches of {mask_image}"
     elif mask.rate:
         visible = masks_of_images(mask, model.grid, range(num), seed)
+        of = f", {visible.shape[1]} of {math.prod(model.grid)} patches each ({mask_text(mask)})"
     labels = None if label is None else class_numbers(model.config, label, num)
     images = generate_on_all_ranks(
         strong.trained,
@@ -83,7 +87,8 @@ def sample(
         return DONE
     given = default_labels(model, range(num)) if labels is None else labels.numpy()
     save_images(images, out, given)
-    of = "" if labels is None else f", class {class_text(model.config, int(labels[0]))}"
+    if labels is not None:
+        of += f", class {class_text(model.config, int(labels[0]))}"
     print(f"{num} images from {strong.location.folder}, seed {seed}, {sampling_text(settings)}{of}")
     print(f"-> {out}")
     return DONE

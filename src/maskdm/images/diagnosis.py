@@ -180,7 +180,8 @@ def _shapes(report: Report) -> Iterator[Finding]:
         every = "all " if 1 < num == report.num_readable else ""
         yield _warning(
             f"{every}{counted(num, 'image is', 'images are')} smaller than {width}x{height} and "
-            "will be enlarged, which blurs: use a smaller --data.size, or remove the small ones"
+            "will be enlarged, which blurs: use a smaller --size (--data.size in training), or "
+            "remove the small ones"
         )
     num = len(report.extreme)
     if num and report.crop == "resize":

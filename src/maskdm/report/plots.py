@@ -19,9 +19,18 @@ from maskdm.words import figure as figure_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+WIDE = 4.0  # largest over smallest value from which an axis has ticks at 1, 2, 5, 10 …
+
 
 def plot_loss(run_dir: Path) -> Path:
-    """Plots the run's loss over images seen into RUN/loss.png, a colour for each stage.
+    """Saves `loss_figure` as RUN/loss.png. Raises ValueError where the run has no metrics yet."""
+    path = run_dir / "loss.png"
+    loss_figure(run_dir).savefig(path, dpi=120)
+    return path
+
+
+def loss_figure(run_dir: Path) -> Figure:
+    """Plots a run's loss over images seen, a colour for each stage.
 
     Losses of stages with different masks are means over different patches: comparable within a
     stage, not between stages.
@@ -42,14 +51,12 @@ def plot_loss(run_dir: Path) -> Path:
         (curve,) = axes.plot(images, losses, label=label, linewidth=1.5, marker=marker)
         axes.axvspan(stage_start, rows[-1]["images"], color=curve.get_color(), alpha=0.08, lw=0)
         stage_start = rows[-1]["images"]
-    _log_scale(axes, spans_decades=False)
+    _log_scale(axes, [line["loss"] for line in lines])
     _cost_axis(axes, "images")
     axes.set_ylabel("denoising loss")
     axes.set_title(run_dir.resolve().name, loc="left")
     axes.legend(frameon=False)
-    path = run_dir / "loss.png"
-    figure.savefig(path, dpi=120)
-    return path
+    return figure
 
 
 def plot_quality(curves: Sequence[Curve], x: str, y: str, target: float | None, path: Path) -> Path:
@@ -88,7 +95,7 @@ def quality_figure(curves: Sequence[Curve], x: str, y: str, target: float | None
         axes.plot([], [], color="0.4", marker="o", linestyle="", label="end of a stage")
     values = np.concatenate([curve.quality for curve in curves])
     if (values > 0).all() and not METRICS[y].higher_is_better:
-        _log_scale(axes, spans_decades=values.max() > 10 * values.min())
+        _log_scale(axes, values.tolist())
     if target is not None:
         label = f"target {figure_text(target)}"
         axes.axhline(target, color="0.4", linestyle=":", linewidth=1.2, label=label)
@@ -132,12 +139,13 @@ def _empty() -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _log_scale(axes: Any, spans_decades: bool) -> None:
+def _log_scale(axes: Any, values: Sequence[float]) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     axes.set_yscale("log")
-    # Within a decade, ticks are spaced evenly: ticks at decades would be one or two.
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if spans_decades else MaxNLocator(6))
+    # Over a small range 1, 2, 5, 10 … would be a tick or two: there, ticks are spaced evenly.
+    is_wide = max(values) > WIDE * min(values)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_wide else MaxNLocator(6))
     axes.yaxis.set_major_formatter(lambda value, place: figure_text(value))
     axes.yaxis.set_minor_locator(NullLocator())
 

@@ -27,6 +27,7 @@ from maskdm.words import clock, counted, flops_text, printable
 PLAIN_LINE_SEC = 10.0  # without a terminal, a line of progress at most this often
 MOST_HELD_OUT = 0.25  # part of the images that may be held out without a note
 MOST_KEPT = 0.1  # part of a stage's first weights that the average may keep without a note
+WELL_KEPT = 0.01  # what a decay should keep that the note proposes
 
 
 class Monitor:
@@ -51,6 +52,7 @@ class Monitor:
         self._total_flops = total_flops
         self._bar: tqdm[Any] | None = None
         self._last_line_sec = 0.0
+        self._unsaid = ""  # the newest line, if it came too soon after another
 
     def start(self, progress: Progress) -> None:
         """Drops lines of later steps (a kill left them) and opens the bar."""
@@ -73,9 +75,11 @@ class Monitor:
             print(text, flush=True)
 
     def show_activity(self, text: str) -> None:
-        """Shows on the bar, if there is one, what takes a while."""
+        """Shows on the bar what takes a while; without one, how far training is."""
         if self._bar is not None:
             self._bar.set_description_str(text)
+        else:
+            self._say_unsaid()
 
     def log(self, line: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl and shows it. Raises OSError on a full disk."""
@@ -90,9 +94,15 @@ class Monitor:
         if self._bar is not None:
             self._bar.set_description_str(text, refresh=False)
             self._bar.update(line["flops"] - self._bar.n)
-        elif self._show and time.monotonic() - self._last_line_sec > PLAIN_LINE_SEC:
-            self._last_line_sec = time.monotonic()
-            print(f"  {100 * line['flops'] / self._total_flops:3.0f} %  {text}", flush=True)
+        else:
+            self._unsaid = f"  {100 * line['flops'] / self._total_flops:3.0f} %  {text}"
+            if time.monotonic() - self._last_line_sec > PLAIN_LINE_SEC:
+                self._say_unsaid()
+
+    def _say_unsaid(self) -> None:
+        if self._unsaid:
+            self.say(self._unsaid)
+            self._unsaid, self._last_line_sec = "", time.monotonic()
 
     def log_quality(self, line: dict[str, Any]) -> None:
         """Appends a line to quality.jsonl. Raises OSError on a full disk."""
@@ -146,13 +156,16 @@ class Monitor:
             f"{flops_text(work.step_flops * stage.steps)}"
         )
         if (kept := stage.ema_decay**stage.steps) > MOST_KEPT:
+            lower = 1 - float(f"{1 - WELL_KEPT ** (1 / stage.steps):.1g}")
             self.say(
                 f"  note: ema_decay {stage.ema_decay:g} keeps {100 * kept:.0f} % of the "
-                f"stage's first weights over {stage.steps:,} steps: try a lower one"
+                f"stage's first weights over {stage.steps:,} steps: try "
+                f"--stages.{progress.stage}.ema-decay {lower:g}"
             )
 
     def conclude_stage(self, progress: Progress) -> None:
-        """Says that a stage has ended."""
+        """Says how a stage has ended."""
+        self._say_unsaid()
         self.say(f"  done after {clock(progress.elapsed_sec)} of training")
 
 
