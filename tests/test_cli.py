@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import fcntl
+import functools
 import json
+import os
 import re
 import shlex
+import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -484,13 +491,62 @@ def test_kill_9_at_any_moment_leaves_a_run_that_continues_to_the_same_bits(recip
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_exits_with_3(recipe_file, tmp_path):
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_signals_save_and_exit_with_3(number, recipe_file, tmp_path):
     run = tmp_path / "run"
-    done = run_until("SIGINT", "train", recipe_file, "--out", str(run), step=4)
+    done = run_until(number, "train", recipe_file, "--out", str(run), step=4)
     assert done.returncode == 3, done.stderr
     step = int(re.search(r"stopped after saving .*step-(\d+)", done.stdout)[1])
     progress = run / "checkpoints" / f"step-{step:08d}" / "progress.json"
     assert json.loads(progress.read_text())["step"] == step == 5
+
+
+@pytest.mark.slow
+def test_under_nohup_a_hangup_is_ignored(recipe_file, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the child inherits it
+    try:
+        done = run_until("SIGHUP", "train", recipe_file, "--out", str(tmp_path / "run"), step=4)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert done.returncode == 0 and "stopped" not in done.stdout
+
+
+def maskdm(*arguments: str, **how: Any) -> subprocess.Popen[bytes]:
+    code = "import sys; from maskdm.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], **how)
+
+
+@pytest.mark.slow
+def test_training_goes_on_when_the_reader_of_its_output_leaves(recipe_file, tmp_path):
+    out = tmp_path / "run"
+    read, write = os.pipe()
+    os.close(read)
+    process = maskdm("train", recipe_file, "--out", str(out), stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    errors = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == 0 and "Traceback" not in errors and "BrokenPipe" not in errors
+    assert (out / "model" / "model_index.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_saves(recipe_file, tmp_path):
+    out, (terminal, inner) = tmp_path / "run", os.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    flags = ["--stages.0.steps", "1000000", "--checkpoint-every", "1000000"]
+    take = functools.partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0)  # closing it sends SIGHUP
+    process = maskdm(
+        *("train", recipe_file, "--out", str(out), *flags),
+        **dict.fromkeys(("stdin", "stdout", "stderr"), inner),
+        start_new_session=True,
+        preexec_fn=take,
+    )
+    os.close(inner)
+    text = b""
+    while b"%|" not in text or b"loss" not in text:  # the bar moves
+        text += os.read(terminal, 4096)
+    os.close(terminal)
+    assert process.wait(timeout=120) == 3
+    assert (out / "checkpoints" / "latest").is_file()
 
 
 @pytest.mark.slow

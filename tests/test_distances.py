@@ -265,6 +265,10 @@ def test_statistics_survive_a_round_trip(tmp_path):
             r"mu \(3,\) and sigma \(4",
         ),
         (lambda p: p.write_bytes(b"no zip"), "cannot be read"),
+        (lambda p: np.savez(p, mu=[0, np.nan], sigma=np.eye(2)), "NaN or infinite"),
+        (lambda p: np.savez(p, mu=[0, 0], sigma=np.full((2, 2), np.inf)), "NaN or infinite"),
+        (lambda p: np.savez(p, mu=[0, 0], sigma=[[1, 0.5], [0, 1]]), "not symmetric"),
+        (lambda p: np.savez(p, mu=[0, 0], sigma=-np.eye(2)), "negative variances"),
     ],
 )
 def test_damaged_statistics_are_refused(tmp_path, write, message):

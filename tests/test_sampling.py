@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
 
 from maskdm import engine
 from maskdm.diffusion.schedule import make_schedule
@@ -298,6 +299,23 @@ def test_models_are_found_by_run_stage_checkpoint_and_folder(tiny, tmp_path):
     (tmp_path / "run/model/denoiser/diffusion_pytorch_model.safetensors").write_bytes(b"xx")
     with pytest.raises(ValueError, match="the model in .*model is damaged"):
         load_model(tmp_path / "run")
+
+
+def test_weights_that_are_missing_or_not_finite_are_refused(tiny, tmp_path):
+    train(tiny, tmp_path / "run", show=False)
+    file = tmp_path / "run/model/denoiser/diffusion_pytorch_model.safetensors"
+    whole = load_file(file)
+    save_file({key: value for key, value in whole.items() if key != "head.weight"}, file)
+    with pytest.raises(ValueError, match="model is damaged: its file lacks head.weight"):
+        load_model(tmp_path / "run")
+    for bad in (float("nan"), float("inf")):
+        broken = {key: value.clone() for key, value in whole.items()}
+        broken["head.weight"][0, 0] = bad
+        save_file(broken, file)
+        save_file(broken, tmp_path / "run/checkpoints/step-00000011/ema.safetensors")
+        for name in ("run", "run/checkpoints/step-00000011"):
+            with pytest.raises(ValueError, match="head.weight contain NaN or infinite values"):
+                load_model(tmp_path / name)
 
 
 def test_a_model_on_the_hub_is_found_by_its_id(tiny, model, tmp_path, monkeypatch):

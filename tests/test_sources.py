@@ -437,6 +437,9 @@ def test_sources_without_images_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             opened(source, on_bad="skip")
 
+    for empty in ("", " "):
+        with pytest.raises(ValueError, match="the name is empty"):
+            opened(empty)
     refused(tmp_path / "nowhere", "does not exist: use a folder, zip, tar, .npz or .npy")
     refused(tmp_path, r"no images in folder .*it is empty")
     (tmp_path / "a.txt").write_text("x")

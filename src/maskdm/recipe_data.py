@@ -44,6 +44,13 @@ class Data(Settings):
     subset_seed: int = Field(0, ge=0)
     """Seed of the draw of fraction, limit and held_out; the run's seed does not change it."""
 
+    @field_validator("source")
+    @classmethod
+    def _named(cls, source: str) -> str:
+        if not source.strip():  # an unset variable of the shell, not the current folder
+            raise ValueError("the name is empty: use a folder, an archive or a known set")
+        return source
+
     @field_validator("size", mode="before")
     @classmethod
     def _height_and_width(cls, size: object) -> object:

@@ -82,7 +82,8 @@ def holds_statistics(path: Path) -> bool:
 def load_statistics(path: Path) -> Statistics:
     """Reads an .npz with `mu` and `sigma`; another tool's file has no facts.
 
-    Raises ValueError where it cannot be read, or the two do not fit together.
+    Raises ValueError where it cannot be read, the two do not fit together, one has NaN or infinite
+    values, or sigma is no covariance: not symmetric, or with negative variances.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -92,4 +93,11 @@ def load_statistics(path: Path) -> Statistics:
         raise ValueError(f"the statistics in {path} cannot be read: {error}") from None
     if mean.ndim != 1 or cov.shape != 2 * mean.shape:
         raise ValueError(f"{path}: mu {mean.shape} and sigma {cov.shape} do not fit together")
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise ValueError(f"{path}: mu or sigma contains NaN or infinite values")
+    rounding = 1e-6 * np.abs(cov).max(initial=0.0)
+    if not np.allclose(cov, cov.T, rtol=1e-3, atol=rounding):
+        raise ValueError(f"{path}: sigma is not symmetric, so it is not a covariance")
+    if (np.diag(cov) < -rounding).any():
+        raise ValueError(f"{path}: sigma has negative variances, so it is not a covariance")
     return Statistics(mean, cov, facts)

@@ -16,7 +16,7 @@ from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Diffusion, Sampling
 from maskdm.runs.find import Location, Note, find_checkpoint, find_model, read_index
 from maskdm.runs.folder import read_class_names
-from maskdm.words import one_line
+from maskdm.words import listed, one_line
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def load_model(name: str | Path, note: Note = print, weights: str = "ema") -> Lo
         name, note: as for `find_model`.
         weights: `ema` = averaged, `raw` = as trained.
 
-    Raises ValueError where there is no such model, its files are damaged, or an exported model,
-    which has averaged weights only, is to give raw ones.
+    Raises ValueError where there is no such model, its files are damaged, weights are missing, NaN
+    or infinite, or an exported model, which has averaged weights only, is to give raw ones.
     """
     location = find_model(name, note)
     if weights == "raw" and location.is_exported and location.run is not None:
@@ -56,6 +56,12 @@ def load_model(name: str | Path, note: Note = print, weights: str = "ema") -> Lo
             model, diffusion = _load_checkpoint(location, weights)
     except (OSError, SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"the model in {location.folder} is damaged: {one_line(error)}") from None
+    for key, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"the model in {location.folder} is unusable: its weights {key} contain NaN or "
+                "infinite values. Use an earlier checkpoint"
+            )
     return Loaded(TrainedModel(model.eval(), diffusion), location.sampling, location)
 
 
@@ -96,7 +102,11 @@ def _load_exported(location: Location) -> tuple[Backbone, Diffusion]:
     }
     name = config["_class_name"]
     network = classes[name] if name in classes else BACKBONES[config["kind"]].network_class
-    model = network.from_pretrained(str(folder), use_safetensors=True)
+    model, loading = network.from_pretrained(
+        str(folder), use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise RuntimeError(f"its file lacks {listed(missing, most=3)}")
     return model, Diffusion(**index["diffusion"])
 
 

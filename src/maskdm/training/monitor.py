@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,26 @@ PLAIN_LINE_SEC = 10.0  # without a terminal, a line of progress at most this oft
 MOST_HELD_OUT = 0.25  # part of the images that may be held out without a note
 MOST_KEPT = 0.1  # part of a stage's first weights that the average may keep without a note
 WELL_KEPT = 0.01  # what a decay should keep that the note proposes
+
+
+@contextmanager
+def readers_may_leave() -> Iterator[None]:
+    """Training goes on in silence where nobody reads its output any more.
+
+    A closed pipe (`maskdm train ... | head`) gives EPIPE, a closed terminal EIO.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # what it still holds, and all that follows, goes nowhere
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
 
 class Monitor:
@@ -69,17 +92,19 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
-        if self._bar is not None:
-            self._bar.write(text)
-        elif self._show:
-            print(text, flush=True)
+        with readers_may_leave():
+            if self._bar is not None:
+                self._bar.write(text)
+            elif self._show:
+                print(text, flush=True)
 
     def show_activity(self, text: str) -> None:
         """Shows on the bar what takes a while; without one, how far training is."""
-        if self._bar is not None:
-            self._bar.set_description_str(text)
-        else:
+        if self._bar is None:
             self._say_unsaid()
+            return
+        with readers_may_leave():
+            self._bar.set_description_str(text)
 
     def log(self, line: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl and shows it. Raises OSError on a full disk."""
@@ -92,8 +117,9 @@ class Monitor:
             f"{speed:,.{0 if speed >= 10 else 2}f} img/s"
         )
         if self._bar is not None:
-            self._bar.set_description_str(text, refresh=False)
-            self._bar.update(line["flops"] - self._bar.n)
+            with readers_may_leave():
+                self._bar.set_description_str(text, refresh=False)
+                self._bar.update(line["flops"] - self._bar.n)
         else:
             self._unsaid = f"  {100 * line['flops'] / self._total_flops:3.0f} %  {text}"
             if time.monotonic() - self._last_line_sec > PLAIN_LINE_SEC:
@@ -112,7 +138,8 @@ class Monitor:
     def close(self) -> None:
         """Closes the bar."""
         if self._bar is not None:
-            self._bar.close()
+            with readers_may_leave():
+                self._bar.close()
             self._bar = None
 
     def introduce(
