@@ -56,7 +56,7 @@ def load_model(name: str | Path, note: Note = print, weights: str = "ema") -> Lo
             model, diffusion = _load_checkpoint(location, weights)
     except (OSError, SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"the model in {location.folder} is damaged: {one_line(error)}") from None
-    for key, tensor in model.state_dict().items():
+    for key, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise ValueError(
                 f"the model in {location.folder} is unusable: its weights {key} contain NaN or "
