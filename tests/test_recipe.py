@@ -26,7 +26,7 @@ def test_packaged_recipes_load_and_come_back_equal_from_their_yaml(name, tmp_pat
 @given(
     st.floats(1e-8, 10),
     st.floats(0, 0.999),
-    st.text(min_size=1, max_size=20),
+    st.text(min_size=1, max_size=20).filter(str.strip),
     st.one_of(st.none(), st.floats(1e-3, 1e3)),
     st.tuples(st.floats(0, 0.9999), st.floats(0, 0.9999)),
 )
