@@ -16,8 +16,9 @@ from diffusers.configuration_utils import register_to_config
 
 import maskdm
 from maskdm import families
+from maskdm.choices import Later
 from maskdm.cli import main
-from maskdm.families import BACKBONES, MASKS, SAMPLERS, BackboneKind, Later, MaskKind, SamplerKind
+from maskdm.families import BACKBONES, MASKS, SAMPLERS, BackboneKind, MaskKind, SamplerKind
 from maskdm.models.backbone import Backbone
 from maskdm.recipe import Mask, Model, Recipe, Sampling
 

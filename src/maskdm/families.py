@@ -8,100 +8,17 @@ and its row: `docs/extending.md`.
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
-from tyro.constructors import PrimitiveConstructorSpec
+from pydantic import AfterValidator
 
-from maskdm.words import suggestion
-
-T = TypeVar("T")
-
-
-class Later(Generic[T]):
-    """A function or class by its place, imported when it is first called.
-
-    Args:
-        place: `module:name`, the module below `maskdm`.
-    """
-
-    def __init__(self, place: str):
-        self.place = place
-
-    @functools.cached_property
-    def target(self) -> Callable[..., T]:
-        """The function itself."""
-        module, name = self.place.split(":")
-        found: Callable[..., T] = getattr(importlib.import_module(f"maskdm.{module}"), name)
-        return found
-
-    def __call__(self, *args: Any, **kwargs: Any) -> T:
-        return self.target(*args, **kwargs)
-
-
-def _from(module: str) -> Callable[[str], Later[Any]]:
-    """The functions of a module, by name."""
-    return lambda name: Later(f"{module}:{name}")
-
-
-def named(name: str, table: Mapping[str, T], family: str) -> T:
-    """The member of a family with that name; raises ValueError with the known names for others."""
-    if name not in table:
-        raise ValueError(f"unknown {family} {name!r}: {suggestion(name, table)}")
-    return table[name]
-
-
-def helped(what: str, table: Mapping[str, Any]) -> str:
-    """The help text of a setting: what it chooses, and what each member is."""
-    return f"{what} {'; '.join(f'{name}: {row.help}' for name, row in table.items())}."
-
-
-def choice(default: str, table: Mapping[str, Any], what: str) -> Any:
-    """A setting that names a member of a family, with a help text made of the members'."""
-    return Field(default, description=helped(what, table))
-
-
-def _known(table: Mapping[str, Any], family: str) -> AfterValidator:
-    """Refuses, in settings, names that the table does not hold at that time."""
-
-    def check(name: str) -> str:
-        named(name, table, family)
-        return name
-
-    return AfterValidator(check)
-
-
-def _shown(table: Mapping[str, Any]) -> PrimitiveConstructorSpec[str]:
-    """Shows the names in the help of the command line; what is unknown is refused by `_known`."""
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=f"{{{','.join(table)}}}",
-        instance_from_str=lambda words: words[0],
-        is_instance=lambda value: isinstance(value, str),
-        str_from_instance=lambda name: [name],
-    )
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A member of whose function nothing needs to be known beforehand.
-
-    Attributes:
-        help: what it is, for `--help`.
-        run: the function; families differ in its arguments. None where there is nothing to do.
-    """
-
-    help: str
-    run: Callable[..., Any] | None = None
-
+from maskdm.choices import Choice, Later, functions_of, known, shown
 
 # Images: how they come to the wanted size.
 
-_prepare = _from("images.prepare")
+_prepare = functions_of("images.prepare")
 # run: (Pillow image, (height, width)) -> Pillow image of that size.
 CROPS: dict[str, Choice] = {
     "auto": Choice("the known set's own, else center"),
@@ -111,7 +28,7 @@ CROPS: dict[str, Choice] = {
     "celeba140": Choice("140 pixels of them", _prepare("celeba140")),
     "none": Choice("already that size", _prepare("exact")),
 }
-CropName = Annotated[str, _known(CROPS, "crop"), _shown(CROPS)]
+CropName = Annotated[str, known(CROPS, "crop"), shown(CROPS)]
 
 
 # Masks: which patches of an image a stage hides (Section 3.2, Figure 3a).
@@ -135,14 +52,14 @@ class MaskKind:
     draw: Callable[..., Any]
 
 
-_masks, _blocks, _square = _from("masks"), "{block}x{block} blocks", "all but one square"
+_masks, _blocks, _square = functions_of("masks"), "{block}x{block} blocks", "all but one square"
 MASKS: dict[str, MaskKind] = {
     "none": MaskKind("whole images", "nothing", _masks("count_patches"), _masks("draw_patches")),
     "patch": MaskKind("single patches", "patches", _masks("count_patches"), _masks("draw_patches")),
     "block": MaskKind("squares of patches", _blocks, _masks("count_blocks"), _masks("draw_blocks")),
     "crop": MaskKind(_square, _square, _masks("count_crop"), _masks("draw_crop")),
 }
-MaskName = Annotated[str, _known(MASKS, "kind of mask"), _shown(MASKS)]
+MaskName = Annotated[str, known(MASKS, "kind of mask"), shown(MASKS)]
 
 
 # Backbones: the networks.
@@ -222,7 +139,7 @@ BACKBONES: dict[str, BackboneKind] = {
         pixels_per_token=16,
     ),
 }
-BackboneName = Annotated[str, _known(BACKBONES, "kind of model"), _shown(BACKBONES)]
+BackboneName = Annotated[str, known(BACKBONES, "kind of model"), shown(BACKBONES)]
 
 
 # Diffusion: noise over time, what the network predicts, what its error weighs, times drawn.
@@ -243,7 +160,7 @@ class ScheduleKind:
     num_times: int | None = None
 
 
-_schedule = _from("diffusion.schedule")
+_schedule = functions_of("diffusion.schedule")
 SCHEDULES: dict[str, ScheduleKind] = {
     "linear": ScheduleKind("DDPM's, 1000 steps", _schedule("linear"), 1000),
     "cosine": ScheduleKind("stable under 90 % masking (Appendix C)", _schedule("cosine"), 1000),
@@ -251,7 +168,7 @@ SCHEDULES: dict[str, ScheduleKind] = {
     "vp-cosine": ScheduleKind("cosine in continuous time", _schedule("VPCosine")),
     "flow": ScheduleKind("the straight line of flow matching", _schedule("Flow")),
 }
-ScheduleName = Annotated[str, _known(SCHEDULES, "schedule"), _shown(SCHEDULES)]
+ScheduleName = Annotated[str, known(SCHEDULES, "schedule"), shown(SCHEDULES)]
 
 PREDICTIONS: dict[str, Choice] = {
     "eps": Choice("the noise"),
@@ -259,9 +176,9 @@ PREDICTIONS: dict[str, Choice] = {
     "v": Choice("the velocity alpha noise - sigma x0"),
     "flow": Choice("the velocity noise - x0"),
 }
-PredictionName = Annotated[str, _known(PREDICTIONS, "prediction"), _shown(PREDICTIONS)]
+PredictionName = Annotated[str, known(PREDICTIONS, "prediction"), shown(PREDICTIONS)]
 _SPACES = {"same": Choice("as predicted"), **PREDICTIONS}
-SpaceName = Annotated[str, _known(_SPACES, "loss space"), _shown(_SPACES)]
+SpaceName = Annotated[str, known(_SPACES, "loss space"), shown(_SPACES)]
 
 # run: (weighting, schedule, t, log_snr) -> weight of the squared error in x0, float (B,).
 WEIGHTINGS: dict[str, Choice] = {
@@ -270,7 +187,7 @@ WEIGHTINGS: dict[str, Choice] = {
     "p2": Choice("(1 + SNR)^-gamma of the noise", Later("diffusion.objective:p2")),
     "sigmoid": Choice("a sigmoid of the log-SNR", Later("diffusion.objective:sigmoid")),
 }
-WeightingName = Annotated[str, _known(WEIGHTINGS, "weighting"), _shown(WEIGHTINGS)]
+WeightingName = Annotated[str, known(WEIGHTINGS, "weighting"), shown(WEIGHTINGS)]
 
 # run: (times, schedule, share, own, shared) -> places in the range of times, float32 (B,).
 TIMES: dict[str, Choice] = {
@@ -279,7 +196,7 @@ TIMES: dict[str, Choice] = {
     "logit-normal": Choice("mostly in the middle", Later("diffusion.times:logit_normal")),
     "soft-truncation": Choice("above a random one", Later("diffusion.times:soft_truncation")),
 }
-TimesName = Annotated[str, _known(TIMES, "way to draw times"), _shown(TIMES)]
+TimesName = Annotated[str, known(TIMES, "way to draw times"), shown(TIMES)]
 
 
 # Sampling: solvers, spacing of their steps, guidance.
@@ -304,7 +221,7 @@ class SamplerKind:
     refuse: Callable[[Any], None] | None = None
 
 
-_solver = _from("sampling.samplers")
+_solver = functions_of("sampling.samplers")
 _unstable = _solver("refuse_unstable")
 SAMPLERS: dict[str, SamplerKind] = {
     "ddpm": SamplerKind("ancestral, hundreds of steps", _solver("ddpm")),
@@ -316,14 +233,14 @@ SAMPLERS: dict[str, SamplerKind] = {
         "the reverse SDE, hundreds of steps", _solver("euler_maruyama"), refuse=_unstable
     ),
 }
-SamplerName = Annotated[str, _known(SAMPLERS, "sampler"), _shown(SAMPLERS)]
+SamplerName = Annotated[str, known(SAMPLERS, "sampler"), shown(SAMPLERS)]
 
 SPACINGS: dict[str, Choice] = {
     "uniform": Choice("evenly in time"),
     "log-snr": Choice("evenly in log-SNR"),
     "karras": Choice("by Karras et al.'s rho = 7"),
 }
-SpacingName = Annotated[str, _known(SPACINGS, "spacing"), _shown(SPACINGS)]
+SpacingName = Annotated[str, known(SPACINGS, "spacing"), shown(SPACINGS)]
 
 
 @dataclass(frozen=True)
@@ -345,7 +262,7 @@ class GuidanceKind:
     evaluations: int = 1
 
 
-_weak = _from("sampling.guidance")
+_weak = functions_of("sampling.guidance")
 GUIDANCE: dict[str, GuidanceKind] = {
     "none": GuidanceKind("no guidance"),
     "classifier-free": GuidanceKind(
@@ -359,7 +276,7 @@ GUIDANCE: dict[str, GuidanceKind] = {
     ),
     "sparse": GuidanceKind("away from the same model seeing fewer patches", _weak("sparse")),
 }
-GuidanceName = Annotated[str, _known(GUIDANCE, "kind of guidance"), _shown(GUIDANCE)]
+GuidanceName = Annotated[str, known(GUIDANCE, "kind of guidance"), shown(GUIDANCE)]
 
 
 # Evaluation: what is measured.
@@ -490,8 +407,8 @@ METRICS: dict[str, Metric] = {
 MetricName = Annotated[
     str,
     AfterValidator(lambda name: name.replace("-", "_")),
-    _known(METRICS, "metric"),
-    _shown(METRICS),
+    known(METRICS, "metric"),
+    shown(METRICS),
 ]
 
 

@@ -14,7 +14,8 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from maskdm import families
-from maskdm.families import BACKBONES, MASKS, SAMPLERS, SCHEDULES, choice
+from maskdm.choices import choice
+from maskdm.families import BACKBONES, MASKS, SAMPLERS, SCHEDULES
 from maskdm.recipe_data import Data as Data
 from maskdm.recipe_evaluation import Evaluation as Evaluation
 from maskdm.settings import Settings

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from maskdm.families import CROPS, CropName, helped
+from maskdm.choices import helped
+from maskdm.families import CROPS, CropName
 from maskdm.settings import Settings
 
 

@@ -6,7 +6,8 @@ import os
 
 from pydantic import Field, field_validator
 
-from maskdm.families import METRICS, MetricName, helped
+from maskdm.choices import helped
+from maskdm.families import METRICS, MetricName
 from maskdm.settings import Settings
 from maskdm.words import suggestion
 

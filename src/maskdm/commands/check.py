@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from maskdm.choices import helped
 from maskdm.commands.common import DONE, WRONG_USAGE, Source, changed, quiet
-from maskdm.families import CROPS, CropName, helped
+from maskdm.families import CROPS, CropName
 from maskdm.recipe_files import load_recipe
 from maskdm.words import NUM_LISTED, about, counted, listed, printable, size_text, wrapped
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from maskdm.choices import helped, named
 from maskdm.commands.common import DONE, quiet
-from maskdm.families import METRICS, helped, named, qualities
+from maskdm.families import METRICS, qualities
 from maskdm.words import COSTS, listed
 
 Runs = Annotated[tuple[str, ...], tyro.conf.Positional, quiet(metavar="RUN RUN ...")]

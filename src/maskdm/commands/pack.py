@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from maskdm.choices import helped
 from maskdm.commands.common import DONE, Source, changed, quiet
-from maskdm.families import CROPS, CropName, helped
+from maskdm.families import CROPS, CropName
 from maskdm.recipe import Data
 from maskdm.words import size_text
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from maskdm.choices import named
 from maskdm.diffusion.prediction import add_noise, error_scale, target_from
 from maskdm.diffusion.schedule import Schedule
-from maskdm.families import WEIGHTINGS, named
+from maskdm.families import WEIGHTINGS
 from maskdm.recipe import Diffusion, Weighting
 
 Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from maskdm.families import SCHEDULES, named
+from maskdm.choices import named
+from maskdm.families import SCHEDULES
 from maskdm.recipe import Diffusion
 from maskdm.tokens import height_and_width
 

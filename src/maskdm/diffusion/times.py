@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from maskdm.choices import named
 from maskdm.diffusion.schedule import Schedule
-from maskdm.families import TIMES, named
+from maskdm.families import TIMES
 from maskdm.recipe import Times
 
 

@@ -18,7 +18,8 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskdm.families import BACKBONES, named
+from maskdm.choices import named
+from maskdm.families import BACKBONES
 from maskdm.models.backbone import Backbone
 from maskdm.models.uvit import TIME_SCALE
 from maskdm.tokens import gather_patches, patchify, scatter_patches, unpatchify

@@ -70,25 +70,28 @@ class Checkups:
             return False
         return self._is_stage_end(progress) or progress.step % self._recipe.preview_every == 0
 
-    def look(self, progress: Progress, average: Backbone, monitor: Monitor) -> None:
-        """Measures and draws what is due at this step."""
-        line = self._start_line(progress)
-        if self.measures_at(progress):
+    def look(
+        self,
+        progress: Progress,
+        average: Backbone,
+        monitor: Monitor,
+        measured: Line | None = None,
+        is_drawn: bool = False,
+    ) -> None:
+        """Measures and draws what is due at this step, except what is there already."""
+        line = measured or self._start_line(progress)
+        if self.measures_at(progress) and measured is None:
             line |= self._measured(progress, average, line, monitor)
-        if self.draws_at(progress):
+        if self.draws_at(progress) and not is_drawn:
             self._draw(progress, average, line, monitor)
 
     def catch_up(self, progress: Progress, average: Backbone, monitor: Monitor) -> None:
         """Does what was due at a checkpoint's step and is missing, because a kill came between."""
         lines = read_lines(monitor.quality_path)
-        known = next((line for line in lines if line["step"] == progress.step), None)
+        measured = next((line for line in lines if line["step"] == progress.step), None)
         is_drawn = self._preview_file(progress.step).exists()
-        known, is_drawn = broadcast_object_list([known, is_drawn])  # as the first rank sees it
-        line = known or self._start_line(progress)
-        if self.measures_at(progress) and known is None:
-            line |= self._measured(progress, average, line, monitor)
-        if self.draws_at(progress) and not is_drawn:
-            self._draw(progress, average, line, monitor)
+        seen = broadcast_object_list([measured, is_drawn])  # as the first rank sees it
+        self.look(progress, average, monitor, *seen)
 
     def finish(self, average: Backbone, monitor: Monitor) -> None:
         """Exports the finished model and plots its loss."""
