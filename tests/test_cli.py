@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import struct
@@ -283,7 +284,7 @@ def test_inpainting_keeps_what_the_mask_leaves_black(run, tmp_path, capsys):
         ((names[0], "--mask", names[2]), "the mask is 8x4 pixels, but the image 8x8"),
         ((names[3], "--mask", names[1]), "nothing.png cannot be read as an image"),
         ((names[0], "--mask", names[1], "--sampler", "heun"), "inpainting uses ddpm"),
-        ((names[0], "--mask", names[1], "--jump", "0"), "jump 0 must be at least 1"),
+        ((names[0], "--mask", names[1], "--jump", "0"), "--jump 0: at least 1"),
     ):
         assert message in failure(capsys, "inpaint", str(run), *flags, "--out", str(tmp_path / "c"))
 
@@ -542,10 +543,14 @@ def test_a_closed_terminal_saves(recipe_file, tmp_path):
     )
     os.close(inner)
     text = b""
-    while b"%|" not in text or b"loss" not in text:  # the bar moves
-        text += os.read(terminal, 4096)
-    os.close(terminal)
-    assert process.wait(timeout=120) == 3
+    try:
+        while b"%|" not in text or b"loss" not in text:  # the bar moves
+            assert select.select([terminal], [], [], 120)[0], text
+            text += os.read(terminal, 4096)
+        os.close(terminal)
+        assert process.wait(timeout=120) == 3
+    finally:
+        process.kill()
     assert (out / "checkpoints" / "latest").is_file()
 
 

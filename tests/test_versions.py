@@ -14,7 +14,7 @@ import maskdm
 from maskdm.cli import main
 from maskdm.evaluation.records import read_records
 from maskdm.recipe_files import load_recipe, migrated
-from maskdm.runs.find import read_index
+from maskdm.runs.find import grouped_index, read_index
 from maskdm.runs.lines import read_lines
 
 DATA = Path(__file__).parent / "data"
@@ -95,4 +95,6 @@ def test_old_exported_models_give_the_same_images():
 
 def test_an_old_index_of_another_form_is_left_alone():
     today = {"_class_name": "MaskDMPipeline", "diffusion": {}, "sampling": {"steps": 3}}
-    assert migrated(json.loads(json.dumps(today))) == today
+    other = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
+    for index in (today, other):
+        assert grouped_index(json.loads(json.dumps(index))) == index

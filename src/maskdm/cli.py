@@ -14,7 +14,7 @@ import tyro
 
 import maskdm
 from maskdm.commands.check import check
-from maskdm.commands.common import DONE, FAILED, WRONG_USAGE, changed, say_note
+from maskdm.commands.common import DONE, FAILED, WRONG_USAGE
 from maskdm.commands.compare import compare
 from maskdm.commands.evaluate import evaluate
 from maskdm.commands.inpaint import inpaint
@@ -25,7 +25,7 @@ from maskdm.commands.train import train
 from maskdm.recipe import Recipe, Sampling
 from maskdm.recipe_files import load_recipe, recipe_names
 from maskdm.runs.find import find_model, is_model
-from maskdm.settings import unchecked
+from maskdm.settings import changed, unchecked
 from maskdm.words import one_line, suggestion
 
 # torch and diffusers take seconds to import: each command imports what it needs, so that help
@@ -136,7 +136,7 @@ def _named_run(command: str, arguments: list[str]) -> Sampling:
     if arguments and not arguments[0].startswith("-"):
         if command == "evaluate" and not is_model(arguments[0]):
             return Sampling()  # images of any origin
-        sampling = find_model(arguments[0], say_note).sampling
+        sampling = find_model(arguments[0], note=lambda text: None).sampling  # it is said later
         return _for_inpainting(sampling) if command == "inpaint" else sampling
     if "-h" in arguments or "--help" in arguments:
         return _for_inpainting(Sampling()) if command == "inpaint" else Sampling()

@@ -18,7 +18,7 @@ from maskdm.choices import choice
 from maskdm.families import BACKBONES, MASKS, SAMPLERS, SCHEDULES
 from maskdm.recipe_data import Data as Data
 from maskdm.recipe_evaluation import Evaluation as Evaluation
-from maskdm.settings import Settings
+from maskdm.settings import Settings, changed
 
 
 class Model(Settings):
@@ -336,9 +336,7 @@ class Recipe(Settings):
 
     def diffusion_of(self, stage: Stage) -> Diffusion:
         """The diffusion that a stage trains under: the recipe's, on the stage's schedule."""
-        if stage.schedule is None:
-            return self.diffusion
-        return Diffusion(**{**self.diffusion.model_dump(), "schedule": stage.schedule})
+        return changed(self.diffusion, schedule=stage.schedule)
 
     @property
     def final_diffusion(self) -> Diffusion:

@@ -33,7 +33,9 @@ class SettingsError(ValueError):
 class Settings(BaseModel):
     """A frozen group of settings that refuses unknown names and out-of-range values."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

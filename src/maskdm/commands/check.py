@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import tyro
-
 from maskdm.choices import helped
-from maskdm.commands.common import DONE, WRONG_USAGE, Source, changed, quiet
+from maskdm.commands.common import DONE, WRONG_USAGE, JsonFlag, Source, quiet
 from maskdm.families import CROPS, CropName
 from maskdm.recipe_files import load_recipe
+from maskdm.settings import changed
 from maskdm.words import NUM_LISTED, about, counted, listed, printable, size_text, wrapped
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def check(
         Literal["auto", "error", "skip"] | None, quiet(metavar="{auto,error,skip}")
     ] = None,
     sheet: Annotated[Path | None, quiet(metavar="PNG")] = None,
-    json_output: Annotated[bool, quiet(name="json"), tyro.conf.FlagCreatePairsOff] = False,
+    json_output: JsonFlag = False,
 ) -> int:
     """Check images before training: what is there, what is wrong, what it takes.
 

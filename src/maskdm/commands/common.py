@@ -10,7 +10,6 @@ import tyro
 
 from maskdm.families import GUIDANCE
 from maskdm.recipe import Guidance, Sampling
-from maskdm.settings import changed as changed
 
 if TYPE_CHECKING:
     from maskdm.runs.load import Loaded
@@ -24,6 +23,7 @@ Source = Annotated[str, tyro.conf.Positional, quiet(metavar="SOURCE")]
 Run = Annotated[str, tyro.conf.Positional, quiet(metavar="RUN")]
 OptionalInt = Annotated[int | None, quiet(metavar="INT")]
 OptionalClass = Annotated[str | None, quiet(metavar="CLASS")]
+JsonFlag = Annotated[bool, quiet(name="json"), tyro.conf.FlagCreatePairsOff]
 SamplingFlags = Annotated[Sampling, tyro.conf.arg(name="")]
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from maskdm.choices import helped, named
-from maskdm.commands.common import DONE, quiet
+from maskdm.commands.common import DONE, JsonFlag, quiet
 from maskdm.families import METRICS, qualities
 from maskdm.words import COSTS, listed
 
@@ -35,7 +35,7 @@ def compare(
     y: QualityFlag = None,
     target: Annotated[float | None, quiet(metavar="FLOAT")] = None,
     out: Annotated[Path | None, quiet(metavar="PNG")] = None,
-    json_output: Annotated[bool, quiet(name="json"), tyro.conf.FlagCreatePairsOff] = False,
+    json_output: JsonFlag = False,
 ) -> int:
     """Compare evaluations, and say which differences are within the noise.
 

@@ -10,9 +10,9 @@ import tyro
 
 from maskdm.commands.common import (
     DONE,
+    JsonFlag,
     OptionalInt,
     SamplingFlags,
-    changed,
     is_main_process,
     load,
     quiet,
@@ -21,6 +21,7 @@ from maskdm.commands.evaluation_text import evaluation_text
 from maskdm.families import MetricName
 from maskdm.recipe import Evaluation, Sampling
 from maskdm.runs.find import is_model
+from maskdm.settings import changed
 from maskdm.words import size_text
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def evaluate(
     seeds: int = 1,
     save_statistics: Annotated[Path | None, quiet(metavar="NPZ")] = None,
     out: OptionalFile = None,
-    json_output: Annotated[bool, quiet(name="json"), tyro.conf.FlagCreatePairsOff] = False,
+    json_output: JsonFlag = False,
 ) -> int:
     """Measure how far images are from real ones, with intervals.
 

@@ -24,10 +24,10 @@ def evaluation_text(record: dict[str, Any]) -> str:
             between = "seeds" if len(record["per_seed"]) > 1 else "subsets"
             line += f"   +- {figure(one['spread'])} between {between}"
         lines.append(line)
-    if (chance := record["chance"]) is not None:
+    if (chance := record["chance"]) is not None and "frechet" in titles:
         lines.append(
             f"(by chance: two disjoint parts of the real images, {chance['num']:,} each, have a "
-            f"distance of {figure(chance['frechet'])})"
+            f"{titles['frechet']} of {figure(chance['frechet'])})"
         )
     parts, notes = [], [*record["notes"]]
     for name, row in METRICS.items():

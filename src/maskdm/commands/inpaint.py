@@ -59,6 +59,9 @@ def inpaint(
     settings = settings.checked()
     if num < 1:
         raise ValueError(f"--num {num}: at least one result")
+    for name, value in (("resamplings", resamplings), ("jump", jump)):
+        if value < 1:
+            raise ValueError(f"--{name} {value}: at least 1")
     if settings.sampler != "ddpm":
         raise ValueError(f"--sampler {settings.sampler}: inpainting uses ddpm")
 

@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 import tyro
 
 from maskdm.choices import helped
-from maskdm.commands.common import DONE, Source, changed, quiet
+from maskdm.commands.common import DONE, JsonFlag, Source, quiet
 from maskdm.families import CROPS, CropName
 from maskdm.recipe import Data
+from maskdm.settings import changed
 from maskdm.words import size_text
 
 Destination = Annotated[Path, tyro.conf.Positional, quiet(metavar="OUT")]
@@ -33,7 +34,7 @@ def pack(
     draft: bool = DEFAULTS.draft,
     on_bad: Literal["auto", "error", "skip"] = DEFAULTS.on_bad,
     shard: Annotated[str | None, quiet(metavar="I/N")] = None,
-    json_output: Annotated[bool, quiet(name="json"), tyro.conf.FlagCreatePairsOff] = False,
+    json_output: JsonFlag = False,
 ) -> int:
     """Prepare images once, in a store that training reads with --data.source OUT.
 

@@ -46,6 +46,8 @@ from maskdm.recipe import Data, Evaluation, Sampling
 from maskdm.runs.environment import source_commit
 from maskdm.runs.find import Location, training_of
 from maskdm.runs.load import Loaded, load_weak
+from maskdm.sampling.guidance import refuse_guidance
+from maskdm.sampling.samplers import refuse_settings
 from maskdm.settings import changed
 
 FEW = 10_000  # samples below which a FID is so biased that papers don't compare it
@@ -107,6 +109,8 @@ def evaluate_model(
     for one in (trained, weaker):
         if one is not None:
             one.model.to(process_state().device)
+    refuse_settings(trained.schedule, sampling)
+    refuse_guidance(trained, sampling.guidance, weaker)
     show = show and process_state().is_main_process
     shape, num = trained.model.image_shape, settings.num
     real, trained_on = _real_images(location, shape, reference, show)
@@ -196,16 +200,17 @@ def evaluate(
     if is_main:  # about the first drawing
         reports |= {name: METRICS[name].compute(every[0]) for name in names if name in reports}
     num, dim = len(first.images), len(real.statistics.mean)
+    cautions = _cautions(features.name, dim, num) if "frechet" in names else []
     pixel_max = {"pixel_max": settings.pixel_max} if features.name == "pca" else {}
     record = {
         "metrics": as_record(over_seeds(figures)) if is_main else {},
         "per_seed": [{name: one.value for name, one in each.items()} for each in figures],
-        "chance": _chance(real, num) if is_main else None,
+        "chance": _chance(real, num) if is_main and "frechet" in names else None,
         "features": {**features.facts, "dim": dim, **pixel_max},
         "samples": {"num": num, "shape": list(first.images.shape[1:]), **first.facts},
         "reference": reference.facts(),
         **reports,
-        "notes": [*reference.notes, *first.notes, *_cautions(features.name, dim, num)],
+        "notes": [*reference.notes, *first.notes, *cautions],
         "maskdm": maskdm.__version__,
         "commit": source_commit(),
         "torch": torch.__version__,

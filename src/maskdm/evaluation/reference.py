@@ -106,8 +106,8 @@ def other_reference(name: str, data: Data, from_run: bool, progress: bool) -> Re
     if isinstance(source, ArraySource):
         _refuse_shape(name, seen.shape, shape)
         data = changed(data, crop="none")
-    elif any(h < shape[0] or w < shape[1] for h, w, _ in seen.shapes):
-        height, width, _ = min(seen.shapes)
+    elif small := [one for one in seen.shapes if one[0] < shape[0] or one[1] < shape[1]]:
+        height, width, _ = small[0]
         raise ValueError(
             f"the reference {name} has images of {width}x{height} pixels, smaller than the "
             f"samples' {shape[1]}x{shape[0]}: enlarged ones are not comparable"

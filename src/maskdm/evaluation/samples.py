@@ -29,6 +29,8 @@ from maskdm.words import counted, listed
 
 MOST_SHARDS = 100  # files that are open at once, for each seed
 
+FEWEST = 4  # images from which a distance can be computed
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -97,8 +99,11 @@ def given_samples(name: str, num: int | None, progress: bool) -> Samples:
         num: how many, a fixed random part; None = all.
         progress: show a bar.
 
-    Raises ValueError where there is no such source, sizes differ, or there are fewer than `num`.
+    Raises ValueError where there is no such source, sizes differ, or there are fewer than `num`,
+    or `num` is below 4.
     """
+    if num is not None and num < FEWEST:
+        raise ValueError(f"--num {num}: a distance needs at least {FEWEST} images")
     path, notes = Path(name).expanduser(), []
     if is_store(path):
         shape = tuple(load_store(path).manifest["shape"][1:])

@@ -25,6 +25,7 @@ from maskdm.recipe import Diffusion, Recipe, Sampling
 from maskdm.runs.find import grouped_index
 from maskdm.runs.load import load_model
 from maskdm.sampling.generate import generate
+from maskdm.settings import changed
 
 
 class MaskDMPipeline(DiffusionPipeline):
@@ -101,9 +102,7 @@ class MaskDMPipeline(DiffusionPipeline):
             raise ValueError(f"unknown output_type {output_type!r}: known are pil, np")
         if labels is not None and not isinstance(labels, torch.Tensor):
             labels = class_numbers(self.denoiser.config, labels, num_images)
-        settings = settings or self.settings
-        if num_inference_steps is not None:
-            settings = Sampling(**{**settings.model_dump(), "steps": num_inference_steps})
+        settings = changed(settings or self.settings, steps=num_inference_steps)
         images = generate(
             self.trained,
             settings,

@@ -114,6 +114,16 @@ def load(image: Image.Image) -> None:
     image.load()
 
 
+def read_picture(path: Path) -> Image.Image:
+    """A picture with its pixels. Raises ValueError where the file cannot be read as one."""
+    try:
+        with opened(path) as image:
+            load(image)
+            return image
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {reason(error)}") from None
+
+
 @functools.cache
 def _formats() -> list[str]:
     """The members of FORMATS that this build of Pillow can read."""

@@ -12,10 +12,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, features
 
 from maskdm.evaluation.records import Record
-from maskdm.families import MASKS
 from maskdm.images.known import crop_of
 from maskdm.images.output import image_grid, on_grey
-from maskdm.masks import draw_visible, effective_rate
+from maskdm.masks import draw_visible, effective_rate, mask_text
 from maskdm.recipe import Mask, Recipe
 from maskdm.tokens import gather_patches, grid_shape, patchify, scatter_patches, unpatchify
 
@@ -79,8 +78,9 @@ def draw_sheet(images: Sequence[np.ndarray], recipe: Recipe) -> Image.Image:
     for number, stage in enumerate(recipe.stages, 1):
         mask = stage.mask
         rate = effective_rate(mask, grid_shape(height, width, patch_size))
-        what = MASKS[mask.kind].title.format(block=mask.block)
-        text = f"{what}, {100 * rate:.3g} % hidden" if rate else "nothing hidden, as above"
+        text = (
+            f"{mask_text(mask)}, {100 * rate:.3g} % hidden" if rate else "nothing hidden, as above"
+        )
         tiles = _visible(hide(few, mask, patch_size, generator)) if rate else []
         parts.append(Part(f"Stage {number}, {stage.name}: {text}", (), tiles, DOCTOR_COLUMNS))
     return sheet_of(parts)

@@ -5,6 +5,7 @@ It reads files only, and imports fast.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class Location:
         """Whether the folder is an exported model; else it is a checkpoint."""
         return (self.folder / "model_index.json").is_file()
 
-    @property
+    @functools.cached_property
     def recipe(self) -> Recipe:
         """The recipe of the run. Raises ValueError where the model is outside of a run's folder."""
         if self.run is None:

@@ -16,7 +16,7 @@ from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Sampling
 from maskdm.sampling.denoise import clipped
 from maskdm.sampling.guidance import Wanted, guided, refuse_guidance
-from maskdm.sampling.samplers import Denoise, sampling_levels
+from maskdm.sampling.samplers import Denoise, refuse_settings, sampling_levels
 from maskdm.sampling.speed import compile_for_sampling, in_parts
 from maskdm.seeds import derive_seed, image_generator
 from maskdm.tokens import gather_patches, patchify, scatter_patches, unpatchify
@@ -70,6 +70,8 @@ def generate(
     _refuse_labels(model, labels)
     shape = model.image_shape
     device = next(model.parameters()).device
+    refuse_settings(trained.schedule, settings)
+    refuse_guidance(trained, settings.guidance, weak)
     levels = sampling_levels(trained.schedule, settings)
 
     def draw(part: slice) -> np.ndarray:
@@ -100,7 +102,6 @@ def generate(
         bar.update(len(x))
         return to_uint8(unpatchify(x, model.patch_size, model.grid)).cpu().numpy()
 
-    refuse_guidance(trained, settings.guidance, weak)
     num_visible = model.num_patches if visible is None else visible.shape[1]
     compile_for_sampling(trained, settings, weak, len(indices), num_visible)
     with tqdm(total=len(indices), desc="sampling", unit="img", disable=not progress) as bar:

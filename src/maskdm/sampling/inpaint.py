@@ -12,12 +12,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import ImageOps
 from torch import Generator, Tensor
 
-from maskdm.images.prepare import prepare_image
+from maskdm.images.prepare import prepare_image, read_picture
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Data, Sampling
 from maskdm.sampling.generate import generate_on_all_ranks
-from maskdm.sampling.marginal import read_picture
 from maskdm.sampling.samplers import Denoise, on_levels
+from maskdm.settings import changed
 from maskdm.tokens import patchify
 
 
@@ -154,5 +154,5 @@ def read_image_and_mask(image: Path, mask: Path, data: Data) -> tuple[np.ndarray
         raise ValueError(
             f"the mask is {sizes[1]} pixels, but the image {sizes[0]}: make them equal"
         )
-    grey = Data(**{**data.model_dump(), "channels": 1})
+    grey = changed(data, channels=1)
     return prepare_image(pictures[0], data), prepare_image(pictures[1], grey)[..., 0] >= 128

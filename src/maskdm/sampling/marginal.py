@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from maskdm.images.prepare import read_picture
 from maskdm.masks import Grid, draw_visible
 from maskdm.recipe import Mask
 from maskdm.seeds import image_generator
@@ -46,16 +46,6 @@ def patches_of_picture(picture: np.ndarray, patch_size: int) -> Tensor:
     if not whole.any():
         raise ValueError("the mask selects no patch: mark those to draw in white")
     return torch.from_numpy(np.flatnonzero(whole))
-
-
-def read_picture(path: Path) -> Image.Image:
-    """A picture with its pixels. Raises ValueError where the file cannot be read as one."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
 
 
 def read_mask(path: Path, height: int, width: int) -> np.ndarray:
