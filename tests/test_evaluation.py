@@ -213,6 +213,25 @@ def test_more_images_and_other_features_draw_no_image_twice(run, monkeypatch, tm
     assert len(json.loads((run / "evaluation.json").read_text())) == 4
 
 
+def test_what_cannot_work_is_refused_before_an_image_is_drawn(run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("maskdm.evaluation.evaluate.own_reference", None)  # calling it would raise
+    drawn = counted(monkeypatch)
+    for flags, message in (
+        (("--steps", 1001), "1001"),
+        (("--guidance.kind", "classifier-free"), "classifier-free guidance is not available"),
+        (("--out", tmp_path), "is a folder: use the name of a file"),
+        (("--save-statistics", tmp_path / "s"), "use a file name that ends in .npz"),
+    ):
+        assert message in failure(capsys, run, *flags)
+    assert not drawn
+
+
+def test_chance_belongs_to_the_frechet_distance(run, capsys):
+    record = record_of(run, "--num", 12, "--metrics", "sliced")
+    assert record["chance"] is None and not any("Frechet" in note for note in record["notes"])
+    assert "by chance" not in capsys.readouterr().out
+
+
 def test_seeds_repeat_the_drawing(run, monkeypatch):
     drawn = counted(monkeypatch)
     record = record_of(
@@ -378,6 +397,9 @@ def test_images_that_are_not_samples_of_one_model_are_refused(tmp_path, capsys):
     assert "name the real ones with --reference" in failure(capsys, one)
     text = failure(capsys, one, "--reference", "digits", "--steps", "3")
     assert "flags for sampling have no effect" in text
+    for num in (0, 3, -1):
+        text = failure(capsys, one, "--reference", "digits", "--num", num)
+        assert f"--num {num}: a distance needs at least 4 images" in text
     text = failure(capsys, one, "--reference", "digits", "--num", "7")
     assert "has only 6 images" in text
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import yaml
 from hypothesis import given
@@ -107,6 +109,8 @@ def test_settings_are_frozen():
         ({"evaluation": {"metrics": ["fid"]}}, "evaluation.metrics.0: unknown metric 'fid'"),
         ({"stages": [{**STAGE, "warmup": "2"}]}, "a part of the stage such as 2%, not 2"),
         ({"stages": [{**STAGE, "warmup": "101%"}]}, "at most 100%"),
+        ({"data": {"held_out": math.inf}}, "data.held_out.*: input should be a finite number"),
+        ({"stages": [{**STAGE, "lr": math.nan}]}, "stages.0.lr: input should be a finite number"),
         ({"stages": [{**STAGE, "warmup": 2}]}, "warmup 2 outlasts the stage's 1 steps: use"),
         ({"stages": [{**STAGE, "betas": (0.9, 1.0)}]}, r"betas .* must lie in \[0, 1\)"),
     ],

@@ -78,6 +78,12 @@ def evaluate(
     sampling = settings.checked()
     if seeds < 1:
         raise ValueError(f"--seeds {seeds}: at least one")
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out} is a folder: use the name of a file")
+    if save_statistics is not None and (
+        save_statistics.suffix != ".npz" or save_statistics.is_dir()
+    ):
+        raise ValueError(f"--save-statistics {save_statistics}: use a file name that ends in .npz")
 
     from maskdm.evaluation.evaluate import evaluate_images, evaluate_model
     from maskdm.evaluation.records import add_record, read_records, records_file
@@ -106,11 +112,11 @@ def evaluate(
         result = evaluate_images(run, reference, wanted, num, show=True)
     if not is_main_process():
         return DONE
+    add_record(path, result.record)
     if save_statistics is not None:
         from maskdm.evaluation import statistics
 
         statistics.save_statistics(result.statistics, save_statistics)
-    add_record(path, result.record)
     _report(result, path, json_output)
     return DONE
 
