@@ -65,7 +65,7 @@ def make_model(seed: int) -> UViT:
 
 def make_stage(name: str, mask: Mask, steps: int) -> Stage:
     """A stage of training; stages differ only in mask and length."""
-    rates: dict[str, Any] = {"lr": 4e-3, "lr_schedule": "cosine", "ema_decay": 0.995}
+    rates: dict[str, Any] = {"lr": 4e-3, "lr_schedule": "cosine", "ema": {"decay": 0.995}}
     rates |= {"warmup": min(100, steps // 2), "betas": (0.9, 0.99)}
     return Stage(name=name, mask=mask, steps=steps, batch_size=256, **rates)
 
@@ -97,7 +97,7 @@ def train(model: UViT, stage: Stage, points: Tensor, seed: int) -> UViT:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, step)
         optimizer.step()
-        update_average(average, model, stage.ema_decay)
+        update_average(average, model, stage.ema.decay)
     return average
 
 

@@ -84,7 +84,7 @@ def test_a_run_does_not_go_on_when_its_classes_have_other_names(run, command, im
     """The pixels and their order are the same, so that nothing else would notice."""
     (image_folder / "cat").rename(image_folder / "cow")
     assert "the names of the classes of" in (text := failure(capsys, *command))
-    assert "have changed since the run in" in text and "bring them back" in text
+    assert "are not those that the run in" in text and "bring them back" in text
     assert json.loads((run / "classes.json").read_text()) == ["cat", "dog"]
 
 

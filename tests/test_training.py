@@ -193,7 +193,7 @@ def test_a_run_equals_plain_torch_with_the_same_random_numbers(tiny, tmp_path):
             optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (i + 1) / 3)
             optimizer.step()
             for name, value in model.state_dict().items():
-                ema[name] = stage.ema_decay * ema[name] + (1 - stage.ema_decay) * value
+                ema[name] = stage.ema.decay * ema[name] + (1 - stage.ema.decay) * value
             step, images_seen = step + 1, images_seen + 8
     ticks = [losses[i : i + 2] for i in range(0, len(losses), 2)]  # log_every 2
     logged = [line["loss"] for line in metrics(tmp_path)]
@@ -287,7 +287,7 @@ def test_a_stage_starts_from_raw_or_averaged_weights(tiny, changed, tmp_path):
     first = tiny.stages[0].model_dump()
     finals = {}
     for start_from in ("raw", "ema"):
-        second = {**tiny.stages[1].model_dump(), "start_from": start_from, "ema_decay": 0.0}
+        second = {**tiny.stages[1].model_dump(), "start_from": start_from, "ema": {"decay": 0.0}}
         second |= {"steps": 1, "warmup": 0, "lr": 1e-12, "weight_decay": 0.0}
         quiet(changed(stages=[first, second]), tmp_path / start_from)
         end = tmp_path / start_from / "checkpoints" / "step-00000006"
@@ -335,7 +335,7 @@ def test_a_run_is_not_continued_on_other_images(tiny, changed, tmp_path, image_f
     recipe = changed(data={"source": str(image_folder), "size": 8, "channels": 1})
     train_until(recipe, tmp_path / "run", 5)
     (image_folder / "cat" / "b.png").unlink()
-    with pytest.raises(ValueError, match="have changed since the run"):
+    with pytest.raises(ValueError, match="are not those that the run"):
         quiet(recipe, tmp_path / "run")
 
 

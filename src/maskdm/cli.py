@@ -98,7 +98,9 @@ def _run(name: str, arguments: list[str]) -> int:
     command = _deferred(COMMANDS[name])
     # The first argument decides which flags there are, and what they are by default.
     if name == "train":
-        command = functools.partial(command, settings=_named_recipe(arguments))
+        recipe = _named_recipe(arguments)
+        command = functools.partial(command, settings=recipe)
+        arguments = _for_all_stages(arguments, len(recipe.stages))
     elif name not in NEEDS_NO_RUN:
         command = functools.partial(command, settings=_named_run(name, arguments))
     with unchecked():
@@ -122,13 +124,33 @@ def _deferred(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
 def _named_recipe(arguments: list[str]) -> Recipe:
     """The recipe that `train`'s arguments begin with: its stages decide which flags there are."""
     if arguments and not arguments[0].startswith("-"):
-        return load_recipe(arguments[0])
+        own = Path(arguments[0]) / "recipe.yaml"
+        return load_recipe(own if own.is_file() else arguments[0])
     if "-h" in arguments or "--help" in arguments:
         return load_recipe("digits")
     raise ValueError(
         "the recipe comes first: maskdm train RECIPE --out RUN, where RECIPE is "
         f"{', '.join(recipe_names())}, or a YAML file"
     )
+
+
+def _for_all_stages(arguments: list[str], num_stages: int) -> list[str]:
+    """Arguments with each `--stages.all.NAME VALUE ...` written out for every stage."""
+    written: list[str] = []
+    for flag, *values in _flags(arguments):
+        for number in range(num_stages if flag.startswith("--stages.all.") else 1):
+            written += [flag.replace("--stages.all.", f"--stages.{number}.", 1), *values]
+    return written
+
+
+def _flags(arguments: list[str]) -> list[list[str]]:
+    """Arguments in groups: what comes before the first flag one by one, then flags with values."""
+    groups: list[list[str]] = []
+    for one in arguments:
+        if one.startswith("--") or not groups or not groups[-1][0].startswith("--"):
+            groups.append([])
+        groups[-1].append(one)
+    return groups
 
 
 def _named_run(command: str, arguments: list[str]) -> Sampling:

@@ -142,6 +142,37 @@ BACKBONES: dict[str, BackboneKind] = {
 BackboneName = Annotated[str, known(BACKBONES, "kind of model"), shown(BACKBONES)]
 
 
+@dataclass(frozen=True)
+class ModelSize:
+    """Width, depth and heads of a transformer.
+
+    Attributes:
+        help: what it is for, for `--help`.
+        num_params: of a U-ViT of that size, roughly.
+    """
+
+    help: str
+    embed_dim: int
+    depth: int
+    num_heads: int
+    num_params: float
+
+
+MODEL_SIZES: dict[str, ModelSize] = {
+    "tiny": ModelSize("0.6 M parameters, for minutes on a CPU", 96, 5, 4, 0.61e6),
+    "mini": ModelSize("2.3 M", 160, 7, 5, 2.3e6),
+    "small": ModelSize("7.6 M", 256, 9, 8, 7.6e6),
+    "medium": ModelSize("21 M", 384, 11, 6, 21e6),
+    "maskdm-s": ModelSize("44 M, the paper's smaller one", 512, 13, 8, 44e6),
+    "maskdm-b": ModelSize("102 M, the paper's larger one", 768, 13, 12, 102e6),
+}
+SIZES = {
+    "auto": Choice("the largest that images and budget can teach"),
+    **{name: Choice(row.help) for name, row in MODEL_SIZES.items()},
+}
+SizeName = Annotated[str, known(SIZES, "model size"), shown(SIZES)]
+
+
 # Diffusion: noise over time, what the network predicts, what its error weighs, times drawn.
 
 
@@ -197,6 +228,20 @@ TIMES: dict[str, Choice] = {
     "soft-truncation": Choice("above a random one", Later("diffusion.times:soft_truncation")),
 }
 TimesName = Annotated[str, known(TIMES, "way to draw times"), shown(TIMES)]
+
+
+# Training: the moving average of the weights.
+
+# run: (ema: recipe.Average, update) -> decay of the update with that number, counted from 1.
+AVERAGES: dict[str, Choice] = {
+    "constant": Choice("one decay", Later("training.ema:constant_decay")),
+    "warmup": Choice(
+        "a copy at first, then a decay that rises to its limit (the paper's code)",
+        Later("training.ema:warmup_decay"),
+    ),
+    "power": Choice("a part of the stage's length, by width", Later("training.ema:power_decay")),
+}
+AverageName = Annotated[str, known(AVERAGES, "kind of average"), shown(AVERAGES)]
 
 
 # Sampling: solvers, spacing of their steps, guidance.

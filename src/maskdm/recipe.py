@@ -7,17 +7,19 @@ an image or a tensor, so this file imports fast. What a setting can name is in `
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, ClassVar, Literal
 
+import tyro
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from maskdm import families
-from maskdm.choices import choice
+from maskdm.choices import choice, helped
 from maskdm.families import BACKBONES, MASKS, SAMPLERS, SCHEDULES
 from maskdm.recipe_data import Data as Data
 from maskdm.recipe_evaluation import Evaluation as Evaluation
+from maskdm.recipe_length import Budget as Budget
+from maskdm.recipe_length import SomeSteps, Steps, steps_of
 from maskdm.settings import Settings, changed
 
 
@@ -27,6 +29,13 @@ class Model(Settings):
     kind: families.BackboneName = choice("uvit", BACKBONES, "The network.")
     patch_size: int = Field(4, gt=0)
     """Side of a patch, in pixels; for unet2d the side of what masks hide."""
+    size: families.SizeName | None = Field(
+        None,
+        description=helped(
+            "Sets embed_dim, depth and num_heads, and multiplies the stages' lr by 96 / embed_dim.",
+            families.SIZES,
+        ),
+    )
     embed_dim: int = Field(512, gt=0)
     """Width of the tokens (uvit, dit)."""
     depth: int = Field(13, ge=1)
@@ -35,14 +44,20 @@ class Model(Settings):
     """Attention heads (uvit, dit); they divide the width."""
     mlp_ratio: float = Field(4.0, gt=0)
     """Hidden width of the MLP over the width (uvit; dit has 4)."""
-    num_classes: int = Field(0, ge=0)
-    """Classes of a conditional model; 0 = unconditional."""
+    num_classes: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    """Classes of a conditional model; 0 = unconditional; auto = as many as the images have."""
     label_dropout: float = Field(0.1, ge=0, lt=1)
     """Chance that training hides an image's class: classifier-free guidance needs it above 0."""
     final_conv: bool = False
     """A 3x3 convolution on the output image (U-ViT has it; the paper drops it; uvit only)."""
     options: dict[str, Any] = {}
     """Arguments of the network's own class, by their names there (dit, unet2d); set in a file."""
+
+    @property
+    def classes(self) -> int:
+        """`num_classes` of a planned recipe."""
+        assert self.num_classes != "auto"
+        return self.num_classes
 
     @model_validator(mode="after")
     def _consistent(self) -> Model:
@@ -126,6 +141,17 @@ class Mask(Settings):
         return self
 
 
+class Average(Settings):
+    """The moving average of the weights, from which images are drawn."""
+
+    kind: families.AverageName = choice("constant", families.AVERAGES, "How it weighs steps.")
+    decay: float = Field(0.999, ge=0, lt=1)
+    """Decay per step (constant), or its limit (warmup)."""
+    width: float = Field(0.1, gt=0, lt=0.2886)
+    """Relative width of a power average: 0.1 = as wide as a tenth of the stage so far, at any
+    length of the stage."""
+
+
 class Stage(Settings):
     """A row of the training: a mask and how long, how fast and on how many images."""
 
@@ -134,8 +160,10 @@ class Stage(Settings):
     mask: Mask = Mask()
     schedule: families.ScheduleName | None = None
     """Noise schedule of this stage; None = the recipe's (Table 2 pre-trains under another)."""
-    steps: int = Field(gt=0)
-    """Optimizer steps."""
+    steps: int = Field(0, ge=0)
+    """Optimizer steps; 0 = as many as its share of the budget allows."""
+    share: float = Field(1.0, gt=0)
+    """Where steps is 0: the stage's part of the budget, in FLOPs, relative to the other stages'."""
     batch_size: int = Field(gt=0)
     """Images per optimizer step, over all devices."""
     micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
@@ -145,50 +173,41 @@ class Stage(Settings):
     """Peak learning rate."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: stay, or decay to zero at the stage's end."""
-    warmup: int | str = 0
+    warmup: Steps = 0
     """Steps over which the learning rate rises linearly from zero, or a part of the stage: 2%."""
+    restarts: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    """Steps of the stage at which the learning rate begins anew, with its warm-up; written where a
+    run whose rate had decayed is extended."""
     betas: tuple[float, float] = (0.99, 0.99)
     """AdamW's moment decays (the paper's)."""
     weight_decay: float = Field(0.03, ge=0)
     """AdamW's decoupled weight decay (U-ViT's)."""
     clip: float | None = Field(None, gt=0)
     """Largest gradient norm; None = no clipping."""
-    ema_decay: float = Field(0.999, ge=0, lt=1)
-    """Decay per step of the moving average; it starts from the stage's first weights."""
+    ema: Average = Average()
     start_from: Literal["raw", "ema"] = "raw"
     """Weights taken over from the stage before: as trained, or averaged."""
     activation_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, about a third more compute."""
 
-    @field_validator("warmup")
-    @classmethod
-    def _steps_or_percent(cls, warmup: int | str) -> int | str:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", warmup) if isinstance(warmup, str) else None
-        if match is None and (isinstance(warmup, str) or warmup < 0):
-            raise ValueError(
-                f"expected a number of steps, or a part of the stage such as 2%, not {warmup}"
-            )
-        if match is None:
-            return warmup
-        if float(match[1]) > 100:
-            raise ValueError(f"at most 100%, not {warmup}")
-        return f"{match[1]}%"
-
     @property
     def warmup_steps(self) -> int:
         """The warm-up in steps."""
-        if isinstance(self.warmup, int):
-            return self.warmup
-        return round(float(self.warmup.rstrip("%")) / 100 * self.steps)
+        return steps_of(self.warmup, self.steps)
 
     @model_validator(mode="after")
     def _consistent(self) -> Stage:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
-        if self.warmup_steps > self.steps:
+        if 0 < self.steps < self.warmup_steps:
             raise ValueError(
                 f"warmup {self.warmup} outlasts the stage's {self.steps} steps: use fewer, or a "
                 "part of them such as 10%"
+            )
+        if list(self.restarts) != sorted({*self.restarts} & {*range(1, self.steps)}):
+            raise ValueError(
+                f"restarts {self.restarts} must increase and lie within the stage's {self.steps} "
+                "steps"
             )
         return self
 
@@ -264,21 +283,40 @@ class Recipe(Settings):
     compile: Literal["auto", "on", "off", "graphs"] = "auto"
     """Compile the network, once a stage (torch.compile); auto = on a GPU; graphs = also replay
     kernels as a CUDA graph: for steps too small to keep the GPU busy, on one GPU."""
-    log_every: int = Field(100, gt=0)
-    """Steps between two lines of metrics.jsonl."""
-    checkpoint_every: int = Field(5000, gt=0)
-    """Steps between two checkpoints; each stage's end is always one."""
+    budget: Annotated[Budget, tyro.conf.Suppress] = Budget()
+    """What the run may cost. The stages' steps are scaled to it, or computed from their shares;
+    on the command line: --hours, --minutes, --flops, --images, --epochs."""
+    log_every: SomeSteps = 100
+    """Steps between two lines of metrics.jsonl, or a part of the run: 1%."""
+    checkpoint_every: SomeSteps = 5000
+    """Steps between two checkpoints, or a part of the run; each stage's end is always one."""
+    checkpoint_minutes: float = Field(10.0, gt=0)
+    """Minutes after which a checkpoint is saved in any case."""
     keep_checkpoints: int = Field(2, gt=0)
     """Latest checkpoints kept, besides each stage's end."""
-    preview_every: int = Field(5000, gt=0)
-    """Steps between two preview grids; each stage's end always draws one."""
+    preview_every: SomeSteps = 5000
+    """Steps between two preview grids, or a part of the run; each stage's end always draws one."""
     num_previews: int = Field(36, ge=0)
     """Images in a preview grid; 0 = no previews."""
     preview_steps: int = Field(25, gt=0)
     """Solver steps for each of them, by DPM-Solver++, without guidance."""
-    evaluate_every: int = Field(10_000, ge=0)
-    """Steps between two lines of quality.jsonl, each after a checkpoint; each stage's end always
-    makes one. 0 = none at all."""
+    evaluate_every: Steps = 10_000
+    """Steps between two lines of quality.jsonl, each after a checkpoint, or a part of the run; each
+    stage's end always makes one. 0 = none at all."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether nothing is left to compute from the images and the budget."""
+        return all(stage.steps for stage in self.stages)
+
+    def every(self, interval: int | str) -> int:
+        """An interval in steps; a part is one of the whole run."""
+        return steps_of(interval, self.num_steps)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -288,6 +326,9 @@ class Recipe(Settings):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stage names must differ, but they are {', '.join(names)}")
+        if not (self.is_planned or self.budget.is_set):
+            number = next(i for i, stage in enumerate(self.stages) if not stage.steps)
+            raise ValueError(f"stages.{number}.steps is needed where the run has no budget")
         return self
 
     def _check_sizes(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -26,8 +27,9 @@ class Evaluation(Settings):
     are downloaded if need be."""
     num: int = Field(10_000, ge=4)
     """Images to generate; headline figures use 50,000."""
-    quick_num: int = Field(1000, ge=0)
-    """Images to generate for each measurement in training; 0 = only losses are measured there."""
+    quick_num: Annotated[int, Field(ge=0)] | Literal["auto"] = 1000
+    """Images to generate for each measurement in training; 0 = only losses are measured there; auto
+    = up to 1000, as many as take a twentieth of the training's compute."""
     metrics: tuple[MetricName, ...] = Field(
         (),
         description=helped(
@@ -59,10 +61,16 @@ class Evaluation(Settings):
                 raise ValueError(f"{name} is measured in training only, into quality.jsonl")
         return names
 
+    @property
+    def num_in_training(self) -> int:
+        """`quick_num` of a planned recipe."""
+        assert self.quick_num != "auto"
+        return self.quick_num
+
     @field_validator("quick_num")
     @classmethod
-    def _none_or_enough(cls, num: int) -> int:
-        if 0 < num < 4:
+    def _none_or_enough(cls, num: int | str) -> int | str:
+        if num in (1, 2, 3):
             raise ValueError(f"{num} images are too few for a distance: use 0, or 4 or more")
         return num
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,18 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
     Raises ValueError, one line, for an unknown name, broken YAML or a wrong setting.
     """
+    values = _settings(name_or_path)
+    try:
+        return Recipe(**values)
+    except ValueError as error:
+        raise ValueError(f"recipe {name_or_path}: {error}") from None
+
+
+def _settings(name_or_path: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A recipe's settings in today's form, on top of those of its `base`, another recipe.
+
+    Groups are merged setting by setting; lists (the stages) are replaced as a whole.
+    """
     content = recipe_text(name_or_path)
     try:
         values = yaml.load(content, _StrictLoader)
@@ -68,10 +81,32 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         ) from None
     if not isinstance(values, dict):
         raise ValueError(f"recipe {name_or_path} is not a mapping of settings")
-    try:
-        return Recipe(**migrated(values))
-    except ValueError as error:
-        raise ValueError(f"recipe {name_or_path}: {error}") from None
+    base = values.pop("base", None)
+    if base is None:
+        return migrated(values)
+    if base in above:
+        raise ValueError(f"recipe {name_or_path}: base {base} leads back to itself")
+    return merged(_settings(str(base), (*above, str(base))), migrated(values))
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings, the changes winning; lists are replaced as a whole."""
+    result = dict(base)
+    for name, value in changes.items():
+        both = isinstance(value, dict) and isinstance(base.get(name), dict)
+        result[name] = merged(base[name], value) if both else value
+    return result
+
+
+def whole_text(name_or_path: str | Path) -> str:
+    """YAML text of a recipe, with the settings of its base if it has one; the comment stays."""
+    text = recipe_text(name_or_path)
+    if not any(line.startswith("base:") for line in text.splitlines()):
+        return text
+    comment = [line for line in text.splitlines() if line.startswith("#")]
+    load_recipe(name_or_path)  # refuses what is wrong
+    settings = yaml.safe_dump(_settings(name_or_path), sort_keys=False, width=100)
+    return "\n".join([*comment, settings])
 
 
 # Where settings stood before they were grouped: group -> (its parent, {old name: name in it}).
@@ -107,12 +142,7 @@ def migrated(values: dict[str, Any]) -> dict[str, Any]:
             kept = {name: value for name, value in old.items() if name not in names}
             values[parent] = {**kept, group: moved}
     if isinstance(values.get("stages"), list):
-        values["stages"] = [
-            {"warmup" if name == "warmup_steps" else name: value for name, value in stage.items()}
-            if isinstance(stage, dict)
-            else stage
-            for stage in values["stages"]
-        ]
+        values["stages"] = [_migrated_stage(stage) for stage in values["stages"]]
     evaluation = values.get("evaluation")
     if isinstance(evaluation, dict) and isinstance(evaluation.get("metrics"), list):
         metrics = [
@@ -122,26 +152,47 @@ def migrated(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Lists the settings in which two recipes differ, as `name: old -> new` lines.
+def _migrated_stage(stage: Any) -> Any:
+    if not isinstance(stage, dict):
+        return stage
+    renamed = {"warmup" if k == "warmup_steps" else k: value for k, value in stage.items()}
+    if "ema_decay" in renamed:
+        renamed["ema"] = {"decay": renamed.pop("ema_decay")}
+    return renamed
 
-    Those of how fast samples are drawn don't count.
+
+@dataclass(frozen=True)
+class Change:
+    """A setting in which two recipes differ.
+
+    Attributes:
+        name: dotted, `stages.0.lr`.
+        before, now: its values, as in JSON.
     """
+
+    name: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.before} -> {self.now}"
+
+
+def differences(old: Recipe, new: Recipe) -> list[Change]:
+    """The settings in which two recipes differ. Those of how fast samples are drawn don't count."""
     left_out = {"sampling": set(Sampling.HOW_FAST)}
     before, now = (one.model_dump(mode="json", exclude=left_out) for one in (old, new))
     return _differences(before, now, "")
 
 
-def _differences(old: Any, new: Any, name: str) -> list[str]:
+def _differences(old: Any, new: Any, name: str) -> list[Change]:
     if isinstance(old, dict) and isinstance(new, dict):
         dot = f"{name}." if name else ""
         keys = [*old, *(key for key in new if key not in old)]
-        return [
-            line for key in keys for line in _differences(old.get(key), new.get(key), dot + key)
-        ]
+        return [one for key in keys for one in _differences(old.get(key), new.get(key), dot + key)]
     if name == "stages":
-        lines = [] if len(old) == len(new) else [f"stages: {len(old)} -> {len(new)} of them"]
+        changes = [] if len(old) == len(new) else [Change("number of stages", len(old), len(new))]
         for i, (one, other) in enumerate(zip(old, new, strict=False)):
-            lines += _differences(one, other, f"stages.{i}")
-        return lines
-    return [] if old == new else [f"{name}: {old} -> {new}"]
+            changes += _differences(one, other, f"stages.{i}")
+        return changes
+    return [] if old == new else [Change(name, old, new)]

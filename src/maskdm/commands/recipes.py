@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from maskdm.commands.common import DONE, quiet
-from maskdm.recipe_files import recipe_names, recipe_text
+from maskdm.recipe_files import recipe_names, recipe_text, whole_text
 
 OptionalName = Annotated[str | None, tyro.conf.Positional, quiet(metavar="[NAME]")]
 
@@ -19,7 +19,7 @@ def recipes(name: OptionalName = None) -> int:
         name: the recipe to print.
     """
     if name is not None:
-        print(recipe_text(name), end="")
+        print(whole_text(name), end="")
         return DONE
     for known in recipe_names():
         comment = recipe_text(known).splitlines()[0].removeprefix("# ")

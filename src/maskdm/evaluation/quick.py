@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from maskdm.engine import main_first, on_all_ranks, process_state
-from maskdm.evaluation.dense_loss import dense_loss
+from maskdm.evaluation.dense_loss import NUM_BUCKETS, dense_loss
 from maskdm.evaluation.features import Features, features_of, make_features
 from maskdm.evaluation.measure import Compared, ModelInTraining, measure, metrics_to_measure
 from maskdm.evaluation.reference import ReferenceFeatures
 from maskdm.images.joined import Array, SelectedRows
-from maskdm.images.order import held_out_subset, training_subset
+from maskdm.images.order import held_out_subset, num_held_out, training_subset
 from maskdm.images.store import Store
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Recipe, Sampling
@@ -28,6 +28,19 @@ MIN_REFERENCE = 20  # real images below which a distance says nothing: only loss
 MOST_REFERENCE = 10_000  # real images that samples are compared with
 READ = 512  # images read from the store at a time
 SEED = 0  # names the samples: the previews are the first of them
+
+
+def evaluations_of_look(recipe: Recipe, num_images: int) -> int:
+    """Network evaluations of a whole image that a look takes, for so many images of the source."""
+    losses = NUM_BUCKETS * sum(
+        min(MOST_IMAGES, num)
+        for num in (
+            num_held_out(num_images, recipe.data),
+            len(training_subset(num_images, recipe.data)),
+        )
+    )
+    num = recipe.evaluation.num_in_training if num_images >= MIN_REFERENCE else 0
+    return losses + num * recipe.preview_steps
 
 
 class QuickLook:
@@ -45,9 +58,9 @@ class QuickLook:
     """
 
     def __init__(self, recipe: Recipe, store: Store, sampling: Sampling):
-        self._num = recipe.evaluation.quick_num if len(store) >= MIN_REFERENCE else 0
+        self._num = recipe.evaluation.num_in_training if len(store) >= MIN_REFERENCE else 0
         self._settings, self._sampling, self._store = recipe.evaluation, sampling, store
-        self._labels = store.labels if recipe.model.num_classes else None
+        self._labels = store.labels if recipe.model.classes else None
         num = len(store)
         self._held_out = _first(held_out_subset(num, recipe.data), num)
         self._trained_on = _first(training_subset(num, recipe.data), num)

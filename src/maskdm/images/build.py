@@ -28,7 +28,7 @@ from tqdm import tqdm
 import maskdm
 from maskdm.files import whole_folder, write_text, write_whole
 from maskdm.images.known import crop_of
-from maskdm.images.labels import Group, number_groups
+from maskdm.images.labels import Group, are_partly_labelled, number_groups
 from maskdm.images.prepare import prepare_contents
 from maskdm.images.source import Source, part_of
 from maskdm.images.unreadable import refuse_unreadable
@@ -188,7 +188,7 @@ def _write_labels(
     entries: dict[str, Any] = {"groups": groups, "class_names": source.class_names}
     if is_whole:
         labels, class_names = number_groups(groups, of_image, source.class_names)
-        entries = {"class_names": class_names}
+        entries = {"class_names": class_names, "partly_labelled": are_partly_labelled(groups)}
     if labels is not None:
         write_whole(building / "labels.npy", lambda file: np.save(file, labels))
     return entries

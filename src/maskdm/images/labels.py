@@ -37,9 +37,7 @@ def number_groups(
     Returns int64 (N,), or None unless every group has a label, and the names of the numbers.
     Raises ValueError for numbers that cannot be class numbers.
     """
-    labels = [label for _, label in groups]
-    if all(label is None for label in labels):
-        labels = folder_labels([f"{folder}/x" if folder else "x" for folder, _ in groups])
+    labels = _labels_of(groups)
     given = [label for label in labels if isinstance(label, str)]
     numbers = [label for label in labels if isinstance(label, int)]
     if not labels or len(given) + len(numbers) < len(labels):
@@ -89,6 +87,19 @@ def labels_of(
     if absent := [name for name in by_name if name not in images]:
         notes.append(f"{which} names {counted(len(absent), 'missing image')}, such as {absent[0]}")
     return labels, notes
+
+
+def are_partly_labelled(groups: Sequence[Group]) -> bool:
+    """Whether some images have a class and others have none, so that none counts."""
+    return len({label is None for label in _labels_of(groups)}) > 1
+
+
+def _labels_of(groups: Sequence[Group]) -> list[Label]:
+    """The labels of groups: their own, or where no group has one, their class folders."""
+    labels = [label for _, label in groups]
+    if all(label is None for label in labels):
+        labels = folder_labels([f"{folder}/x" if folder else "x" for folder, _ in groups])
+    return labels
 
 
 def notes_key(notes: list[str]) -> bytes:

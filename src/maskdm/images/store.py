@@ -21,7 +21,7 @@ import numpy as np
 
 from maskdm.images.build import FORMAT, build_store, store_key
 from maskdm.images.joined import Array, JoinedArrays
-from maskdm.images.labels import Group, number_groups
+from maskdm.images.labels import Group, are_partly_labelled, number_groups
 from maskdm.images.open import open_source
 from maskdm.images.unreadable import refuse_unreadable
 from maskdm.recipe import Data
@@ -195,6 +195,7 @@ def _joined(folder: Path, parts: list[Store]) -> Store:
         "left_out": [entry for m in manifests for entry in m["left_out"]],
         "passed_over": dict(skipped),
         "class_names": class_names,
+        "partly_labelled": are_partly_labelled(groups),
         "sha256": hashlib.sha256("".join(m["sha256"] for m in manifests).encode()).hexdigest(),
     }
     return Store(JoinedArrays([np.asarray(part.images) for part in parts]), labels, manifest)

@@ -85,12 +85,18 @@ def load_checkpoint(
     path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Progress:
     """Loads a whole checkpoint into model, average and optimizer; returns the counters."""
-    content = json.loads((path / "progress.json").read_text("utf-8"))
-    progress = Progress(**{key: content[key] for key in Progress.__dataclass_fields__})
-    progress.tick = [(loss, norm) for loss, norm in progress.tick]
+    progress = read_progress(path)
     model.load_state_dict(load_file(path / "model.safetensors"))
     ema.load_state_dict(load_file(path / "ema.safetensors"))
     _load_optimizer_tensors(optimizer, model, load_file(path / "optimizer.safetensors"))
+    return progress
+
+
+def read_progress(path: Path) -> Progress:
+    """The counters of a whole checkpoint."""
+    content = json.loads((path / "progress.json").read_text("utf-8"))
+    progress = Progress(**{key: content[key] for key in Progress.__dataclass_fields__})
+    progress.tick = [(loss, norm) for loss, norm in progress.tick]
     return progress
 
 

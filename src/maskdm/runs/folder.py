@@ -13,9 +13,13 @@ from filelock import FileLock, Timeout
 
 from maskdm.files import write_text
 from maskdm.recipe import Recipe
-from maskdm.recipe_files import differences, load_recipe
+from maskdm.recipe_files import Change, differences, load_recipe
+from maskdm.runs.changes import accepted_changes
+from maskdm.runs.checkpoint import Progress, read_progress
+from maskdm.runs.find import find_checkpoint
+from maskdm.words import one_line
 
-CLASSES = "classes.json"
+CLASSES, STARTS = "classes.json", "environment.json"
 
 
 @contextlib.contextmanager
@@ -25,61 +29,108 @@ def claimed_run_folder(
     resume: str,
     environment: dict[str, Any],
     class_names: list[str] | None = None,
+    change: bool = False,
 ) -> Iterator[None]:
-    """Makes RUN with its recipe.yaml, or checks that the run in it has an equal recipe.
+    """Makes RUN with its recipe.yaml, or checks that the run in it can go on with the recipe.
 
     Inside the block, no other process can claim the folder.
 
     Args:
-        resume: `auto` accepts a folder with a run of an equal recipe; `never` accepts none.
-        environment: appended to environment.json, one entry for each start. Its
-            `images_sha256` and `labels_sha256` must be those of the start before.
+        resume: `auto` accepts a folder with a run that the recipe continues; `never` accepts none.
+        environment: appended to environment.json, one entry for each start, with the settings that
+            have changed since the start before. Its `images_sha256` and `labels_sha256` must be
+            those of the start before.
         class_names: names of the model's classes, kept in classes.json; they must be those of
             the start before.
+        change: accept settings that change the weights to come (`accepted_changes`).
 
     Raises:
-        ValueError: the folder cannot be made, is in use, or holds a run of another recipe (its
-            differences are listed), on other images or classes, or any run with `never`.
-            Nothing is changed.
+        ValueError: the folder cannot be made, is in use, or holds a run that the recipe does not
+            continue (the differences are listed), on other images or classes, or any run with
+            `never`. Nothing is changed.
     """
-    path = run_dir / "recipe.yaml"
-    starts_path = run_dir / "environment.json"
-    starts = json.loads(starts_path.read_text("utf-8")) if starts_path.is_file() else []
-    if path.is_file():
-        if resume == "never":
-            raise ValueError(f"{run_dir} already holds a run: name a new folder with --out")
-        if changed := differences(load_recipe(path), recipe):
-            raise ValueError(
-                f"{run_dir} holds a run of another recipe ({'; '.join(changed)}): "
-                "give the same settings to continue it, or name a new folder with --out"
-            )
-        changed_data = []
-        if starts and starts[-1]["images_sha256"] != environment["images_sha256"]:
-            changed_data.append("images")
-        before = starts[-1].get("labels_sha256") if starts else None
-        if before not in (None, environment["labels_sha256"]):
-            changed_data.append("labels")
-        if read_class_names(run_dir) not in (None, class_names):
-            changed_data.append("names of the classes")
-        if changed_data:
-            raise ValueError(
-                f"the {' and '.join(changed_data)} of {recipe.data.source} have changed since the "
-                f"run in {run_dir} began: bring them back to continue it, or name a new folder "
-                "with --out"
-            )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise ValueError(f"cannot make the folder {run_dir}: {error.strerror}") from None
     with _locked(run_dir):
-        if not path.is_file():
-            write_text(path, recipe.to_yaml())
+        starts, path = read_starts(run_dir), run_dir / "recipe.yaml"
+        if path.is_file():
+            if resume == "never":
+                raise ValueError(f"{run_dir} already holds a run: name a new folder with --out")
+            _refuse_other_images(run_dir, recipe, starts, environment, class_names)
+            changes = _changes(run_dir, recipe, change)
+            if not starts and any(one.name == "data.source" for one in changes):
+                raise ValueError(
+                    f"{run_dir} holds a run on {load_recipe(path).data.source}, not "
+                    f"{recipe.data.source}: name a new folder with --out"
+                )
+            environment = environment | {"changes": [str(one) for one in changes]}
+        write_text(path, recipe.to_yaml())
         if class_names is not None:
             write_text(
                 run_dir / CLASSES, json.dumps(class_names, ensure_ascii=False, indent=1) + "\n"
             )
-        write_text(starts_path, json.dumps([*starts, environment], indent=1) + "\n")
+        write_text(run_dir / STARTS, json.dumps([*starts, environment], indent=1) + "\n")
         yield
+
+
+def _changes(run_dir: Path, recipe: Recipe, change: bool) -> list[Change]:
+    """What changes in a run by a recipe. Raises ValueError for what is not possible."""
+    old, progress = load_recipe(run_dir / "recipe.yaml"), progress_of(run_dir)
+    if progress is None:  # nothing was saved, so that nothing can be lost
+        return differences(old, recipe)
+    try:
+        return accepted_changes(old, recipe, progress, change)
+    except ValueError as error:
+        raise ValueError(f"{run_dir} holds {error}") from None
+
+
+def _refuse_other_images(
+    run_dir: Path,
+    recipe: Recipe,
+    starts: list[dict[str, Any]],
+    environment: dict[str, Any],
+    class_names: list[str] | None,
+) -> None:
+    """Raises ValueError where images, labels or class names are not those of the run."""
+    changed = []
+    if starts and starts[-1]["images_sha256"] != environment["images_sha256"]:
+        changed.append("images")
+    before = starts[-1].get("labels_sha256") if starts else None
+    if before not in (None, environment["labels_sha256"]):
+        changed.append("labels")
+    if read_class_names(run_dir) not in (None, class_names):
+        changed.append("names of the classes")
+    if changed:
+        raise ValueError(
+            f"the {' and '.join(changed)} of {recipe.data.source} are not those that the run in "
+            f"{run_dir} began with: bring them back to continue it, or name a new folder with --out"
+        )
+
+
+def progress_of(run_dir: Path) -> Progress | None:
+    """How far the run in a folder has come; None where it has no whole checkpoint."""
+    checkpoint = find_checkpoint(run_dir / "checkpoints")
+    return None if checkpoint is None else read_progress(checkpoint)
+
+
+def read_starts(run_dir: Path) -> list[dict[str, Any]]:
+    """The entries of environment.json, one for each start; none without the file.
+
+    Raises ValueError where it is damaged.
+    """
+    path = run_dir / STARTS
+    try:
+        starts = json.loads(path.read_text("utf-8")) if path.is_file() else []
+        if not isinstance(starts, list) or not all(isinstance(one, dict) for one in starts):
+            raise ValueError("it holds no list of starts")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({one_line(error, 80)}): remove it to go on without the check that "
+            "the images are the same"
+        ) from None
+    return starts
 
 
 def read_class_names(run_dir: Path) -> list[str] | None:

@@ -59,7 +59,7 @@ class Checkups:
 
     def measures_at(self, progress: Progress) -> bool:
         """Whether the model is measured at this step."""
-        every = self._recipe.evaluate_every
+        every = self._recipe.every(self._recipe.evaluate_every)
         if every == 0 or progress.step == 0:
             return False
         return self._is_stage_end(progress) or progress.step % every == 0
@@ -68,7 +68,8 @@ class Checkups:
         """Whether a preview is drawn at this step."""
         if self._recipe.num_previews == 0 or progress.step == 0:
             return False
-        return self._is_stage_end(progress) or progress.step % self._recipe.preview_every == 0
+        every = self._recipe.every(self._recipe.preview_every)
+        return self._is_stage_end(progress) or progress.step % every == 0
 
     def look(
         self,

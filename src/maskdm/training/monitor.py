@@ -24,6 +24,7 @@ from maskdm.models.backbone import Backbone
 from maskdm.recipe import Recipe
 from maskdm.runs.checkpoint import Progress
 from maskdm.runs.lines import append_line, keep_lines_until
+from maskdm.training.ema import share_of_first
 from maskdm.training.work import StageWork
 from maskdm.words import clock, counted, flops_text, printable
 
@@ -182,12 +183,12 @@ class Monitor:
             f"{stage.steps:,} steps of {counted(stage.batch_size, 'image')}, "
             f"{flops_text(work.step_flops * stage.steps)}"
         )
-        if (kept := stage.ema_decay**stage.steps) > MOST_KEPT:
+        if (kept := share_of_first(stage)) > MOST_KEPT:
             lower = 1 - float(f"{1 - WELL_KEPT ** (1 / stage.steps):.1g}")
             self.say(
-                f"  note: ema_decay {stage.ema_decay:g} keeps {100 * kept:.0f} % of the "
+                f"  note: ema.decay {stage.ema.decay:g} keeps {100 * kept:.0f} % of the "
                 f"stage's first weights over {stage.steps:,} steps: try "
-                f"--stages.{progress.stage}.ema-decay {lower:g}"
+                f"--stages.{progress.stage}.ema.decay {lower:g}"
             )
 
     def conclude_stage(self, progress: Progress) -> None:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from maskdm.recipe import Stage
+from maskdm.recipe_length import steps_of
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], stage: Stage) -> torch.optim.AdamW:
@@ -33,14 +34,21 @@ def learning_rate(stage: Stage, stage_step: int) -> float:
     """Learning rate of a stage's step, counted from 0: a pure function, so resume is exact.
 
     Linear warm-up reaches `lr` at step `stage.warmup_steps`; then constant, or a cosine that would
-    reach zero at step `steps`.
+    reach zero at step `steps`. Each of the stage's restarts begins this anew, up to the next.
     """
-    warmup_steps = stage.warmup_steps
-    if stage_step < warmup_steps:
-        return stage.lr * (stage_step + 1) / (warmup_steps + 1)
+    starts = [0, *stage.restarts, stage.steps]
+    segment = max(i for i, start in enumerate(starts[:-1]) if start <= stage_step)
+    step, steps = stage_step - starts[segment], starts[segment + 1] - starts[segment]
+    warmup_steps = (
+        min(stage.warmup_steps, steps)
+        if isinstance(stage.warmup, int)
+        else steps_of(stage.warmup, steps)
+    )
+    if step < warmup_steps:
+        return stage.lr * (step + 1) / (warmup_steps + 1)
     if stage.lr_schedule == "constant":
         return stage.lr
-    elapsed = (stage_step - warmup_steps) / (stage.steps - warmup_steps)
+    elapsed = (step - warmup_steps) / (steps - warmup_steps)
     return stage.lr * 0.5 * (1 + math.cos(math.pi * elapsed))
 
 

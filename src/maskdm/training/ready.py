@@ -152,5 +152,5 @@ def _example(
 ) -> Batch:
     """A batch of the shapes that the network gets in a stage, on the device."""
     images = torch.zeros((num, *recipe.data.shape), dtype=torch.uint8, device=device)
-    labels = images.new_zeros(num, dtype=torch.int64) if recipe.model.num_classes else None
+    labels = images.new_zeros(num, dtype=torch.int64) if recipe.model.classes else None
     return draw_batch(images, labels, recipe, stage, schedule, step=0)

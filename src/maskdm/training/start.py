@@ -68,7 +68,7 @@ def open_images(recipe: Recipe, accelerator: Accelerator, show: bool) -> Store:
         )
     training_subset(len(store), recipe.data)  # refuses to hold out all of them
     wanted, names = recipe.model.num_classes, store.manifest["class_names"]
-    if wanted and wanted != len(names):
+    if wanted not in ("auto", 0, len(names)):
         raise ValueError(
             f"model.num_classes is {wanted}, but {recipe.data.source} has {len(names)} classes: "
             f"use {len(names)}" + ("" if names else " (class folders root/class/x.png give labels)")
@@ -113,6 +113,7 @@ def claimed(
     store: Store,
     accelerator: Accelerator,
     precision: str,
+    change: bool,
 ) -> Iterator[None]:
     """Claims RUN for this process, on the first rank: see `claimed_run_folder`."""
     with contextlib.ExitStack() as stack:
@@ -121,7 +122,8 @@ def claimed(
             facts = environment(accelerator.device, accelerator.num_processes)
             facts |= {"precision": precision, "images_sha256": store.manifest["sha256"]}
             facts["labels_sha256"] = store.labels_sha256() if class_names else None
-            stack.enter_context(claimed_run_folder(run_dir, recipe, resume, facts, class_names))
+            claim = claimed_run_folder(run_dir, recipe, resume, facts, class_names, change)
+            stack.enter_context(claim)
         accelerator.wait_for_everyone()
         yield
 
@@ -148,9 +150,9 @@ def make_feed(recipe: Recipe, store: Store, accelerator: Accelerator) -> Feed:
         accelerator.num_processes,
         accelerator.device,
         recipe.data.resident,
-        with_labels=recipe.model.num_classes > 0,
+        with_labels=recipe.model.classes > 0,
     )
 
 
 def _class_names(recipe: Recipe, store: Store) -> list[str] | None:
-    return store.manifest["class_names"] if recipe.model.num_classes else None
+    return store.manifest["class_names"] if recipe.model.classes else None

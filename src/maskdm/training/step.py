@@ -91,7 +91,7 @@ def draw_batch(
     # The last draw, so that a model without classes sees the same numbers before it.
     if labels is not None and recipe.model.label_dropout:
         dropped = torch.rand(num, generator=own, device=device) < recipe.model.label_dropout
-        labels = torch.where(dropped, recipe.model.num_classes, labels)
+        labels = torch.where(dropped, recipe.model.classes, labels)
     return Batch(x0, visible, t, noise, labels)
 
 

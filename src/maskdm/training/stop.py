@@ -1,9 +1,10 @@
-"""Stopping on request: after a signal the loop saves and leaves."""
+"""When the loop saves or leaves: after a signal, and when its last checkpoint is old."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterable
 from types import FrameType, TracebackType
 
@@ -51,14 +52,36 @@ class StopRequest:
             if number in self._previous:
                 signal.signal(number, self._previous.pop(number))  # type: ignore[arg-type]
 
-    def agreed(self, accelerator: Accelerator, may_ask: bool) -> bool:
-        """Whether any rank got a signal; ranks exchange that only where `may_ask`.
 
-        Every rank must call this at the same steps with the same `may_ask`.
-        """
-        if accelerator.num_processes == 1:
-            return self.is_set
-        if not may_ask:
-            return False
-        flag = torch.tensor(float(self.is_set), device=accelerator.device)
-        return accelerator.reduce(flag, "sum").item() > 0  # a sync, once a tick
+class SaveTimer:
+    """Says when the last checkpoint is too old.
+
+    Args:
+        minutes: the greatest age.
+    """
+
+    def __init__(self, minutes: float):
+        self._seconds = 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        """To be called when a checkpoint has been saved."""
+        self._since = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() - self._since > self._seconds
+
+
+def agreed(accelerator: Accelerator, may_ask: bool, *flags: bool) -> list[bool]:
+    """For each flag whether any rank has set it; ranks exchange that only where `may_ask`.
+
+    Every rank must call this at the same steps with the same `may_ask`.
+    """
+    if accelerator.num_processes == 1:
+        return list(flags)
+    if not may_ask:
+        return [False] * len(flags)
+    mine = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
+    return (accelerator.reduce(mine, "sum") > 0).tolist()  # a sync, once a tick

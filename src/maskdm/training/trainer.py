@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
 from maskdm.engine import make_accelerator
 from maskdm.models.compiling import CompiledForward
 from maskdm.recipe import Recipe
-from maskdm.recipe_files import load_recipe
 from maskdm.runs.checkpoint import (
     Progress,
     load_checkpoint,
@@ -19,9 +19,10 @@ from maskdm.runs.checkpoint import (
     save_checkpoint,
 )
 from maskdm.training.checkups import Checkups
-from maskdm.training.ema import make_average, restart_average, update_average
+from maskdm.training.ema import decay_of, make_average, restart_average, update_average
 from maskdm.training.monitor import Monitor
 from maskdm.training.optim import clip_gradients, enter_stage, learning_rate, make_optimizer
+from maskdm.training.planning import Amount, Wish, budget_of, planned, recipe_and_folder
 from maskdm.training.ready import make_ready
 from maskdm.training.start import (
     claimed,
@@ -32,7 +33,7 @@ from maskdm.training.start import (
     refuse_recipe,
 )
 from maskdm.training.step import backward, draw_batch
-from maskdm.training.stop import StopRequest
+from maskdm.training.stop import SaveTimer, StopRequest, agreed
 from maskdm.training.tick import NonFiniteLoss, Tick, with_way_out
 from maskdm.training.work import stage_work, total_flops
 
@@ -53,7 +54,20 @@ class TrainResult:
 
 
 def train(
-    recipe: Recipe | str | Path, run_dir: str | Path, resume: str = "auto", show: bool = True
+    recipe: Recipe | str | Path,
+    run_dir: str | Path | None = None,
+    resume: str = "auto",
+    show: bool = True,
+    *,
+    hours: Amount = None,
+    minutes: Amount = None,
+    flops: Amount = None,
+    images: Amount = None,
+    epochs: Amount = None,
+    shrink: float = 1.0,
+    control: Literal["none", "dense"] = "none",
+    control_equal: Literal["flops", "time", "steps"] = "flops",
+    change: bool = False,
 ) -> TrainResult:
     """Runs a recipe's stages in a run's folder, from the start or from its newest checkpoint.
 
@@ -61,10 +75,19 @@ def train(
     model, the plot (docs/runs.md).
 
     Args:
-        recipe: the settings of the whole run; or the name of a packaged recipe, or a YAML file.
-        run_dir: RUN, made if it does not exist. A run of an equal recipe in it is continued.
+        recipe: the settings of the whole run; or the name of a packaged recipe, a YAML file, or a
+            run's folder, which is continued.
+        run_dir: RUN, made if it does not exist. A run of this recipe in it is continued. None =
+            the folder that is continued, or runs/RECIPE-SOURCE.
         resume: `auto` continues; `never` refuses a folder that holds a run.
         show: print to the console.
+        hours, minutes, flops, images, epochs: a budget for the whole run, to which the stages are
+            scaled; "+2" = on top of what the run in the folder had. At most one.
+        shrink: scales the length of all stages, and what depends on it.
+        control: `dense` trains the recipe's control instead: its last stage's settings from the
+            first step on, without masks.
+        control_equal: what it has in common with the recipe.
+        change: accept changed learning rates and the like in a run that goes on.
 
     Raises:
         ValueError: settings, source or folder do not fit; nothing was changed.
@@ -72,22 +95,27 @@ def train(
         OSError: the disk refused; the last good checkpoint stays.
 
     Example:
-        >>> result = train("digits", "runs/digits")  # doctest: +SKIP
+        >>> result = train("photos64", "runs/mine", hours=8)  # doctest: +SKIP
     """
     # Refuse what cannot work before anything is written.
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    run_dir = Path(run_dir)
+    budget, more = budget_of(hours, minutes, flops, images, epochs)
+    wish = Wish(budget, more, shrink, control, control_equal, change)
+    recipe, run_dir = recipe_and_folder(recipe, run_dir, wish)
     accelerator, precision, reason = make_accelerator(recipe.precision)
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     refuse_recipe(recipe, run_dir, num_ranks)
+    say = print if show and rank == 0 else (lambda text: None)
     store = open_images(recipe, accelerator, show)
+    recipe = planned(recipe, wish, run_dir, store, accelerator, say)
     model, transferred = initial_model(recipe, run_dir, store)
     works = stage_work(recipe, model)
     checkups = Checkups(recipe, run_dir, store, works, accelerator)
 
     with contextlib.ExitStack() as stack:
         # Claim the folder, and say what will be done.
-        stack.enter_context(claimed(run_dir, recipe, resume, store, accelerator, precision))
+        stack.enter_context(
+            claimed(run_dir, recipe, resume, store, accelerator, precision, wish.change)
+        )
         monitor = Monitor(run_dir, total_flops(recipe, works), accelerator.is_main_process, show)
         stack.enter_context(contextlib.closing(monitor))
         monitor.introduce(recipe, store, model, accelerator, f"{precision} ({reason})")
@@ -102,7 +130,7 @@ def train(
         checkpoint = newest_checkpoint(accelerator, folder, monitor)
         if checkpoint is not None:
             progress = load_checkpoint(checkpoint, model, average, optimizer)
-            finished = progress.step == sum(stage.steps for stage in recipe.stages)
+            finished = progress.step == recipe.num_steps
             monitor.say(f"{'finished with' if finished else 'continuing after'} {checkpoint.name}")
         network = CompiledForward(model)
         wrapped, stepper = accelerator.prepare(model, optimizer)
@@ -110,7 +138,8 @@ def train(
             accelerator.scaler.load_state_dict(progress.scaler)
         feed = stack.enter_context(contextlib.closing(make_feed(recipe, store, accelerator)))
         monitor.say(f"feed    {feed.how}")
-        stop = stack.enter_context(StopRequest())
+        stop, timer = stack.enter_context(StopRequest()), SaveTimer(recipe.checkpoint_minutes)
+        log_every, checkpoint_every = map(recipe.every, (recipe.log_every, recipe.checkpoint_every))
         monitor.start(progress)
         if checkpoint is not None:  # a kill may have come between saving and looking
             checkups.catch_up(progress, average, monitor)
@@ -140,11 +169,11 @@ def train(
             while progress.stage_step < stage.steps:
                 # Fetch this rank's share of the batch.
                 with tick.waiting():
-                    images, labels = feed.next(progress.images, stage.batch_size)
+                    pixels, labels = feed.next(progress.images, stage.batch_size)
 
                 # Hide patches and add noise; all of it depends on (seed, rank, step) alone.
                 batch = draw_batch(
-                    images, labels, recipe, stage, ready.schedule, progress.step, rank, num_ranks
+                    pixels, labels, recipe, stage, ready.schedule, progress.step, rank, num_ranks
                 )
 
                 # Follow the gradient of the denoising loss on the visible patches.
@@ -161,7 +190,7 @@ def train(
                 grad_norm = clip_gradients(accelerator, model, stage.clip)
                 stepper.step()
                 stepper.zero_grad()
-                update_average(average, model, stage.ema_decay)
+                update_average(average, model, decay_of(stage.ema, progress.stage_step + 1))
 
                 # Count what was done.
                 tick.add(loss, grad_norm)
@@ -172,9 +201,10 @@ def train(
 
                 # At set points read the losses and log them.
                 is_end = progress.stage_step == stage.steps
-                is_tick = is_end or progress.step % recipe.log_every == 0
-                stopping = stop.agreed(accelerator, may_ask=is_tick or progress.step % 10 == 0)
-                saving = is_end or stopping or progress.step % recipe.checkpoint_every == 0
+                is_tick = is_end or progress.step % log_every == 0
+                may_ask = is_tick or progress.step % 10 == 0
+                stopping, overdue = agreed(accelerator, may_ask, stop.is_set, timer.is_due)
+                saving = is_end or stopping or overdue or progress.step % checkpoint_every == 0
                 saving = saving or checkups.measures_at(progress)  # so that failing loses nothing
                 if is_tick or saving:
                     try:
@@ -198,6 +228,7 @@ def train(
                             save_checkpoint(folder, progress, model, average, optimizer, is_end)
                             prune_checkpoints(folder, checkpoint, recipe.keep_checkpoints)
                         accelerator.wait_for_everyone()
+                        timer.restart()
                         is_last = is_end and progress.stage + 1 == len(recipe.stages)
                         if stopping and not is_last:
                             monitor.say(f"stopped after saving {checkpoint}: call again to go on")

@@ -1,0 +1,222 @@
+"""From a budget to steps: how long each stage of a run is, and what depends on it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+
+from maskdm.evaluation.quick import evaluations_of_look
+from maskdm.models.build import build_model
+from maskdm.recipe import Budget, Recipe
+from maskdm.runs.checkpoint import Progress
+from maskdm.settings import changed
+from maskdm.training.speed import Speed, measure_speed
+from maskdm.training.work import StageWork, stage_work, total_flops
+from maskdm.words import about, counted, flops_text
+
+MOST_ON_SAMPLES = 0.05  # part of a run's FLOPs that measuring samples in it may cost (auto)
+FEWEST_SAMPLES, MOST_SAMPLES = 100, 1000  # for a measurement that says something (auto)
+MOST_BESIDES = 0.5  # part of a budget that may go to what is not its stages' training
+FEWEST_STEPS = 10  # of a stage
+INTERVALS = ("log_every", "checkpoint_every", "preview_every", "evaluate_every")
+
+
+@dataclass(frozen=True)
+class Besides:
+    """What a run computes besides training, in network evaluations of one whole image."""
+
+    previews: int
+    measuring: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.previews + self.measuring
+
+
+def besides(recipe: Recipe, num_images: int) -> Besides:
+    """What the previews and measurements of a planned recipe take, for so many images."""
+    return Besides(
+        len(set_points(recipe, recipe.preview_every)) * recipe.num_previews * recipe.preview_steps,
+        len(set_points(recipe, recipe.evaluate_every)) * evaluations_of_look(recipe, num_images),
+    )
+
+
+def set_points(recipe: Recipe, interval: int | str) -> set[int]:
+    """Steps at which something is done once an interval, and at each stage's end; 0 = never."""
+    if not (every := recipe.every(interval)):
+        return set()
+    ends = itertools.accumulate(stage.steps for stage in recipe.stages)
+    return {*ends, *range(every, recipe.num_steps + 1, every)}
+
+
+def scaled(recipe: Recipe, factor: float) -> Recipe:
+    """A recipe of other length: steps, warm-ups, averages and intervals by the same factor."""
+    stages = []
+    for stage in recipe.stages:
+        steps = max(1, round(stage.steps * factor)) if stage.steps else 0
+        ema = changed(stage.ema, decay=stage.ema.decay ** (1 / factor))
+        warmup = stage.warmup
+        if isinstance(warmup, int):
+            warmup = min(round(warmup * factor), steps or warmup)
+        lengths = {"steps": steps, "warmup": warmup, "ema": ema, "restarts": ()}
+        stages.append({**stage.model_dump(), **lengths})
+    intervals = {
+        name: max(1, round(value * factor))
+        for name in INTERVALS
+        if isinstance(value := getattr(recipe, name), int) and value
+    }
+    budget = {name: None if value is None else value * factor for name, value in recipe.budget}
+    return changed(recipe, stages=stages, budget=budget, **intervals)
+
+
+def with_steps(
+    recipe: Recipe,
+    num_images: int,
+    num_train: int,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+    rescale: bool = False,
+) -> Recipe:
+    """A recipe whose stages have as many steps as its budget allows. To be called on every rank.
+
+    Stages without steps divide what the others leave by their shares of the FLOPs. Where all have
+    steps, they are kept, and the budget is dropped; with `rescale`, all are scaled to it.
+
+    Args:
+        num_images: of the source; `num_train` of them are trained on.
+        accelerator: the machine, for a budget in hours.
+        say: is told what takes a while.
+
+    Raises ValueError for a budget that is too small.
+    """
+    works = stage_work(recipe, build_model(recipe))
+    if recipe.is_planned and not (rescale and recipe.budget.is_set):
+        return _with_quick_num(changed(recipe, budget=Budget()), works)
+    budget = recipe.budget
+    speed = measure_speed(recipe, accelerator, say) if budget.hours else None
+    wanted = budget.flops or budget.images or (budget.epochs or 0) * num_train
+    if budget.hours:
+        wanted = 3600 * budget.hours
+    prices = _prices(recipe, works, budget, speed)
+    parts = _parts(recipe, works)
+    price = _price_of_flop(parts, prices, works)
+    apart = 0.0  # what goes to all else but the stages whose length is free
+    for _ in range(4):  # how often is measured depends on the length, too
+        planned = _of_flops(recipe, works, (wanted - apart) / price)
+        steps = [
+            0 if part else stage.steps for part, stage in zip(parts, recipe.stages, strict=True)
+        ]
+        apart = float(sum(a * b for a, b in zip(steps, prices, strict=True)))
+        if speed is not None:
+            apart += besides(planned, num_images).total * speed.forward_sec
+        if apart > MOST_BESIDES * wanted:
+            raise ValueError(
+                f"the budget of {_text(budget, wanted)} is too small: {_text(budget, apart)} of it "
+                "go to what has a fixed length"
+                + (" (previews and measuring among it)" if speed else "")
+            )
+    for i, stage in enumerate(planned.stages):
+        if stage.steps < FEWEST_STEPS:
+            raise ValueError(
+                f"the budget leaves {counted(stage.steps, 'step')} of {_text(budget, prices[i])} "
+                f"for stage {stage.name}: give more, or lower --stages.{i}.batch-size"
+            )
+    return planned
+
+
+def longer(
+    recipe: Recipe,
+    extra: Budget,
+    progress: Progress,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+    num_train: int,
+) -> Recipe:
+    """A planned recipe with more steps in the stages that are not over, in proportion.
+
+    Where all are over, the last one gets them.
+
+    Args:
+        extra: what the run gets on top.
+        progress: of the run.
+        num_train: images that are trained on.
+    """
+    works = stage_work(recipe, build_model(recipe))
+    speed = measure_speed(recipe, accelerator, say) if extra.hours else None
+    prices = _prices(recipe, works, extra, speed)
+    amount = extra.flops or extra.images or (extra.epochs or 0) * num_train
+    if extra.hours:
+        amount = 3600 * extra.hours
+    parts = _parts(recipe, works)
+    is_over = progress.stage + 1 == len(parts)
+    parts = [part if i >= progress.stage else 0.0 for i, part in enumerate(parts)]
+    if not is_over and progress.stage_step >= recipe.stages[progress.stage].steps:
+        parts[progress.stage] = 0.0
+    flops = amount / _price_of_flop(parts, prices, works)
+    stages = [
+        stage.model_dump()
+        | {"steps": stage.steps + round(flops * part / sum(parts) / work.step_flops)}
+        for stage, part, work in zip(recipe.stages, parts, works, strict=True)
+    ]
+    return changed(recipe, stages=stages)
+
+
+def _parts(recipe: Recipe, works: list[StageWork]) -> list[float]:
+    """How the stages divide FLOPs: as they do now, or those without steps by their shares."""
+    if recipe.is_planned:
+        pairs = zip(works, recipe.stages, strict=True)
+        return [float(work.step_flops * stage.steps) for work, stage in pairs]
+    return [0.0 if stage.steps else stage.share for stage in recipe.stages]
+
+
+def _price_of_flop(parts: list[float], prices: list[float], works: list[StageWork]) -> float:
+    """A FLOP of training in a budget's unit, where stages have such parts of all FLOPs."""
+    rows = zip(parts, prices, works, strict=True)
+    return sum(part / sum(parts) * price / work.step_flops for part, price, work in rows)
+
+
+def _prices(
+    recipe: Recipe, works: list[StageWork], budget: Budget, speed: Speed | None
+) -> list[float]:
+    """A step of each stage in the budget's unit: seconds, FLOPs or images."""
+    if speed is not None:
+        return list(speed.step_sec)
+    if budget.flops:
+        return [float(work.step_flops) for work in works]
+    return [float(stage.batch_size) for stage in recipe.stages]
+
+
+def _of_flops(recipe: Recipe, works: list[StageWork], flops: float) -> Recipe:
+    """The recipe with FLOPs for those of its stages whose length is free."""
+    if recipe.is_planned:
+        planned = scaled(recipe, flops / total_flops(recipe, works))
+        return changed(planned, budget=recipe.budget)
+    parts = _parts(recipe, works)
+    stages = [
+        stage.model_dump()
+        | {"steps": stage.steps or max(1, round(flops * part / sum(parts) / work.step_flops))}
+        for stage, part, work in zip(recipe.stages, parts, works, strict=True)
+    ]
+    return _with_quick_num(changed(recipe, stages=stages), works)
+
+
+def _with_quick_num(recipe: Recipe, works: list[StageWork]) -> Recipe:
+    """The recipe with a number of samples to measure in training, where it is `auto`."""
+    if recipe.evaluation.quick_num != "auto":
+        return recipe
+    times = len(set_points(recipe, recipe.evaluate_every)) or 1
+    one = build_model(recipe).forward_flops(works[-1].num_patches) * recipe.preview_steps
+    num = int(MOST_ON_SAMPLES * total_flops(recipe, works) / (times * one))
+    num = min(num, MOST_SAMPLES) if num >= FEWEST_SAMPLES else 0
+    return changed(recipe, evaluation=changed(recipe.evaluation, quick_num=num))
+
+
+def _text(budget: Budget, amount: float) -> str:
+    """An amount in a budget's unit: `about 3 s`, `8 TFLOP`, `1,000 images`."""
+    if budget.hours:
+        return about(amount)
+    return flops_text(amount) if budget.flops else f"{amount:,.0f} images"

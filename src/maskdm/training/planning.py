@@ -1,0 +1,317 @@
+"""From what was asked for to what is done: the recipe with all numbers, for this run's folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from maskdm.families import MODEL_SIZES
+from maskdm.files import write_text
+from maskdm.images.order import training_subset
+from maskdm.images.store import Store
+from maskdm.models.build import build_model
+from maskdm.recipe import Budget, Recipe
+from maskdm.recipe_files import load_recipe
+from maskdm.runs.changes import extended
+from maskdm.runs.checkpoint import Progress
+from maskdm.runs.folder import progress_of
+from maskdm.settings import changed
+from maskdm.training.budget import INTERVALS, longer, scaled, with_steps
+from maskdm.training.speed import device_flops, measure_speed
+from maskdm.training.work import stage_work, total_flops
+
+# Floating-point operations for each token that a model sees are 6 a parameter; tokens for each
+# parameter that it should see. U-ViT-S has 370 of them in the paper, language models 20.
+TOKENS_PER_PARAMETER = 100
+CONTROL = "control.json"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for besides a recipe.
+
+    Attributes:
+        budget: of the whole run, in place of the recipe's.
+        more: whether the budget is meant on top of what the run in the folder had.
+        shrink: scales the length of the run.
+        control: `dense` = the recipe's control without masks instead of the recipe.
+        control_equal: what the control has in common with it: flops, time or steps.
+        change: whether settings may change that change the weights of a run that goes on.
+    """
+
+    budget: Budget = Budget()
+    more: bool = False
+    shrink: float = 1.0
+    control: str = "none"
+    control_equal: str = "flops"
+    change: bool = False
+
+
+Amount = float | str | None  # of a budget; "+2" = two more
+
+
+def budget_of(
+    hours: Amount, minutes: Amount, flops: Amount, images: Amount, epochs: Amount
+) -> tuple[Budget, bool]:
+    """A budget, and whether it is meant on top of what a run had. None = not given.
+
+    Raises ValueError for more than one, and what is not a number above 0.
+    """
+    given = {"hours": hours, "minutes": minutes, "flops": flops, "images": images, "epochs": epochs}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"give one budget, not {' and '.join(given)}")
+    if not given:
+        return Budget(), False
+    ((name, value),) = given.items()
+    try:
+        amount = float(value or 0)
+    except ValueError:
+        amount = math.nan
+    if not 0 < amount < math.inf:
+        raise ValueError(f"{name} {value!r}: expected a number above 0, or +2 for two more")
+    more = isinstance(value, str) and value.strip().startswith("+")
+    return Budget(hours=amount / 60) if name == "minutes" else Budget(**{name: amount}), more
+
+
+def recipe_and_folder(
+    recipe: Recipe | str | Path, run_dir: str | Path | None, wish: Wish
+) -> tuple[Recipe, Path]:
+    """The recipe and the folder that are meant.
+
+    Args:
+        recipe: a recipe, its name or file, or a run's folder with its own.
+        run_dir: None = the run's folder that was named, or runs/RECIPE-SOURCE.
+
+    Raises ValueError where there is no such recipe, or no name to be made of it.
+    """
+    name = "run" if isinstance(recipe, Recipe) else Path(recipe).stem
+    if not isinstance(recipe, Recipe):
+        own = Path(recipe) / "recipe.yaml"
+        if own.is_file():
+            run_dir = run_dir or (Path(recipe) if wish.control == "none" else None)
+            run_dir = run_dir or f"{Path(recipe)}-{wish.control}"
+            return load_recipe(own), Path(run_dir)
+        recipe = load_recipe(recipe)
+    return recipe, Path(run_dir or default_folder(name, recipe, wish.control))
+
+
+def default_folder(name: str, recipe: Recipe, control: str = "none") -> Path:
+    """runs/RECIPE-SOURCE, or runs/RECIPE where the source says no more; `-dense` for a control."""
+    source = Path(recipe.data.source.rstrip("/").split("://")[-1]).name
+    source = re.sub(r"[^\w-]+", "-", source.split(".")[0]).strip("-")
+    parts = [name, *([source] if source and source not in name else [])]
+    return Path("runs") / "-".join([*parts, *([] if control == "none" else [control])])
+
+
+def planned(
+    recipe: Recipe,
+    wish: Wish,
+    run_dir: Path,
+    store: Store,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> Recipe:
+    """The recipe with all numbers: of the run in the folder, or computed from images and budget.
+
+    To be called on every rank.
+
+    Raises ValueError for a budget that is too small, or on a run that has another kind of budget,
+    and for classes that only some images have.
+    """
+    draft = scaled(recipe, wish.shrink) if wish.shrink != 1 else recipe
+    num_train = len(training_subset(len(store), draft.data))
+    before: Recipe | None = None
+    if accelerator.is_main_process and (run_dir / "recipe.yaml").is_file():
+        before = load_recipe(run_dir / "recipe.yaml")
+    (before,) = broadcast_object_list([before])
+    if before is not None and wish.control == "none":
+        return _continued(draft, before, wish, run_dir, num_train, accelerator, say)
+    if wish.budget.is_set:
+        draft = changed(draft, budget=wish.budget.model_dump())
+    draft = with_size(with_classes(draft, store), num_train, accelerator)
+    rescale = wish.budget.is_set
+    result = with_steps(draft, len(store), num_train, accelerator, say, rescale)
+    if wish.control == "dense":
+        return dense_control(result, wish.control_equal, accelerator, say)
+    return result
+
+
+def with_classes(recipe: Recipe, store: Store) -> Recipe:
+    """The recipe with the number of classes of the images, where it is `auto`.
+
+    Raises ValueError where some images have a class and others don't.
+    """
+    if recipe.model.num_classes != "auto":
+        return recipe
+    if store.manifest.get("partly_labelled"):
+        raise ValueError(
+            f"some images of {recipe.data.source} have a class and some have none: sort all into "
+            "class folders, or train without classes, --model.num-classes 0"
+        )
+    num = len(store.manifest["class_names"])
+    # A single class tells nothing.
+    return changed(recipe, model=changed(recipe.model, num_classes=num if num > 1 else 0))
+
+
+def with_size(recipe: Recipe, num_train: int, accelerator: Accelerator) -> Recipe:
+    """The recipe with a model that fits images and budget, where its size is `auto`.
+
+    The largest of `MODEL_SIZES` that sees 100 tokens for each of its parameters within the budget,
+    and has no more parameters than the training images have values; else the smallest.
+    """
+    if recipe.model.size is None:
+        return recipe
+    if recipe.model.size != "auto":
+        return with_row(recipe, recipe.model.size)
+    flops = flops_of_budget(recipe, num_train, accelerator)
+    values = num_train * math.prod(recipe.data.shape)
+    most = min(math.sqrt(flops / (6 * TOKENS_PER_PARAMETER)), values)
+    fitting = [name for name in MODEL_SIZES if MODEL_SIZES[name].num_params <= most]
+    return with_row(recipe, fitting[-1] if fitting else next(iter(MODEL_SIZES)))
+
+
+def with_row(recipe: Recipe, size: str) -> Recipe:
+    """The recipe with a model of a size by its name.
+
+    Learning rates are those of width 96, and fall with the width, as Adam's should (Yang et al.
+    2022, Table 3: 1 / width for the matrices inside).
+    """
+    row = MODEL_SIZES[size]
+    sizes = {"embed_dim": row.embed_dim, "depth": row.depth, "num_heads": row.num_heads}
+    model = {**recipe.model.model_dump(), **sizes, "size": None}
+    rates = [stage.model_dump() | {"lr": stage.lr * 96 / row.embed_dim} for stage in recipe.stages]
+    return changed(recipe, model=model, stages=rates)
+
+
+def flops_of_budget(recipe: Recipe, num_train: int, accelerator: Accelerator) -> float:
+    """Roughly how many FLOPs a run has, before its model is known."""
+    budget = recipe.budget
+    if budget.flops:
+        return budget.flops
+    smallest = with_row(recipe, next(iter(MODEL_SIZES)))
+    if budget.hours:
+        (speed,) = broadcast_object_list([device_flops(accelerator.device)])
+        return float(speed) * accelerator.num_processes * 3600 * budget.hours
+    works = stage_work(smallest, build_model(smallest))
+    images = budget.images or (budget.epochs or 0) * num_train
+    each = works[-1].step_flops / recipe.stages[-1].batch_size
+    return images * each if images else total_flops(smallest, works)
+
+
+def dense_control(
+    recipe: Recipe, equal: str, accelerator: Accelerator, say: Callable[[str], None]
+) -> Recipe:
+    """A planned recipe's control: its last stage's settings alone, without a mask.
+
+    Args:
+        equal: `flops`, `time` (on this machine) or `steps`, to within a step.
+    """
+    last = changed(recipe.stages[-1], name="dense", mask={"kind": "none", "rate": 0.0})
+    control = changed(recipe, stages=(last.model_dump() | {"restarts": ()},), budget=Budget())
+    works, dense = (stage_work(one, build_model(one)) for one in (recipe, control))
+    if equal == "steps":
+        steps = recipe.num_steps
+    elif equal == "time":
+        masked = measure_speed(recipe, accelerator, say)
+        seconds = sum(
+            s * stage.steps for s, stage in zip(masked.step_sec, recipe.stages, strict=True)
+        )
+        steps = round(seconds / measure_speed(control, accelerator, say).step_sec[0])
+    else:
+        steps = round(total_flops(recipe, works) / dense[0].step_flops)
+    stage = changed(last, restarts=(), steps=max(1, steps))
+    return changed(control, stages=(stage.model_dump(),))
+
+
+def link_control(run_dir: Path, of: Path, wish: Wish) -> None:
+    """Writes down in a control's folder which run it is the control of."""
+    content = {"of": str(of), "kind": wish.control, "equal": wish.control_equal}
+    write_text(run_dir / CONTROL, json.dumps(content) + "\n")
+
+
+def _continued(
+    draft: Recipe,
+    before: Recipe,
+    wish: Wish,
+    run_dir: Path,
+    num_train: int,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> Recipe:
+    """The recipe that continues the run in a folder: with its numbers, or longer."""
+    (progress,) = broadcast_object_list([progress_of(run_dir)])
+    progress = progress or Progress()
+    asked = _with_numbers_of(before, draft, with_lengths=wish.budget.is_set)
+    if wish.budget.is_set and (wish.more or wish.budget != before.budget):
+        extra, total = _extra(wish, before.budget, run_dir)
+        asked = longer(asked, extra, progress, accelerator, say, num_train)
+        asked = changed(asked, budget=total.model_dump())
+    if len(asked.stages) != len(before.stages):
+        return asked
+    return extended(before, asked, progress)
+
+
+def _extra(wish: Wish, before: Budget, run_dir: Path) -> tuple[Budget, Budget]:
+    """What a run gets on top of its budget, and its budget then.
+
+    Raises ValueError where that is no more than it has, or cannot be compared with it.
+    """
+    ((unit, amount),) = [(name, value) for name, value in wish.budget if value is not None]
+    had = getattr(before, unit)
+    if wish.more:
+        return wish.budget, before if had is None else Budget(**{unit: had + amount})
+    if had is None:
+        raise ValueError(
+            f"the run in {run_dir} was not planned by --{unit}: say how much more it gets, "
+            f"--{unit} +{amount:g}"
+        )
+    if amount < had:
+        raise ValueError(
+            f"the run in {run_dir} has a budget of {had:g} {unit}, and can only grow: name a new "
+            "folder with --out for a shorter one"
+        )
+    return Budget(**{unit: amount - had}), wish.budget
+
+
+def _with_numbers_of(before: Recipe, draft: Recipe, with_lengths: bool) -> Recipe:
+    """A draft with the numbers of a run's recipe where it leaves them open.
+
+    Args:
+        with_lengths: take all that depends on the run's length: a budget has scaled it.
+    """
+    model, evaluation = draft.model, draft.evaluation
+    if model.num_classes == "auto":
+        model = changed(model, num_classes=before.model.num_classes)
+    if model.size is not None:
+        sizes = {name: getattr(before.model, name) for name in ("embed_dim", "depth", "num_heads")}
+        model = type(model)(**{**model.model_dump(), **sizes, "size": None})
+    if evaluation.quick_num == "auto":
+        evaluation = changed(evaluation, quick_num=before.evaluation.quick_num)
+    stages = [stage.model_dump() for stage in draft.stages]
+    if draft.model.size is not None:
+        for stage, own in zip(stages, before.stages, strict=False):
+            stage["lr"] = own.lr
+    scales = with_lengths and draft.is_planned
+    for stage, own in zip(stages, before.stages, strict=False):
+        stage["restarts"] = own.restarts
+        if scales or not stage["steps"]:
+            stage["steps"] = own.steps
+        if scales:
+            stage |= {"warmup": own.warmup, "ema": stage["ema"] | {"decay": own.ema.decay}}
+    intervals = {name: getattr(before, name) for name in INTERVALS if scales}
+    return changed(
+        draft,
+        model=model,
+        evaluation=evaluation,
+        stages=stages,
+        budget=before.budget.model_dump(),
+        **intervals,
+    )

@@ -1,0 +1,178 @@
+"""How fast this machine trains and draws: measured in seconds, and remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from maskdm.engine import autocast, choose_precision, device_name
+from maskdm.files import write_text
+from maskdm.images.store import cache_dir
+from maskdm.models.backbone import Backbone
+from maskdm.models.build import build_model
+from maskdm.models.compiling import CompiledForward
+from maskdm.recipe import Recipe, Stage
+from maskdm.sampling.speed import images_at_a_time
+from maskdm.training.ema import make_average, update_average
+from maskdm.training.optim import clip_gradients, make_optimizer
+from maskdm.training.ready import make_ready
+from maskdm.training.step import backward, draw_batch
+
+LEAST_STEPS, LEAST_SEC, MOST_SEC = 3, 2.0, 8.0  # of a measurement, after a step that doesn't count
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a recipe's work takes on this machine.
+
+    Attributes:
+        step_sec: seconds of an optimizer step of each stage.
+        forward_sec: seconds of the network's answer for one whole image, when it draws many.
+    """
+
+    step_sec: tuple[float, ...]
+    forward_sec: float
+
+
+def measure_speed(
+    recipe: Recipe, accelerator: Accelerator, say: Callable[[str], None] = print
+) -> Speed:
+    """Measures a recipe's speed, or reads what was measured before. To be called on every rank.
+
+    Real steps on random images: below ten seconds a stage, without compiling. What changes no
+    speed (learning rates, the number of steps) may change without a new measurement.
+
+    Args:
+        recipe: with all sizes known; numbers of steps don't matter.
+        accelerator: device and precision.
+        say: is told before seconds are spent.
+    """
+    file = cache_dir() / "speed" / f"{_key(recipe, accelerator)}.json"
+    known = [_read(file)] if accelerator.is_main_process else []
+    (speed,) = gather_object(known)
+    if speed is not None:
+        return Speed(tuple(speed["step_sec"]), speed["forward_sec"])
+    say("measuring the speed of this machine (a few seconds a stage)")
+    steps = [_step_sec(recipe, stage, accelerator) for stage in recipe.stages]
+    measured = [steps, _forward_sec(build_model(recipe), recipe, accelerator.device)]
+    every = gather_object([measured])  # the slowest rank sets the pace
+    step_sec = tuple(max(one[0][i] for one in every) for i in range(len(steps)))
+    found = Speed(step_sec, max(one[1] for one in every))
+    if accelerator.is_main_process:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(asdict(found)))
+    return found
+
+
+def device_flops(device: torch.device) -> float:
+    """FLOPs per second that training may reach on a device, roughly: half of its matrix products'.
+
+    In the dtype that training would choose; measured in a second.
+    """
+    dtype = torch.bfloat16 if choose_precision("auto", device)[0] == "bf16" else torch.float32
+    side = 1024 if device.type == "cpu" else 8192
+    a = torch.ones(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / _seconds(lambda number: a @ a, device, least_sec=0.3) / 2
+
+
+def _key(recipe: Recipe, accelerator: Accelerator) -> str:
+    """Names what the speed depends on."""
+    stages = [
+        stage.model_dump(
+            mode="json",
+            include={"mask", "batch_size", "micro_batch_size", "activation_checkpointing"},
+        )
+        for stage in recipe.stages
+    ]
+    facts: list[Any] = [
+        device_name(accelerator.device),
+        accelerator.num_processes,
+        accelerator.mixed_precision,
+        torch.get_num_threads(),
+        torch.__version__,
+        recipe.compile,
+        recipe.data.shape,
+        recipe.model.model_dump(mode="json"),
+        stages,
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A measurement of before; None where there is none."""
+    try:
+        content: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        return content if set(content) == {"step_sec", "forward_sec"} else None
+    except (OSError, ValueError):
+        return None
+
+
+def _step_sec(recipe: Recipe, stage: Stage, accelerator: Accelerator) -> float:
+    """Seconds of a training step: batch, gradients, optimizer and average."""
+    device, num_ranks = accelerator.device, accelerator.num_processes
+    model = build_model(recipe).to(device)
+    average, optimizer = make_average(model), make_optimizer(model.parameters(), stage)
+    network = CompiledForward(model)
+    ready = make_ready(network, model, recipe, stage, accelerator, lambda text: None)
+    share = stage.batch_size // num_ranks
+    generator = torch.Generator().manual_seed(0)
+    shape = (share, *recipe.data.shape)
+    images = torch.randint(256, shape, generator=generator, dtype=torch.uint8).to(device)
+    labels = torch.zeros(share, dtype=torch.int64, device=device) if recipe.model.classes else None
+
+    def step(number: int) -> None:
+        batch = draw_batch(images, labels, recipe, stage, ready.schedule, number)
+        backward(accelerator, model, batch, ready.schedule, ready.diffusion, ready.micro_batch_size)
+        clip_gradients(accelerator, model, stage.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_average(average, model, 0.999)
+
+    return _seconds(step, device)
+
+
+@torch.no_grad()
+def _forward_sec(model: Backbone, recipe: Recipe, device: torch.device) -> float:
+    """Seconds of a network evaluation for one of many images."""
+    model = model.to(device).eval()
+    num = images_at_a_time(model, recipe.sampling)
+    values = model.patch_size**2 * model.image_shape[2]
+    patches = torch.zeros(num, model.num_patches, values, device=device)
+    positions = torch.arange(model.num_patches, device=device).repeat(num, 1)
+    labels = torch.zeros(num, dtype=torch.int64, device=device) if model.num_classes else None
+    t = torch.full((num,), 0.5, device=device)
+
+    def evaluate(number: int) -> None:
+        with autocast(device):
+            model(patches, positions, t, labels)
+
+    return _seconds(evaluate, device) / num
+
+
+def _seconds(
+    run: Callable[[int], object], device: torch.device, least_sec: float = LEAST_SEC
+) -> float:
+    """Mean seconds of a call, over as many as fit into some seconds; the first doesn't count."""
+
+    def wait() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    run(0)
+    start, num = wait(), 0
+    while True:
+        run(num + 1)
+        num += 1
+        spent = wait() - start
+        if spent > MOST_SEC or (spent > least_sec and num >= LEAST_STEPS):
+            return spent / num
