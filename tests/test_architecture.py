@@ -8,9 +8,9 @@ from pathlib import Path
 import maskdm
 
 ROOMS = (
-    "words settings choices families recipe_data recipe_evaluation recipe_length recipe recipe_files seeds files "
-    "engine images tokens masks diffusion models runs sampling evaluation export report training "
-    "commands cli __main__"
+    "words settings choices families recipe_data recipe_evaluation recipe_length recipe "
+    "recipe_files seeds files engine images tokens masks diffusion models runs sampling "
+    "evaluation export report training plan commands cli __main__"
 ).split()
 ROOT = Path(maskdm.__file__).parent
 FILES = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]

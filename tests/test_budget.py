@@ -23,6 +23,17 @@ from maskdm.training.optim import learning_rate
 from maskdm.training.speed import Speed
 from maskdm.training.work import stage_work, total_flops
 
+
+class FixedSpeed:
+    """A machine of known speed."""
+
+    def speed(self, recipe: Recipe) -> Speed:
+        return Speed((0.02, 0.04), 0.001)
+
+    def flops_per_sec(self) -> float:
+        return 1e12
+
+
 FREE = {"steps": 0, "warmup": "10%", "ema": {"kind": "power", "width": 0.1}}
 
 
@@ -61,8 +72,7 @@ def test_a_budget_in_images_is_spent(shared, tmp_path, unit, amount, images):
     assert getattr(recipe.budget, unit) == amount and recipe.budget.flops is None
 
 
-def test_hours_count_training_previews_and_measuring(shared, tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "measure_speed", lambda *_: Speed((0.02, 0.04), 0.001))
+def test_hours_count_training_previews_and_measuring(shared, tmp_path):
     recipe = Recipe(
         **{
             **shared(hours=1).model_dump(),
@@ -74,7 +84,7 @@ def test_hours_count_training_previews_and_measuring(shared, tmp_path, monkeypat
             "evaluation": {"quick_num": 50},
         }
     )
-    planned = budget.with_steps(recipe, 1797, 1697, Accelerator(cpu=True), print)
+    planned = budget.with_steps(recipe, 1797, 1697, FixedSpeed())
     training = 0.02 * planned.stages[0].steps + 0.04 * planned.stages[1].steps
     # Set points: half of the run, its end, and the first stage's end.
     previews = 3 * 10 * 20 * 0.001
@@ -272,11 +282,11 @@ def test_larger_budgets_get_larger_models(shared, tmp_path):
     for flops in (1e12, 1e16, 1e19):
         recipe = shared(flops=flops)
         recipe = Recipe(**{**recipe.model_dump(), "model": {"patch_size": 2, "size": "auto"}})
-        chosen = planning.with_size(recipe, 10**7, Accelerator(cpu=True))
+        chosen = planning.with_size(recipe, 10**7, FixedSpeed())
         sizes.append(chosen.model.embed_dim)
         assert chosen.stages[0].lr * chosen.model.embed_dim == pytest.approx(96 * 1e-3)
     assert sizes == sorted(set(sizes)) and sizes[0] == 96
-    few = planning.with_size(recipe, 100, Accelerator(cpu=True))  # 100 images of 8x8
+    few = planning.with_size(recipe, 100, FixedSpeed())  # 100 images of 8x8
     assert few.model.embed_dim == 96
 
 

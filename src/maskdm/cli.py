@@ -19,6 +19,7 @@ from maskdm.commands.compare import compare
 from maskdm.commands.evaluate import evaluate
 from maskdm.commands.inpaint import inpaint
 from maskdm.commands.pack import pack
+from maskdm.commands.plan import plan
 from maskdm.commands.recipes import recipes
 from maskdm.commands.sample import sample
 from maskdm.commands.train import train
@@ -39,6 +40,7 @@ Train raw-pixel diffusion models cheaply: masked pre-training, then denoising fi
   recipes [NAME]              list the packaged recipes, or print one
   check SOURCE                inspect images before training on them
   pack SOURCE OUT --size 64   decode images ahead of time, into a store
+  plan RECIPE                 say what a run will cost: time, memory, disk
   train RECIPE --out RUN      run a recipe's stages; the same command again continues them
   sample RUN --out FILE       draw images: a grid (.png), an array (.npz), or a folder of PNGs
   inpaint RUN IMAGE --mask M  draw the missing parts of an image
@@ -55,6 +57,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "recipes": recipes,
     "check": check,
     "pack": pack,
+    "plan": plan,
     "train": train,
     "sample": sample,
     "inpaint": inpaint,
@@ -63,7 +66,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 }
 
 
-NEEDS_NO_RUN = ("recipes", "check", "pack", "compare")
+NEEDS_NO_RUN = ("recipes", "check", "pack", "plan", "compare")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,7 +100,7 @@ def _run(name: str, arguments: list[str]) -> int:
         raise ValueError(f"unknown command {name!r}: {suggestion(name, COMMANDS)}")
     command = _deferred(COMMANDS[name])
     # The first argument decides which flags there are, and what they are by default.
-    if name == "train":
+    if name in ("train", "plan"):
         recipe = _named_recipe(arguments)
         command = functools.partial(command, settings=recipe)
         arguments = _for_all_stages(arguments, len(recipe.stages))
@@ -122,7 +125,7 @@ def _deferred(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
 
 
 def _named_recipe(arguments: list[str]) -> Recipe:
-    """The recipe that `train`'s arguments begin with: its stages decide which flags there are."""
+    """The recipe that arguments begin with: its stages decide which flags there are."""
     if arguments and not arguments[0].startswith("-"):
         own = Path(arguments[0]) / "recipe.yaml"
         return load_recipe(own if own.is_file() else arguments[0])

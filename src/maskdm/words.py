@@ -95,6 +95,15 @@ def about(seconds: float) -> str:
     return f"about {seconds / 60:.0f} min" if seconds < 6000 else f"about {seconds / 3600:.1f} h"
 
 
+def duration(seconds: float) -> str:
+    """`12 s`, `3.4 min`, `5.2 h`, `12 days`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s" if seconds >= 1 else "< 1 s"
+    if seconds < 99.5 * 60:
+        return f"{seconds / 60:.3g} min"
+    return f"{seconds / 3600:.3g} h" if seconds < 99.5 * 3600 else f"{seconds / 86400:.3g} days"
+
+
 def figure(value: float) -> str:
     """A figure with four significant digits."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"

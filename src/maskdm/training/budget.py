@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
-
-from accelerate import Accelerator
 
 from maskdm.evaluation.quick import evaluations_of_look
 from maskdm.models.build import build_model
 from maskdm.recipe import Budget, Recipe
 from maskdm.runs.checkpoint import Progress
 from maskdm.settings import changed
-from maskdm.training.speed import Speed, measure_speed
+from maskdm.training.speed import Machine, Speed
 from maskdm.training.work import StageWork, stage_work, total_flops
 from maskdm.words import about, counted, flops_text
 
@@ -21,6 +18,7 @@ MOST_ON_SAMPLES = 0.05  # part of a run's FLOPs that measuring samples in it may
 FEWEST_SAMPLES, MOST_SAMPLES = 100, 1000  # for a measurement that says something (auto)
 MOST_BESIDES = 0.5  # part of a budget that may go to what is not its stages' training
 FEWEST_STEPS = 10  # of a stage
+MANY_IMAGES = 100_000  # stand for an unknown number: more than a measurement takes
 INTERVALS = ("log_every", "checkpoint_every", "preview_every", "evaluate_every")
 
 
@@ -77,8 +75,7 @@ def with_steps(
     recipe: Recipe,
     num_images: int,
     num_train: int,
-    accelerator: Accelerator,
-    say: Callable[[str], None],
+    machine: Machine,
     rescale: bool = False,
 ) -> Recipe:
     """A recipe whose stages have as many steps as its budget allows. To be called on every rank.
@@ -88,8 +85,7 @@ def with_steps(
 
     Args:
         num_images: of the source; `num_train` of them are trained on.
-        accelerator: the machine, for a budget in hours.
-        say: is told what takes a while.
+        machine: on which a budget in hours is spent.
 
     Raises ValueError for a budget that is too small.
     """
@@ -97,7 +93,7 @@ def with_steps(
     if recipe.is_planned and not (rescale and recipe.budget.is_set):
         return _with_quick_num(changed(recipe, budget=Budget()), works)
     budget = recipe.budget
-    speed = measure_speed(recipe, accelerator, say) if budget.hours else None
+    speed = machine.speed(recipe) if budget.hours else None
     wanted = budget.flops or budget.images or (budget.epochs or 0) * num_train
     if budget.hours:
         wanted = 3600 * budget.hours
@@ -132,8 +128,7 @@ def longer(
     recipe: Recipe,
     extra: Budget,
     progress: Progress,
-    accelerator: Accelerator,
-    say: Callable[[str], None],
+    machine: Machine,
     num_train: int,
 ) -> Recipe:
     """A planned recipe with more steps in the stages that are not over, in proportion.
@@ -143,10 +138,11 @@ def longer(
     Args:
         extra: what the run gets on top.
         progress: of the run.
+        machine: on which hours are spent.
         num_train: images that are trained on.
     """
     works = stage_work(recipe, build_model(recipe))
-    speed = measure_speed(recipe, accelerator, say) if extra.hours else None
+    speed = machine.speed(recipe) if extra.hours else None
     prices = _prices(recipe, works, extra, speed)
     amount = extra.flops or extra.images or (extra.epochs or 0) * num_train
     if extra.hours:

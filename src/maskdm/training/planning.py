@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from maskdm.engine import process_state
 from maskdm.families import MODEL_SIZES
 from maskdm.files import write_text
 from maskdm.images.order import training_subset
@@ -23,8 +22,9 @@ from maskdm.runs.changes import extended
 from maskdm.runs.checkpoint import Progress
 from maskdm.runs.folder import progress_of
 from maskdm.settings import changed
-from maskdm.training.budget import INTERVALS, longer, scaled, with_steps
-from maskdm.training.speed import device_flops, measure_speed
+from maskdm.training.budget import INTERVALS, MANY_IMAGES, longer, scaled, with_steps
+from maskdm.training.speed import Machine
+from maskdm.training.speed import ThisMachine as ThisMachine
 from maskdm.training.work import stage_work, total_flops
 
 # Floating-point operations for each token that a model sees are 6 a parameter; tokens for each
@@ -116,8 +116,7 @@ def planned(
     wish: Wish,
     run_dir: Path,
     store: Store,
-    accelerator: Accelerator,
-    say: Callable[[str], None],
+    machine: Machine,
 ) -> Recipe:
     """The recipe with all numbers: of the run in the folder, or computed from images and budget.
 
@@ -126,22 +125,39 @@ def planned(
     Raises ValueError for a budget that is too small, or on a run that has another kind of budget,
     and for classes that only some images have.
     """
-    draft = scaled(recipe, wish.shrink) if wish.shrink != 1 else recipe
-    num_train = len(training_subset(len(store), draft.data))
+    num_train = len(training_subset(len(store), recipe.data))
     before: Recipe | None = None
-    if accelerator.is_main_process and (run_dir / "recipe.yaml").is_file():
+    if process_state().is_main_process and (run_dir / "recipe.yaml").is_file():
         before = load_recipe(run_dir / "recipe.yaml")
     (before,) = broadcast_object_list([before])
     if before is not None and wish.control == "none":
-        return _continued(draft, before, wish, run_dir, num_train, accelerator, say)
+        draft = scaled(recipe, wish.shrink) if wish.shrink != 1 else recipe
+        return _continued(draft, before, wish, run_dir, num_train, machine)
+    return with_numbers(with_classes(recipe, store), wish, len(store), num_train, machine)
+
+
+def with_numbers(
+    recipe: Recipe, wish: Wish, num_images: int | None, num_train: int | None, machine: Machine
+) -> Recipe:
+    """A recipe with classes known, of the length that is wished for; or its control.
+
+    Args:
+        num_images: of the source; `num_train` of them are trained on. None = unknown.
+
+    Raises ValueError for a budget that is too small, or in epochs of unknown images.
+    """
+    draft = scaled(recipe, wish.shrink) if wish.shrink != 1 else recipe
     if wish.budget.is_set:
         draft = changed(draft, budget=wish.budget.model_dump())
-    draft = with_size(with_classes(draft, store), num_train, accelerator)
-    rescale = wish.budget.is_set
-    result = with_steps(draft, len(store), num_train, accelerator, say, rescale)
-    if wish.control == "dense":
-        return dense_control(result, wish.control_equal, accelerator, say)
-    return result
+    if num_train is None and draft.budget.epochs:
+        raise ValueError(
+            f"{draft.data.source} cannot be counted, so a budget in epochs means nothing: use "
+            "--images"
+        )
+    num_images, num_train = num_images or MANY_IMAGES, num_train or MANY_IMAGES
+    draft = with_size(draft, num_train, machine)
+    result = with_steps(draft, num_images, num_train, machine, rescale=wish.budget.is_set)
+    return result if wish.control == "none" else dense_control(result, wish.control_equal, machine)
 
 
 def with_classes(recipe: Recipe, store: Store) -> Recipe:
@@ -161,7 +177,7 @@ def with_classes(recipe: Recipe, store: Store) -> Recipe:
     return changed(recipe, model=changed(recipe.model, num_classes=num if num > 1 else 0))
 
 
-def with_size(recipe: Recipe, num_train: int, accelerator: Accelerator) -> Recipe:
+def with_size(recipe: Recipe, num_train: int, machine: Machine) -> Recipe:
     """The recipe with a model that fits images and budget, where its size is `auto`.
 
     The largest of `MODEL_SIZES` that sees 100 tokens for each of its parameters within the budget,
@@ -171,7 +187,7 @@ def with_size(recipe: Recipe, num_train: int, accelerator: Accelerator) -> Recip
         return recipe
     if recipe.model.size != "auto":
         return with_row(recipe, recipe.model.size)
-    flops = flops_of_budget(recipe, num_train, accelerator)
+    flops = flops_of_budget(recipe, num_train, machine)
     values = num_train * math.prod(recipe.data.shape)
     most = min(math.sqrt(flops / (6 * TOKENS_PER_PARAMETER)), values)
     fitting = [name for name in MODEL_SIZES if MODEL_SIZES[name].num_params <= most]
@@ -191,28 +207,25 @@ def with_row(recipe: Recipe, size: str) -> Recipe:
     return changed(recipe, model=model, stages=rates)
 
 
-def flops_of_budget(recipe: Recipe, num_train: int, accelerator: Accelerator) -> float:
+def flops_of_budget(recipe: Recipe, num_train: int, machine: Machine) -> float:
     """Roughly how many FLOPs a run has, before its model is known."""
     budget = recipe.budget
     if budget.flops:
         return budget.flops
     smallest = with_row(recipe, next(iter(MODEL_SIZES)))
     if budget.hours:
-        (speed,) = broadcast_object_list([device_flops(accelerator.device)])
-        return float(speed) * accelerator.num_processes * 3600 * budget.hours
+        return machine.flops_per_sec() * 3600 * budget.hours
     works = stage_work(smallest, build_model(smallest))
     images = budget.images or (budget.epochs or 0) * num_train
     each = works[-1].step_flops / recipe.stages[-1].batch_size
     return images * each if images else total_flops(smallest, works)
 
 
-def dense_control(
-    recipe: Recipe, equal: str, accelerator: Accelerator, say: Callable[[str], None]
-) -> Recipe:
+def dense_control(recipe: Recipe, equal: str, machine: Machine) -> Recipe:
     """A planned recipe's control: its last stage's settings alone, without a mask.
 
     Args:
-        equal: `flops`, `time` (on this machine) or `steps`, to within a step.
+        equal: `flops`, `time` (on the machine) or `steps`, to within a step.
     """
     last = changed(recipe.stages[-1], name="dense", mask={"kind": "none", "rate": 0.0})
     control = changed(recipe, stages=(last.model_dump() | {"restarts": ()},), budget=Budget())
@@ -220,11 +233,11 @@ def dense_control(
     if equal == "steps":
         steps = recipe.num_steps
     elif equal == "time":
-        masked = measure_speed(recipe, accelerator, say)
+        masked = machine.speed(recipe)
         seconds = sum(
             s * stage.steps for s, stage in zip(masked.step_sec, recipe.stages, strict=True)
         )
-        steps = round(seconds / measure_speed(control, accelerator, say).step_sec[0])
+        steps = round(seconds / machine.speed(control).step_sec[0])
     else:
         steps = round(total_flops(recipe, works) / dense[0].step_flops)
     stage = changed(last, restarts=(), steps=max(1, steps))
@@ -243,8 +256,7 @@ def _continued(
     wish: Wish,
     run_dir: Path,
     num_train: int,
-    accelerator: Accelerator,
-    say: Callable[[str], None],
+    machine: Machine,
 ) -> Recipe:
     """The recipe that continues the run in a folder: with its numbers, or longer."""
     (progress,) = broadcast_object_list([progress_of(run_dir)])
@@ -252,7 +264,7 @@ def _continued(
     asked = _with_numbers_of(before, draft, with_lengths=wish.budget.is_set)
     if wish.budget.is_set and (wish.more or wish.budget != before.budget):
         extra, total = _extra(wish, before.budget, run_dir)
-        asked = longer(asked, extra, progress, accelerator, say, num_train)
+        asked = longer(asked, extra, progress, machine, num_train)
         asked = changed(asked, budget=total.model_dump())
     if len(asked.stages) != len(before.stages):
         return asked

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from maskdm.engine import autocast, choose_precision, device_name
 from maskdm.files import write_text
@@ -41,6 +41,38 @@ class Speed:
 
     step_sec: tuple[float, ...]
     forward_sec: float
+
+
+class Machine(Protocol):
+    """What a budget in hours is spent on."""
+
+    def speed(self, recipe: Recipe) -> Speed:
+        """The speed of a recipe whose sizes are all known. To be called on every rank."""
+
+    def flops_per_sec(self) -> float:
+        """Roughly what training reaches on all devices, before a model is known."""
+
+
+@dataclass(frozen=True)
+class ThisMachine:
+    """The machine that this process runs on.
+
+    Attributes:
+        accelerator: its devices.
+        say: is told before seconds are spent.
+    """
+
+    accelerator: Accelerator
+    say: Callable[[str], None] = print
+
+    def speed(self, recipe: Recipe) -> Speed:
+        """See `measure_speed`."""
+        return measure_speed(recipe, self.accelerator, self.say)
+
+    def flops_per_sec(self) -> float:
+        """Half of what its matrix products reach."""
+        (flops,) = broadcast_object_list([device_flops(self.accelerator.device)])
+        return float(flops) * self.accelerator.num_processes
 
 
 def measure_speed(

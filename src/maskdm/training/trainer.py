@@ -22,7 +22,14 @@ from maskdm.training.checkups import Checkups
 from maskdm.training.ema import decay_of, make_average, restart_average, update_average
 from maskdm.training.monitor import Monitor
 from maskdm.training.optim import clip_gradients, enter_stage, learning_rate, make_optimizer
-from maskdm.training.planning import Amount, Wish, budget_of, planned, recipe_and_folder
+from maskdm.training.planning import (
+    Amount,
+    ThisMachine,
+    Wish,
+    budget_of,
+    planned,
+    recipe_and_folder,
+)
 from maskdm.training.ready import make_ready
 from maskdm.training.start import (
     claimed,
@@ -104,9 +111,9 @@ def train(
     accelerator, precision, reason = make_accelerator(recipe.precision)
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     refuse_recipe(recipe, run_dir, num_ranks)
-    say = print if show and rank == 0 else (lambda text: None)
+    machine = ThisMachine(accelerator, print if show and rank == 0 else lambda text: None)
     store = open_images(recipe, accelerator, show)
-    recipe = planned(recipe, wish, run_dir, store, accelerator, say)
+    recipe = planned(recipe, wish, run_dir, store, machine)
     model, transferred = initial_model(recipe, run_dir, store)
     works = stage_work(recipe, model)
     checkups = Checkups(recipe, run_dir, store, works, accelerator)

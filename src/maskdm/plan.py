@@ -1,0 +1,304 @@
+"""What a run will cost before it begins: compute, time, memory, disk, and what looks unwise."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from maskdm.choices import named
+from maskdm.engine import device_name, make_accelerator, process_state
+from maskdm.images.open import open_source
+from maskdm.images.order import training_subset
+from maskdm.images.store import is_store, open_store
+from maskdm.models.backbone import Backbone
+from maskdm.models.build import build_model
+from maskdm.recipe import Recipe, Stage
+from maskdm.settings import changed
+from maskdm.training.costs import Costs, costs_of
+from maskdm.training.ema import share_of_first
+from maskdm.training.planning import Wish, with_numbers
+from maskdm.training.speed import Machine, Speed, ThisMachine
+from maskdm.training.work import stage_work
+from maskdm.words import counted, size_text
+
+MANY_EPOCHS, FEW_IMAGES = 1000, 20_000  # beyond which, and below which, copies are to be expected
+MOST_KEPT = 0.1  # part of a stage's first weights that an average may keep
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU.
+
+    Attributes:
+        title: its name in print.
+        peak: FLOPs per second of dense matrix products, in bf16 (V100, T4: fp16) with fp32 sums.
+        memory: bytes.
+    """
+
+    title: str
+    peak: float
+    memory: float
+
+
+# Manufacturer's data sheets; dense, without sparsity.
+GPUS: dict[str, Gpu] = {
+    "t4": Gpu("T4", 65e12, 16e9),
+    "v100": Gpu("V100", 125e12, 32e9),
+    "l4": Gpu("L4", 121e12, 24e9),
+    "rtx3090": Gpu("RTX 3090", 71e12, 24e9),
+    "rtx4090": Gpu("RTX 4090", 165e12, 24e9),
+    "rtx5090": Gpu("RTX 5090", 209e12, 32e9),
+    "a100": Gpu("A100", 312e12, 80e9),
+    "h100": Gpu("H100", 989e12, 80e9),
+    "h200": Gpu("H200", 989e12, 141e9),
+    "b200": Gpu("B200", 2250e12, 180e9),
+}
+SHARE = 0.3  # of a peak that training reaches; the paper's runs reached 0.20 to 0.23
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a training step holds on each device, at most."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes on disk: the packed images, the run's checkpoints and model, what evaluate keeps."""
+
+    store: int | None
+    checkpoints: int
+    model: int
+    evaluation: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost.
+
+    Attributes:
+        recipe: with all numbers.
+        num_params: of the model.
+        num_patches: tokens of a whole image.
+        machine: where, in words.
+        costs: compute and time.
+        memory: of the most expensive stage.
+        disk: bytes.
+        warnings: what looks unwise, in sentences.
+    """
+
+    recipe: Recipe
+    num_params: int
+    num_patches: int
+    machine: str
+    costs: Costs
+    memory: Memory
+    disk: Disk
+    warnings: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as JSON's types: seconds, bytes, FLOPs."""
+        facts = asdict(self) | {"recipe": self.recipe.model_dump(mode="json")}
+        facts["costs"]["total_seconds"] = self.costs.total_seconds
+        facts["memory"]["total"] = self.memory.total
+        return facts
+
+
+def make_plan(
+    recipe: Recipe,
+    machine: str,
+    speed: Speed,
+    num_images: int | None,
+    num_train: int | None,
+    num_devices: int = 1,
+    bytes_of_compute: int = 4,
+) -> Plan:
+    """Plans a recipe whose numbers are all known.
+
+    Args:
+        recipe: planned.
+        machine: in words.
+        speed: of the machine.
+        num_images, num_train: of the source, and those trained on; None = unknown.
+        num_devices: the batch is divided among so many.
+        bytes_of_compute: 4 for fp32, 2 for bf16 and fp16.
+    """
+    model = build_model(recipe)
+    num_params = sum(p.numel() for p in model.parameters())
+    memories = [
+        memory_of(recipe, stage, model, num_devices, bytes_of_compute) for stage in recipe.stages
+    ]
+    costs = costs_of(recipe, model, speed, num_images, num_train)
+    pixels = math.prod(recipe.data.shape)
+    state = 4 * num_params * 4  # weights, average, two moments
+    return Plan(
+        recipe,
+        num_params,
+        model.num_patches,
+        machine,
+        costs,
+        max(memories, key=lambda one: one.total),
+        Disk(
+            None if num_images is None else num_images * pixels,
+            state * (recipe.keep_checkpoints + len(recipe.stages) - 1),
+            4 * num_params,
+            recipe.evaluation.num * pixels,
+        ),
+        warnings_of(recipe, costs, num_params, num_train),
+    )
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """GPUs that are not here, as a machine for budgets: they reach a share of their peak."""
+
+    name: str
+    num: int = 1
+    share: float = SHARE
+
+    def speed(self, recipe: Recipe) -> Speed:
+        """Its FLOPs over those per second."""
+        model = build_model(recipe)
+        each = self.flops_per_sec()
+        steps = tuple(work.step_flops / each for work in stage_work(recipe, model))
+        return Speed(steps, model.forward_flops(model.num_patches) / each)
+
+    def flops_per_sec(self) -> float:
+        """Of all of them."""
+        return GPUS[self.name].peak * self.share * self.num
+
+
+def planned_run(
+    recipe: Recipe,
+    wish: Wish,
+    gpu: str | None = None,
+    num_gpus: int = 1,
+    share: float | None = None,
+) -> Plan:
+    """Plans a recipe on this machine or, with the name of one of `GPUS`, on those.
+
+    The images are counted, not read; where that is not possible, epochs remain unknown.
+
+    Raises ValueError for an unknown GPU, and where the recipe needs to know its images.
+    """
+    num_images = count_images(recipe)
+    num_train = None if num_images is None else len(training_subset(num_images, recipe.data))
+    device = process_state().device
+    where: Machine
+    if gpu is None:
+        accelerator, precision, _ = make_accelerator(recipe.precision)
+        where, num = (
+            ThisMachine(accelerator, lambda text: print(text, file=sys.stderr)),
+            accelerator.num_processes,
+        )
+        machine = f"{num} x {device_name(device)}, {precision}"
+    else:
+        named(gpu, GPUS, "GPU")
+        where, num, precision = Gpus(gpu, num_gpus, share or SHARE), num_gpus, "bf16"
+        machine = f"{num_gpus} x {GPUS[gpu].title} at {100 * where.share:.0f} % of the peak"
+    if recipe.model.num_classes == "auto":  # which hardly changes the cost
+        recipe = changed(recipe, model=changed(recipe.model, num_classes=0))
+    ready = with_numbers(recipe, wish, num_images, num_train, where)
+    size = 4 if precision == "fp32" else 2
+    plan = make_plan(ready, machine, where.speed(ready), num_images, num_train, num, size)
+    if gpu is not None and plan.memory.total > GPUS[gpu].memory:
+        plan.warnings.append(
+            f"a step needs {size_text(plan.memory.total)}, but a {GPUS[gpu].title} has "
+            f"{size_text(GPUS[gpu].memory)}: set --stages.all.micro-batch-size auto"
+        )
+    return plan
+
+
+def count_images(recipe: Recipe) -> int | None:
+    """Number of images of the source, unreadable ones too; None where it is not known."""
+    if is_store(Path(recipe.data.source).expanduser()):
+        return len(open_store(recipe.data, progress=False))
+    try:
+        return open_source(recipe.data.source).num_images
+    except ValueError:
+        return None
+
+
+def memory_of(
+    recipe: Recipe, stage: Stage, model: Backbone, num_devices: int = 1, bytes_of_compute: int = 4
+) -> Memory:
+    """The memory of a stage's step on each device.
+
+    Activations are those that autograd keeps between the forward and the backward pass, counted on
+    tensors without content, and the largest of them once more for what is computed meanwhile.
+    """
+    num_bytes = 4 * sum(p.numel() for p in model.parameters())
+    share = math.ceil(stage.batch_size / num_devices)
+    size = stage.micro_batch_size if isinstance(stage.micro_batch_size, int) else share
+    (work,) = stage_work(recipe.model_copy(update={"stages": (stage,)}))
+    kept, largest = _saved_bytes(recipe, min(size, share), work.num_visible)
+    activations = (kept + 2 * largest) * bytes_of_compute // 4
+    return Memory(num_bytes, num_bytes, 2 * num_bytes, num_bytes, activations)
+
+
+def _saved_bytes(recipe: Recipe, num: int, num_visible: int) -> tuple[int, int]:
+    """Bytes that autograd keeps of a forward pass in fp32, and those of the largest tensor."""
+    saved: dict[int, int] = {}
+    model = build_model(recipe)
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                saved[storage._cdata] = storage.nbytes()
+            return tensor
+
+        patches = torch.empty(num, num_visible, model.patch_size**2 * recipe.data.channels)
+        positions = torch.empty(num, num_visible, dtype=torch.int64)
+        labels = torch.empty(num, dtype=torch.int64) if model.num_classes else None
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            answer = model(patches, positions, torch.empty(num), labels)  # keeps the graph alive
+        del answer
+    return sum(saved.values()), max(saved.values())
+
+
+def warnings_of(recipe: Recipe, costs: Costs, num_params: int, num_train: int | None) -> list[str]:
+    """What looks unwise about a planned recipe."""
+    found = []
+    epochs = sum(stage.epochs or 0 for stage in costs.stages)
+    if num_train is not None and epochs > MANY_EPOCHS and num_train < FEW_IMAGES:
+        found.append(
+            f"{num_train:,} images and a network of {num_params / 1e6:.3g} M parameters: each "
+            f"image is seen {epochs:,.0f} times, so expect copies of them; use more images, a "
+            "smaller network or a smaller budget"
+        )
+    for i, stage in enumerate(recipe.stages):
+        if num_train is not None and stage.batch_size > num_train:
+            found.append(
+                f"stage {stage.name}: a batch of {counted(stage.batch_size, 'image')} is more than "
+                f"the {num_train:,} that there are: try --stages.{i}.batch-size {num_train}"
+            )
+        if (kept := share_of_first(stage)) > MOST_KEPT:
+            found.append(
+                f"stage {stage.name}: its average keeps {100 * kept:.0f} % of its first weights: "
+                f"try --stages.{i}.ema.kind power"
+            )
+    return found

@@ -1,0 +1,128 @@
+"""What a planned recipe costs: images, tokens, compute, and the time that they take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from maskdm.families import GUIDANCE, SAMPLERS
+from maskdm.models.backbone import Backbone
+from maskdm.recipe import Recipe
+from maskdm.training.budget import MANY_IMAGES, besides
+from maskdm.training.speed import Speed
+from maskdm.training.work import stage_work, total_flops
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage of training costs.
+
+    Attributes:
+        name: of the stage.
+        hidden: the fraction of the patches that is really hidden.
+        steps, images: optimizer steps; images seen.
+        epochs: passes over the training images; None = their number is unknown.
+        tokens: visible patches seen.
+        flops: floating-point operations.
+        seconds: of training on the machine in question; None = unknown.
+    """
+
+    name: str
+    hidden: float
+    steps: int
+    images: int
+    epochs: float | None
+    tokens: int
+    flops: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a run costs, and what its model costs afterwards.
+
+    Attributes:
+        stages: of training.
+        flops: of all of them.
+        seconds: of training; None = unknown.
+        preview_flops, measuring_flops: of all previews, and of all measurements, in the run.
+        preview_seconds, measuring_seconds: their time; None = unknown.
+        image_flops, image_seconds: of an image that is drawn as the recipe samples.
+        evaluate_flops, evaluate_seconds: of drawing the images of `maskdm evaluate`.
+    """
+
+    stages: tuple[StageCost, ...]
+    flops: int
+    seconds: float | None
+    preview_flops: int
+    measuring_flops: int
+    preview_seconds: float | None
+    measuring_seconds: float | None
+    image_flops: int
+    image_seconds: float | None
+    evaluate_flops: int
+    evaluate_seconds: float | None
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Of the whole run, with previews and measuring; None = unknown."""
+        parts = (self.seconds, self.preview_seconds, self.measuring_seconds)
+        known = [part for part in parts if part is not None]
+        return sum(known) if len(known) == len(parts) else None
+
+
+def costs_of(
+    recipe: Recipe,
+    model: Backbone,
+    speed: Speed | None = None,
+    num_images: int | None = None,
+    num_train: int | None = None,
+) -> Costs:
+    """The costs of a planned recipe.
+
+    Args:
+        model: the recipe's; only its sizes matter.
+        speed: of the machine in question; None = times are unknown.
+        num_images, num_train: of the source, and those trained on; None = unknown.
+    """
+    works = stage_work(recipe, model)
+    stages = []
+    for i, (stage, work) in enumerate(zip(recipe.stages, works, strict=True)):
+        images = stage.steps * stage.batch_size
+        stages.append(
+            StageCost(
+                stage.name,
+                work.hidden,
+                stage.steps,
+                images,
+                None if num_train is None else images / num_train,
+                images * work.num_visible,
+                stage.steps * work.step_flops,
+                None if speed is None else stage.steps * speed.step_sec[i],
+            )
+        )
+    one = model.forward_flops(model.num_patches)  # a network evaluation of a whole image
+    sec = None if speed is None else speed.forward_sec
+    apart = besides(recipe, num_images or MANY_IMAGES)
+    sampling = recipe.sampling
+    each = sampling.steps * SAMPLERS[sampling.sampler].evaluations
+    each *= GUIDANCE[sampling.guidance.kind].evaluations
+    each *= 2 if GUIDANCE[sampling.guidance.kind].needs_model else 1
+    drawn = each * recipe.evaluation.num
+
+    def time(evaluations: int) -> float | None:
+        return None if sec is None else evaluations * sec
+
+    return Costs(
+        tuple(stages),
+        total_flops(recipe, works),
+        None if speed is None else math.fsum(stage.seconds or 0 for stage in stages),
+        apart.previews * one,
+        apart.measuring * one,
+        time(apart.previews),
+        time(apart.measuring),
+        each * one,
+        time(each),
+        drawn * one,
+        time(drawn),
+    )
