@@ -106,7 +106,7 @@ def test_measured_evaluations_are_those_that_a_look_takes(tiny, changed, tmp_pat
     counted = []
     look = QuickLook.__call__
 
-    def counting(self, trained):
+    def counting(self, trained, progress):
         def count(module, arguments):
             counted.append(len(arguments[0]))
 

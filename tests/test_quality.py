@@ -310,7 +310,7 @@ def test_a_kill_between_saving_and_measuring_is_caught_up(measured, unbroken, tm
     calls: list[int] = []
     look = QuickLook.__call__
 
-    def measure_or_die(self: QuickLook, model: TrainedModel) -> dict:
+    def measure_or_die(self: QuickLook, model: TrainedModel, progress: bool) -> dict:
         if len(calls) == num_before:
             raise Interrupted
         calls.append(1)

@@ -21,15 +21,11 @@ from maskdm.models.backbone import Backbone
 from maskdm.models.build import build_model
 from maskdm.recipe import Recipe, Stage
 from maskdm.settings import changed
-from maskdm.training.costs import Costs, costs_of
-from maskdm.training.ema import share_of_first
+from maskdm.training.costs import Costs, costs_of, warnings_of
 from maskdm.training.planning import Wish, with_numbers
 from maskdm.training.speed import Machine, Speed, ThisMachine
 from maskdm.training.work import stage_work
-from maskdm.words import counted, size_text
-
-MANY_EPOCHS, FEW_IMAGES = 1000, 20_000  # beyond which, and below which, copies are to be expected
-MOST_KEPT = 0.1  # part of a stage's first weights that an average may keep
+from maskdm.words import size_text
 
 
 @dataclass(frozen=True)
@@ -278,27 +274,3 @@ def _saved_bytes(recipe: Recipe, num: int, num_visible: int) -> tuple[int, int]:
             answer = model(patches, positions, torch.empty(num), labels)  # keeps the graph alive
         del answer
     return sum(saved.values()), max(saved.values())
-
-
-def warnings_of(recipe: Recipe, costs: Costs, num_params: int, num_train: int | None) -> list[str]:
-    """What looks unwise about a planned recipe."""
-    found = []
-    epochs = sum(stage.epochs or 0 for stage in costs.stages)
-    if num_train is not None and epochs > MANY_EPOCHS and num_train < FEW_IMAGES:
-        found.append(
-            f"{num_train:,} images and a network of {num_params / 1e6:.3g} M parameters: each "
-            f"image is seen {epochs:,.0f} times, so expect copies of them; use more images, a "
-            "smaller network or a smaller budget"
-        )
-    for i, stage in enumerate(recipe.stages):
-        if num_train is not None and stage.batch_size > num_train:
-            found.append(
-                f"stage {stage.name}: a batch of {counted(stage.batch_size, 'image')} is more than "
-                f"the {num_train:,} that there are: try --stages.{i}.batch-size {num_train}"
-            )
-        if (kept := share_of_first(stage)) > MOST_KEPT:
-            found.append(
-                f"stage {stage.name}: its average keeps {100 * kept:.0f} % of its first weights: "
-                f"try --stages.{i}.ema.kind power"
-            )
-    return found

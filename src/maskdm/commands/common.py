@@ -10,10 +10,13 @@ import tyro
 
 from maskdm.families import GUIDANCE
 from maskdm.recipe import Guidance, Sampling
+from maskdm.words import about, counted
 
 if TYPE_CHECKING:
     from maskdm.runs.load import Loaded
 
+WORTH_SAYING_SEC, LONG_SEC = 10, 300  # of drawing images
+MANY_STEPS = 100  # of a solver
 DONE, FAILED, WRONG_USAGE, STOPPED = 0, 1, 2, 3  # exit codes
 
 # How arguments read in the help. Where None means "as the recipe says", the text says so.
@@ -56,6 +59,33 @@ def load(run: str, sampling: Sampling) -> tuple[Loaded, Loaded | None]:
         weak = load_weak(strong.location, guidance.weak, say_note)
         weak.trained.model.to(device)
     return strong, weak
+
+
+def say_how_long(
+    strong: Loaded, settings: Sampling, num: int, weak: Loaded | None, factor: int = 1
+) -> None:
+    """Says how long drawing images takes, where it is more than seconds, and what is faster.
+
+    Args:
+        num: images.
+        factor: how often each step of the solver is taken.
+    """
+    from maskdm.engine import process_state
+    from maskdm.sampling.speed import seconds_of_sampling
+
+    weak_model = weak.trained if weak else None
+    seconds = factor * seconds_of_sampling(strong.trained, settings, num, weak_model)
+    seconds /= process_state().num_processes
+    if not is_main_process() or seconds < WORTH_SAYING_SEC:
+        return
+    text = f"drawing {counted(num, 'image')} by {sampling_text(settings)}: {about(seconds)} here"
+    if seconds > LONG_SEC:
+        fewer = int(float(f"{num * LONG_SEC / seconds:.1g}"))
+        steps = settings.steps * factor > MANY_STEPS
+        ways = [f"--num {fewer:,}".replace(",", "")] * (fewer >= 4)
+        ways += ["--sampler unipc --steps 20"] * (steps and factor == 1)
+        text += f"; for a faster look: {' or '.join(ways)}" if ways else ""
+    print(text, file=sys.stderr)
 
 
 def is_main_process() -> bool:

@@ -16,6 +16,7 @@ from maskdm.commands.common import (
     is_main_process,
     load,
     quiet,
+    say_how_long,
 )
 from maskdm.commands.evaluation_text import evaluation_text
 from maskdm.families import MetricName
@@ -102,6 +103,7 @@ def evaluate(
         wanted = changed(wanted, **changes, num=num)
         folder = Path(run) / "evaluation" if location.run is None and Path(run).is_dir() else None
         drawn_by = range(seed, seed + seeds)
+        say_how_long(strong, sampling, wanted.num * seeds, weak)
         result = evaluate_model(strong, wanted, sampling, weak, reference, drawn_by, folder, True)
     else:
         if sampling != Sampling() or (seed, seeds) != (0, 1):

@@ -17,6 +17,7 @@ from maskdm.commands.common import (
     load,
     quiet,
     sampling_text,
+    say_how_long,
 )
 from maskdm.recipe import Data
 
@@ -81,6 +82,7 @@ def inpaint(
     if number is None and config.num_classes and config.label_dropout:
         number = config.num_classes  # no class
     labels = None if number is None else torch.full((num,), number)
+    say_how_long(strong, settings, num, weak, resamplings)
     weak_model, progress = weak.trained if weak else None, sys.stderr.isatty()
     how = (num, seed, resamplings, jump, labels, weak_model, progress)
     images = inpaint(strong.trained, settings, picture, unknown, *how)

@@ -16,6 +16,7 @@ from maskdm.commands.common import (
     load,
     quiet,
     sampling_text,
+    say_how_long,
 )
 from maskdm.recipe import Mask
 
@@ -73,6 +74,7 @@ def sample(
         visible = masks_of_images(mask, model.grid, range(num), seed)
         of = f", {visible.shape[1]} of {math.prod(model.grid)} patches each ({mask_text(mask)})"
     labels = None if label is None else class_numbers(model.config, label, num)
+    say_how_long(strong, settings, num, weak)
     images = generate_on_all_ranks(
         strong.trained,
         settings,
@@ -91,4 +93,6 @@ def sample(
         of += f", class {class_text(model.config, int(labels[0]))}"
     print(f"{num} images from {strong.location.folder}, seed {seed}, {sampling_text(settings)}{of}")
     print(f"-> {out}")
+    if strong.location.run is not None:
+        print(f"next    maskdm evaluate {strong.location.run}")
     return DONE

@@ -74,13 +74,17 @@ class QuickLook:
                     "0 leaves them out)"
                 ) from None
 
-    def __call__(self, trained: TrainedModel) -> dict[str, Any]:
+    def __call__(self, trained: TrainedModel, progress: bool = False) -> dict[str, Any]:
         """Measures a model, for a line of quality.jsonl. To be called on every rank.
 
         Gives `dense_loss_train`, the dense loss on images trained on; `dense_loss` on held-out
         images, if there are any; `dense_loss_by_time`, the latter (or else the former) by time. On
         the first rank, where samples are drawn: their figures with errors, `sliced` and
         `sliced_error` and so on, `num`, `features`, `features_sha256`.
+
+        Args:
+            trained: the model.
+            progress: show a bar while samples are drawn.
         """
         by_time = dense_loss(trained, *self._images(self._trained_on), self._sampling)
         line = {"dense_loss_train": float(by_time.mean()), "dense_loss_by_time": by_time.tolist()}
@@ -89,16 +93,16 @@ class QuickLook:
             figures = _measured(Compared(self._settings, model=model, is_quick=True))
             line |= {name: value for name, value in figures.items() if value is not None}
         if self._num:
-            line |= self._of_samples(trained)
+            line |= self._of_samples(trained, progress)
         return line
 
     def _images(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Images and, for a model with classes, their labels."""
         return self._store.images[chosen], None if self._labels is None else self._labels[chosen]
 
-    def _of_samples(self, trained: TrainedModel) -> dict[str, Any]:
+    def _of_samples(self, trained: TrainedModel, progress: bool) -> dict[str, Any]:
         """Figures of a few samples; on ranks other than the first none."""
-        images = generate_on_all_ranks(trained, self._sampling, self._num, SEED)
+        images = generate_on_all_ranks(trained, self._sampling, self._num, SEED, progress=progress)
         vectors = _vectors(images, self._features)
         if self._reference is None:
             some = self._store.images

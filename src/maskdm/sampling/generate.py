@@ -104,7 +104,8 @@ def generate(
 
     num_visible = model.num_patches if visible is None else visible.shape[1]
     compile_for_sampling(trained, settings, weak, len(indices), num_visible)
-    with tqdm(total=len(indices), desc="sampling", unit="img", disable=not progress) as bar:
+    num, off = len(indices), not progress
+    with tqdm(total=num, desc="sampling", unit="img", leave=False, disable=off) as bar:
         parts = in_parts(model, settings, len(indices), draw)
     return np.concatenate([np.empty((0, *shape), np.uint8), *parts])
 

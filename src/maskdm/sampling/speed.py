@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -22,6 +23,7 @@ from maskdm.sampling.denoise import x0_denoiser
 TOKENS_ON_CPU = 2048  # within its caches: MaskDM-S was fastest so
 TOKENS_ON_GPU = 65_536  # rows of its matrix products; an estimate
 MOST_AT_A_TIME = 1024  # of tiny images
+LEAST_CALLS = 3  # of a measurement
 COMPILE_FROM_FLOPS = 1e17  # minutes of a GPU; less is over before compiling has paid
 
 T = TypeVar("T")
@@ -152,3 +154,54 @@ def _compile(trained: TrainedModel, settings: Sampling, num: int, num_visible: i
         forward.compile((size, num_visible, values), lambda: attempt(slice(0, size)))
     except NotCompiled as error:
         warnings.warn(f"not compiled, runs eagerly: {error}", stacklevel=2)
+
+
+def seconds_of_sampling(
+    trained: TrainedModel, settings: Sampling, num: int, weak: TrainedModel | None = None
+) -> float:
+    """Seconds that drawing images takes on the model's device: measured for an instant."""
+    evaluations = settings.steps * SAMPLERS[settings.sampler].evaluations
+    seconds = seconds_of_answer(trained.model, settings, least_sec=0.2)
+    each = seconds * GUIDANCE[settings.guidance.kind].evaluations
+    if weak is not None and GUIDANCE[settings.guidance.kind].needs_model:
+        each += seconds_of_answer(weak.model, settings, least_sec=0.2)
+    return num * evaluations * each
+
+
+@torch.no_grad()
+def seconds_of_answer(model: Backbone, settings: Sampling, least_sec: float = 1.0) -> float:
+    """Seconds of a network evaluation for one of many whole images, on the model's device."""
+    device = next(model.parameters()).device
+    num = images_at_a_time(model, settings)
+    values = model.patch_size**2 * model.image_shape[2]
+    patches = torch.zeros(num, model.num_patches, values, device=device)
+    positions = torch.arange(model.num_patches, device=device).repeat(num, 1)
+    labels = torch.zeros(num, dtype=torch.int64, device=device) if model.num_classes else None
+    t = torch.full((num,), 0.5, device=device)
+
+    def evaluate(number: int) -> None:
+        with autocast(device):
+            model(patches, positions, t, labels)
+
+    return seconds_of_call(evaluate, device, least_sec) / num
+
+
+def seconds_of_call(run: Callable[[int], object], device: torch.device, least_sec: float) -> float:
+    """Mean seconds of `run(i)`, over at least three calls and so many seconds.
+
+    The first call does not count; a few seconds end the measurement in any case.
+    """
+
+    def wait() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    run(0)
+    start, num = wait(), 0
+    while True:
+        run(num + 1)
+        num += 1
+        spent = wait() - start
+        if spent > 4 * least_sec or (spent > least_sec and num >= LEAST_CALLS):
+            return spent / num

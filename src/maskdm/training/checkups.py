@@ -122,7 +122,7 @@ class Checkups:
         assert self._measure is not None
         start = time.perf_counter()
         monitor.show_activity(f"step {progress.step:,}: measuring")
-        measured = self._measure(self._trained(progress, average))
+        measured = self._measure(self._trained(progress, average), monitor.shows_bars)
         monitor.log_quality({**line, **measured})
         took = clock(time.perf_counter() - start)
         monitor.say(f"  step {progress.step:,}: {', '.join(quality_parts(measured))}; took {took}")
@@ -132,7 +132,10 @@ class Checkups:
         monitor.show_activity(f"step {progress.step:,}: drawing a preview")
         trained = self._trained(progress, average)
         images = generate_on_all_ranks(
-            trained, self._recipe.for_previews, self._recipe.num_previews
+            trained,
+            self._recipe.for_previews,
+            self._recipe.num_previews,
+            progress=monitor.shows_bars,
         )
         if self._is_main:
             title = f"{line['stage']}, step {progress.step:,}"

@@ -7,10 +7,16 @@ from dataclasses import dataclass
 
 from maskdm.families import GUIDANCE, SAMPLERS
 from maskdm.models.backbone import Backbone
-from maskdm.recipe import Recipe
+from maskdm.recipe import Recipe, Stage
 from maskdm.training.budget import MANY_IMAGES, besides
+from maskdm.training.ema import share_of_first
 from maskdm.training.speed import Speed
 from maskdm.training.work import stage_work, total_flops
+from maskdm.words import counted
+
+MANY_EPOCHS, FEW_IMAGES = 1000, 20_000  # beyond which, and below which, copies are to be expected
+MOST_KEPT = 0.1  # part of a stage's first weights that an average may keep without a warning
+WELL_KEPT = 0.01  # what a decay should keep that the warning proposes
 
 
 @dataclass(frozen=True)
@@ -126,3 +132,33 @@ def costs_of(
         drawn * one,
         time(drawn),
     )
+
+
+def warnings_of(recipe: Recipe, costs: Costs, num_params: int, num_train: int | None) -> list[str]:
+    """What looks unwise about a planned recipe."""
+    found = []
+    epochs = sum(stage.epochs or 0 for stage in costs.stages)
+    if num_train is not None and epochs > MANY_EPOCHS and num_train < FEW_IMAGES:
+        found.append(
+            f"{num_train:,} images and a network of {num_params / 1e6:.3g} M parameters: each "
+            f"image is seen {epochs:,.0f} times, so expect copies of them; use more images, a "
+            "smaller network or a smaller budget"
+        )
+    for i, stage in enumerate(recipe.stages):
+        if num_train is not None and stage.batch_size > num_train:
+            found.append(
+                f"stage {stage.name}: a batch of {counted(stage.batch_size, 'image')} is more than "
+                f"the {num_train:,} that there are: try --stages.{i}.batch-size {num_train}"
+            )
+        if (kept := share_of_first(stage)) > MOST_KEPT:
+            found.append(
+                f"stage {stage.name}: its average, ema.decay {stage.ema.decay:g}, keeps "
+                f"{100 * kept:.0f} % of the first weights over {stage.steps:,} steps: try "
+                f"--stages.{i}.ema.decay {well_kept_decay(stage):g}, or --stages.{i}.ema.kind power"
+            )
+    return found
+
+
+def well_kept_decay(stage: Stage) -> float:
+    """A decay that keeps a hundredth of a stage's first weights."""
+    return 1 - float(f"{1 - WELL_KEPT ** (1 / stage.steps):.1g}")

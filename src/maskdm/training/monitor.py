@@ -21,17 +21,18 @@ from maskdm.images.store import Store
 from maskdm.images.unreadable import listed_unreadable
 from maskdm.masks import mask_text
 from maskdm.models.backbone import Backbone
-from maskdm.recipe import Recipe
+from maskdm.recipe import Budget, Recipe, Stage
 from maskdm.runs.checkpoint import Progress
 from maskdm.runs.lines import append_line, keep_lines_until
-from maskdm.training.ema import share_of_first
+from maskdm.training.costs import costs_of, warnings_of
+from maskdm.training.remaining import Remaining as Remaining
 from maskdm.training.work import StageWork
-from maskdm.words import clock, counted, flops_text, printable
+from maskdm.words import about, clock, counted, flops_text, printable
 
-PLAIN_LINE_SEC = 10.0  # without a terminal, a line of progress at most this often
+PLAIN_LINE_SEC = 30.0  # without a terminal, a line of progress this often
+LOOK_SEC = 0.05  # shorter, nothing was measured or drawn
+BAR_SEC = 1.0  # the bar moves this often
 MOST_HELD_OUT = 0.25  # part of the images that may be held out without a note
-MOST_KEPT = 0.1  # part of a stage's first weights that the average may keep without a note
-WELL_KEPT = 0.01  # what a decay should keep that the note proposes
 
 
 @contextmanager
@@ -59,8 +60,8 @@ class Monitor:
 
     Args:
         run_dir: the run's folder.
-        total_flops: of the whole run; progress and time left are measured in them, since a
-            masked step costs a fraction of a dense one.
+        remaining: estimates the time left. Progress is measured in FLOPs, since a masked step
+            costs a fraction of a dense one.
         active: whether this is the rank that reports.
         show: whether to print to the console.
 
@@ -68,18 +69,19 @@ class Monitor:
         quality_path: of quality.jsonl.
     """
 
-    def __init__(self, run_dir: Path, total_flops: int, active: bool, show: bool):
+    def __init__(self, run_dir: Path, remaining: Remaining, active: bool, show: bool):
         self._path = run_dir / "metrics.jsonl"
         self.quality_path = run_dir / "quality.jsonl"
         self._active = active
         self._show = active and show
-        self._total_flops = total_flops
+        self._remaining, self._total_flops = remaining, remaining.total_flops
         self._bar: tqdm[Any] | None = None
-        self._last_line_sec = 0.0
+        self._last_sec = self._last_line_sec = time.monotonic()
         self._unsaid = ""  # the newest line, if it came too soon after another
 
     def start(self, progress: Progress) -> None:
         """Drops lines of later steps (a kill left them) and opens the bar."""
+        self._remaining.begin(progress)
         if self._active:
             keep_lines_until(self._path, progress.step)
             keep_lines_until(self.quality_path, progress.step)
@@ -87,7 +89,7 @@ class Monitor:
             self._bar = tqdm(
                 total=self._total_flops,
                 initial=progress.flops,
-                bar_format="{percentage:3.0f}%|{bar}| {elapsed} < {remaining} {desc}",
+                bar_format="{percentage:3.0f}%|{bar}| {desc}",
                 dynamic_ncols=True,
             )
 
@@ -112,19 +114,50 @@ class Monitor:
         if not self._active:
             return
         append_line(self._path, line)
-        speed = line["images_per_sec"]
-        text = (
-            f"{line['stage']} step {line['step']:,}  loss {line['loss']:.4f}  "
-            f"{speed:,.{0 if speed >= 10 else 2}f} img/s"
-        )
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to show where training is."""
+        return self._active and time.monotonic() - self._last_sec > BAR_SEC
+
+    def advance(self, progress: Progress, stage: Stage, loss: float | None) -> None:
+        """Shows where training is: stage, step, loss, speed, time left of stage and run.
+
+        Args:
+            loss: the mean of the last steps; None = unknown yet.
+        """
+        self._last_sec = time.monotonic()
+        self._remaining.update(progress)
+        speed, left = self._remaining.images_per_sec, self._remaining.seconds(progress)
+        parts = [f"{stage.name} step {progress.stage_step:,}/{stage.steps:,}"]
+        parts += [] if loss is None else [f"loss {loss:.4f}"]
+        parts += [] if speed is None else [f"{speed:,.{0 if speed >= 10 else 2}f} img/s"]
+        if left is not None:
+            of_stage, of_run = map(clock, left)
+            parts.append(f"{of_stage} left" + (f", {of_run} of the run" * (left[0] < left[1])))
+        text = "  ".join(parts)
         if self._bar is not None:
             with readers_may_leave():
                 self._bar.set_description_str(text, refresh=False)
-                self._bar.update(line["flops"] - self._bar.n)
+                self._bar.update(progress.flops - self._bar.n)
         else:
-            self._unsaid = f"  {100 * line['flops'] / self._total_flops:3.0f} %  {text}"
+            self._unsaid = f"  {100 * progress.flops / self._total_flops:3.0f} %  {text}"
             if time.monotonic() - self._last_line_sec > PLAIN_LINE_SEC:
                 self._say_unsaid()
+
+    @contextmanager
+    def looking(self, progress: Progress) -> Iterator[None]:
+        """Times a preview or measurement, for the time that is left."""
+        start = time.perf_counter()
+        yield
+        if (seconds := time.perf_counter() - start) > LOOK_SEC:
+            self._remaining.looked(seconds)
+        self._remaining.begin(progress)
+
+    @property
+    def shows_bars(self) -> bool:
+        """Whether what takes a while shows a bar of its own."""
+        return self._bar is not None
 
     def _say_unsaid(self) -> None:
         if self._unsaid:
@@ -165,11 +198,20 @@ class Monitor:
         self.say(f"device  {devices}, {precision}")
         if note := threads_note(accelerator):
             self.say(f"  note: {note}")
-        stages = counted(len(recipe.stages), "stage")
-        self.say(f"plan    {stages}, {flops_text(self._total_flops)} in all")
+        num_train = len(training_subset(len(store), recipe.data))
+        costs = costs_of(recipe, model, None, len(store), num_train)
+        epochs = sum(stage.epochs or 0 for stage in costs.stages)
+        self.say(
+            f"plan    {counted(len(recipe.stages), 'stage')}, "
+            f"{flops_text(self._total_flops)} in all, each image seen {epochs:,.3g} times"
+            f"{budget_text(recipe.budget)}"
+        )
+        for warning in warnings_of(recipe, costs, num_params, num_train):
+            self.say(f"  note: {warning}")
 
     def introduce_stage(self, recipe: Recipe, progress: Progress, work: StageWork) -> None:
         """Says what a stage does: its mask, the fraction really hidden, steps and compute."""
+        self._remaining.enter_stage()
         stage = recipe.stages[progress.stage]
         what = "whole images"
         if work.hidden:
@@ -183,16 +225,10 @@ class Monitor:
             f"{stage.steps:,} steps of {counted(stage.batch_size, 'image')}, "
             f"{flops_text(work.step_flops * stage.steps)}"
         )
-        if (kept := share_of_first(stage)) > MOST_KEPT:
-            lower = 1 - float(f"{1 - WELL_KEPT ** (1 / stage.steps):.1g}")
-            self.say(
-                f"  note: ema.decay {stage.ema.decay:g} keeps {100 * kept:.0f} % of the "
-                f"stage's first weights over {stage.steps:,} steps: try "
-                f"--stages.{progress.stage}.ema.decay {lower:g}"
-            )
 
-    def conclude_stage(self, progress: Progress) -> None:
+    def conclude_stage(self, progress: Progress, stage: Stage, loss: float | None) -> None:
         """Says how a stage has ended."""
+        self.advance(progress, stage, loss)
         self._say_unsaid()
         self.say(f"  done after {clock(progress.elapsed_sec)} of training")
 
@@ -219,6 +255,13 @@ def data_lines(recipe: Recipe, store: Store) -> list[str]:
         lines.append(f"  note: {share:.0f} % of the images are held out: lower data.held_out")
     lines += [f"  note: {printable(note)}" for note in store.manifest["notes"]]
     return lines + ([f"  skipped: {listed_unreadable(bad, most=3)}"] if bad else [])
+
+
+def budget_text(budget: Budget) -> str:
+    """What a run's budget is, after a comma: `, in about 8 min`."""
+    if budget.hours:
+        return f", in {about(3600 * budget.hours)} with previews and measuring"
+    return ""
 
 
 def threads_note(accelerator: Accelerator) -> str | None:

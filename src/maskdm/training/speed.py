@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,20 +13,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from maskdm.engine import autocast, choose_precision, device_name
+from maskdm.engine import choose_precision, device_name
 from maskdm.files import write_text
 from maskdm.images.store import cache_dir
-from maskdm.models.backbone import Backbone
 from maskdm.models.build import build_model
 from maskdm.models.compiling import CompiledForward
 from maskdm.recipe import Recipe, Stage
-from maskdm.sampling.speed import images_at_a_time
+from maskdm.sampling.speed import seconds_of_answer, seconds_of_call
 from maskdm.training.ema import make_average, update_average
 from maskdm.training.optim import clip_gradients, make_optimizer
 from maskdm.training.ready import make_ready
 from maskdm.training.step import backward, draw_batch
 
-LEAST_STEPS, LEAST_SEC, MOST_SEC = 3, 2.0, 8.0  # of a measurement, after a step that doesn't count
+LEAST_SEC = 2.0  # of measuring a stage
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,8 @@ def measure_speed(
         return Speed(tuple(speed["step_sec"]), speed["forward_sec"])
     say("measuring the speed of this machine (a few seconds a stage)")
     steps = [_step_sec(recipe, stage, accelerator) for stage in recipe.stages]
-    measured = [steps, _forward_sec(build_model(recipe), recipe, accelerator.device)]
+    model = build_model(recipe).to(accelerator.device).eval()
+    measured = [steps, seconds_of_answer(model, recipe.sampling)]
     every = gather_object([measured])  # the slowest rank sets the pace
     step_sec = tuple(max(one[0][i] for one in every) for i in range(len(steps)))
     found = Speed(step_sec, max(one[1] for one in every))
@@ -113,7 +112,7 @@ def device_flops(device: torch.device) -> float:
     dtype = torch.bfloat16 if choose_precision("auto", device)[0] == "bf16" else torch.float32
     side = 1024 if device.type == "cpu" else 8192
     a = torch.ones(side, side, device=device, dtype=dtype)
-    return 2 * side**3 / _seconds(lambda number: a @ a, device, least_sec=0.3) / 2
+    return 2 * side**3 / seconds_of_call(lambda number: a @ a, device, 0.3) / 2
 
 
 def _key(recipe: Recipe, accelerator: Accelerator) -> str:
@@ -169,42 +168,4 @@ def _step_sec(recipe: Recipe, stage: Stage, accelerator: Accelerator) -> float:
         optimizer.zero_grad()
         update_average(average, model, 0.999)
 
-    return _seconds(step, device)
-
-
-@torch.no_grad()
-def _forward_sec(model: Backbone, recipe: Recipe, device: torch.device) -> float:
-    """Seconds of a network evaluation for one of many images."""
-    model = model.to(device).eval()
-    num = images_at_a_time(model, recipe.sampling)
-    values = model.patch_size**2 * model.image_shape[2]
-    patches = torch.zeros(num, model.num_patches, values, device=device)
-    positions = torch.arange(model.num_patches, device=device).repeat(num, 1)
-    labels = torch.zeros(num, dtype=torch.int64, device=device) if model.num_classes else None
-    t = torch.full((num,), 0.5, device=device)
-
-    def evaluate(number: int) -> None:
-        with autocast(device):
-            model(patches, positions, t, labels)
-
-    return _seconds(evaluate, device) / num
-
-
-def _seconds(
-    run: Callable[[int], object], device: torch.device, least_sec: float = LEAST_SEC
-) -> float:
-    """Mean seconds of a call, over as many as fit into some seconds; the first doesn't count."""
-
-    def wait() -> float:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return time.perf_counter()
-
-    run(0)
-    start, num = wait(), 0
-    while True:
-        run(num + 1)
-        num += 1
-        spent = wait() - start
-        if spent > MOST_SEC or (spent > least_sec and num >= LEAST_STEPS):
-            return spent / num
+    return seconds_of_call(step, device, LEAST_SEC)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 import time
@@ -43,6 +45,9 @@ class StopRequest:
         self._restore((*FROM_PEOPLE, *FROM_SYSTEM))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self.is_set:  # by the system itself: the handler may interrupt a print
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nsaving after this step; press Ctrl-C again to stop now\n")
         self.is_set = True
         if number in FROM_PEOPLE:
             self._restore(FROM_PEOPLE)

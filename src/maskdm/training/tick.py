@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from maskdm.recipe import Recipe, Stage
 from maskdm.runs.checkpoint import Progress
+
+RECENT = 50  # losses whose mean is shown while training goes on
 
 
 class NonFiniteLoss(RuntimeError):
@@ -27,6 +30,7 @@ class Tick:
     def __init__(self, progress: Progress):
         self._progress = progress
         self._pending: list[Tensor] = []  # (loss, gradient norm) of steps not yet read
+        self._recent: deque[float] = deque(maxlen=RECENT)
         self._restart()
 
     def _restart(self) -> None:
@@ -66,6 +70,8 @@ class Tick:
 
         Raises NonFiniteLoss, on every rank, with the step at which it began.
         """
+        if not self._pending:
+            return
         values = accelerator.reduce(torch.stack(self._pending), "mean").tolist()  # the one sync
         self._pending.clear()
         now = time.perf_counter()
@@ -77,6 +83,12 @@ class Tick:
             if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(norm)):
                 raise NonFiniteLoss(f"loss {loss:g}, gradient norm {norm:g} at step {step}")
             self._progress.tick.append((loss, norm))
+            self._recent.append(loss)
+
+    @property
+    def recent_loss(self) -> float | None:
+        """Mean of the last losses that were read; None before the first."""
+        return math.fsum(self._recent) / len(self._recent) if self._recent else None
 
     def line(self) -> dict[str, Any]:
         """Sums up the time since the last line; begins the next."""

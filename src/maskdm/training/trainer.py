@@ -20,7 +20,7 @@ from maskdm.runs.checkpoint import (
 )
 from maskdm.training.checkups import Checkups
 from maskdm.training.ema import decay_of, make_average, restart_average, update_average
-from maskdm.training.monitor import Monitor
+from maskdm.training.monitor import Monitor, Remaining
 from maskdm.training.optim import clip_gradients, enter_stage, learning_rate, make_optimizer
 from maskdm.training.planning import (
     Amount,
@@ -42,7 +42,7 @@ from maskdm.training.start import (
 from maskdm.training.step import backward, draw_batch
 from maskdm.training.stop import SaveTimer, StopRequest, agreed
 from maskdm.training.tick import NonFiniteLoss, Tick, with_way_out
-from maskdm.training.work import stage_work, total_flops
+from maskdm.training.work import stage_work
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ def train(
         stack.enter_context(
             claimed(run_dir, recipe, resume, store, accelerator, precision, wish.change)
         )
-        monitor = Monitor(run_dir, total_flops(recipe, works), accelerator.is_main_process, show)
+        remaining = Remaining(recipe, works, model, len(store))
+        monitor = Monitor(run_dir, remaining, accelerator.is_main_process, show)
         stack.enter_context(contextlib.closing(monitor))
         monitor.introduce(recipe, store, model, accelerator, f"{precision} ({reason})")
         for text in transferred:
@@ -213,7 +214,8 @@ def train(
                 stopping, overdue = agreed(accelerator, may_ask, stop.is_set, timer.is_due)
                 saving = is_end or stopping or overdue or progress.step % checkpoint_every == 0
                 saving = saving or checkups.measures_at(progress)  # so that failing loses nothing
-                if is_tick or saving:
+                showing = monitor.is_due
+                if is_tick or saving or (showing and num_ranks == 1):
                     try:
                         tick.read(accelerator)
                     except NonFiniteLoss as error:
@@ -225,8 +227,11 @@ def train(
                     if note := feed.note_waiting(line["data_wait"]):
                         monitor.say(f"  {note}")
 
+                if showing:
+                    monitor.advance(progress, stage, tick.recent_loss)
+
                 # Save, and leave on request; else measure and draw what is due.
-                with tick.paused():
+                with tick.paused(), monitor.looking(progress):
                     if saving:
                         scaler = accelerator.scaler
                         progress.scaler = scaler.state_dict() if scaler else {}
@@ -241,4 +246,4 @@ def train(
                             monitor.say(f"stopped after saving {checkpoint}: call again to go on")
                             return TrainResult(False, average, checkpoint)
                     checkups.look(progress, average, monitor)
-            monitor.conclude_stage(progress)
+            monitor.conclude_stage(progress, stage, tick.recent_loss)
