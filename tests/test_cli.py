@@ -144,8 +144,33 @@ def test_help_answers_without_the_heavy_libraries(command):
     assert all(name in done.stdout.split("usage")[1] for name in COMMANDS)
 
 
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_short_help_fits_a_screen_and_names_what_beginners_need(command, capsys):
+    assert main([command, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 60 and all(len(line) <= 80 for line in lines)
+    text = " ".join(lines)
+    for flag in ("--hours", "--data.source", "--stages.all.lr", "--help-all"):
+        assert flag in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "instead"),
+    [
+        ("train digits --lr 1e-3", "--lr: use --stages.all.lr"),
+        ("train digits --batch_size=4", "--batch_size: use --stages.all.batch-size"),
+        ("train digits --resolution 64", "--resolution: use --data.size"),
+        ("train digits --output_dir x", "--output_dir: use --out"),
+        ("train --config x.yaml", "--config: use the file as the first argument"),
+        ("sample run --num-inference-steps 5", "use --steps"),
+    ],
+)
+def test_other_tools_names_of_settings_get_a_pointer(arguments, instead, capsys):
+    assert instead in failure(capsys, *arguments.split())
+
+
 def test_help_shows_a_recipes_own_stages(capsys):
-    assert main(["train", "celebahq256", "--help"]) == 0
+    assert main(["train", "celebahq256", "--help-all"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--stages.2.mask.rate" in text and "Fraction of the image" in text
     assert "(default: 0.9)" in text

@@ -127,7 +127,9 @@ def test_files_without_a_network_are_refused(tmp_path):
 def test_unknown_features_list_the_known_ones():
     with pytest.raises(SettingsError, match="unknown features 'inceptoin': did you mean inception"):
         Evaluation(features="inceptoin")
-    with pytest.raises(SettingsError, match="known: pca, inception, dinov2, clip, dinov2-vit-s-14"):
+    with pytest.raises(
+        SettingsError, match="known: auto, pca, inception, dinov2, clip, dinov2-vit-s-14"
+    ):
         Evaluation(features="xyz")
 
 

@@ -22,6 +22,7 @@ from maskdm.commands.pack import pack
 from maskdm.commands.plan import plan
 from maskdm.commands.recipes import recipes
 from maskdm.commands.sample import sample
+from maskdm.commands.short_help import short_help
 from maskdm.commands.train import train
 from maskdm.recipe import Recipe, Sampling
 from maskdm.recipe_files import load_recipe, recipe_names
@@ -66,6 +67,35 @@ COMMANDS: dict[str, Callable[..., int]] = {
 }
 
 
+# What other tools call a setting -> what to use here.
+OTHER_NAMES = {
+    "--lr": "--stages.all.lr",
+    "--learning-rate": "--stages.all.lr",
+    "--batch-size": "--stages.all.batch-size",
+    "--train-batch-size": "--stages.all.batch-size",
+    "--num-epochs": "--epochs",
+    "--num-train-epochs": "--epochs",
+    "--max-train-steps": "--stages.0.steps and so on, or a budget such as --hours",
+    "--train-num-steps": "--stages.0.steps and so on, or a budget such as --hours",
+    "--steps-per-epoch": "a budget: --epochs, --images or --hours",
+    "--resolution": "--data.size",
+    "--image-size": "--data.size",
+    "--data-dir": "--data.source",
+    "--train-data-dir": "--data.source",
+    "--dataset-name": "--data.source hf:OWNER/NAME",
+    "--output-dir": "--out",
+    "--outdir": "--out",
+    "--config": "the file as the first argument: maskdm train FILE.yaml",
+    "--mixed-precision": "--precision",
+    "--ema-decay": "--stages.all.ema.decay",
+    "--resume-from-checkpoint": "the same command again, or maskdm train RUN",
+    "--num-images": "--num",
+    "--num-samples": "--num",
+    "--num-inference-steps": "--steps",
+    "--guidance-scale": "--guidance.scale, with --guidance.kind",
+    "--mask-ratio": "--stages.0.mask.rate",
+}
+OF_SAMPLING, SAMPLES = ("--batch-size",), ("sample", "inpaint", "evaluate")
 NEEDS_NO_RUN = ("recipes", "check", "pack", "plan", "compare")
 
 
@@ -98,9 +128,14 @@ def main(argv: list[str] | None = None) -> int:
 def _run(name: str, arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise ValueError(f"unknown command {name!r}: {suggestion(name, COMMANDS)}")
+    _point_out_other_names(name, arguments)
     command = _deferred(COMMANDS[name])
     # The first argument decides which flags there are, and what they are by default.
     if name in ("train", "plan"):
+        if {"-h", "--help"} & {*arguments}:
+            print(short_help(name))
+            return DONE
+        arguments = ["--help" if one == "--help-all" else one for one in arguments]
         recipe = _named_recipe(arguments)
         command = functools.partial(command, settings=recipe)
         arguments = _for_all_stages(arguments, len(recipe.stages))
@@ -135,6 +170,14 @@ def _named_recipe(arguments: list[str]) -> Recipe:
         "the recipe comes first: maskdm train RECIPE --out RUN, where RECIPE is "
         f"{', '.join(recipe_names())}, or a YAML file"
     )
+
+
+def _point_out_other_names(command: str, arguments: list[str]) -> None:
+    """Raises ValueError for the names that other tools have for a setting, with the one here."""
+    for argument in arguments:
+        flag = argument.split("=")[0].replace("_", "-")
+        if flag in OTHER_NAMES and not (flag in OF_SAMPLING and command in SAMPLES):
+            raise ValueError(f"unknown flag {argument.split('=')[0]}: use {OTHER_NAMES[flag]}")
 
 
 def _for_all_stages(arguments: list[str], num_stages: int) -> list[str]:

@@ -20,8 +20,10 @@ class Evaluation(Settings):
 
     features: str = "pca"
     """Features in which images are compared: pca = the leading principal components of the
-    reference's pixels; inception (FID's), dinov2, clip, or one of their sizes, dinov2-vit-b-14; or
-    a file with your own network, TorchScript or .pt2, uint8 (N, C, H, W) to (N, D)."""
+    reference's pixels; auto = inception where its weights are there or can be downloaded, else
+    pca (in training always pca); inception (FID's), dinov2, clip, or one of their sizes,
+    dinov2-vit-b-14; or a file with your own network, TorchScript or .pt2, uint8 (N, C, H, W) to
+    (N, D)."""
     weights: str | None = None
     """File of inception's, dinov2's or clip's weights; None = from PyTorch's hub folder, where they
     are downloaded if need be."""
@@ -47,7 +49,7 @@ class Evaluation(Settings):
     @field_validator("features")
     @classmethod
     def _known_or_file(cls, name: str) -> str:
-        known = ("pca", *cls.known_features())
+        known = ("auto", "pca", *cls.known_features())
         if name not in known and "." not in name and os.sep not in name:
             hint = suggestion(name, [*known, "or a file"])
             raise ValueError(f"unknown features {name!r}: {hint}")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from maskdm.choices import helped
 from maskdm.commands.common import DONE, WRONG_USAGE, JsonFlag, Source, quiet
-from maskdm.families import CROPS, CropName
+from maskdm.families import CROPS, MODEL_SIZES, CropName
 from maskdm.recipe_files import load_recipe
 from maskdm.settings import changed
 from maskdm.words import NUM_LISTED, about, counted, listed, printable, size_text, wrapped
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 NUM_ON_SHEET = 36
+SIZES = (32, 64, 128, 256)  # of the photos recipes
 UNBROKEN = "\u00a0"  # a space at which no line is broken
 CROP_HELP = f"{helped('how images come to the size.', CROPS)} Default: the recipe's."
 
@@ -47,7 +50,7 @@ def check(
 
     Args:
         source: a folder, zip, tar, .npz, .npy, hf:OWNER/NAME, ...: see docs/data.md.
-        recipe: settings and masks to check for, a packaged recipe or a file; default: celeba64.
+        recipe: settings and masks to check for, a packaged recipe or a file; default: photos64.
         size: side of the square images, in pixels; or height and width. Default: the recipe's.
         channels: 1 = grey, 2 = grey and alpha, 3 = RGB, 4 = RGBA. Default: the recipe's.
         crop: how images come to the size.
@@ -56,7 +59,7 @@ def check(
         sheet: draw images as the model would see them, plain and under the recipe's masks.
         json_output: print the whole report as JSON instead of a summary.
     """
-    settings = load_recipe(recipe or "celeba64")
+    settings = load_recipe(recipe or "photos64")
     how = {"size": size, "channels": channels, "crop": crop, "background": background}
     data = changed(settings.data, source=source, **how, on_bad=on_bad)
     settings = changed(settings, data=data)  # refuses what training would refuse
@@ -84,7 +87,34 @@ def check(
         draw_sheet(samples.images(), settings).save(sheet)
         if not json_output:
             print(f"-> {sheet}")
+    if report.usable and recipe is None and not json_output:
+        print("\n".join(recommendation(report)))
     return DONE if report.usable else WRONG_USAGE
+
+
+def recommendation(report: Report) -> list[str]:
+    """The recipe, budget and command for these images, and how large a model they can teach."""
+    width, height = report.width, report.height
+    assert width is not None and height is not None  # usable: there are images
+    side = min(width[1], height[1])
+    size = max([one for one in SIZES if one <= side], default=SIZES[0])
+    num, values = report.num_readable, 3 * size**2
+    taught = [name for name, row in MODEL_SIZES.items() if row.num_params <= num * values]
+    model = taught[-1] if taught else next(iter(MODEL_SIZES))
+    needs = {name: math.ceil(row.num_params / values) for name, row in MODEL_SIZES.items()}
+    larger = [name for name in MODEL_SIZES if name not in taught]
+    lines = [
+        f"next    maskdm train photos{size} --data.source {shlex.quote(report.source)} --hours 8",
+        f"        (a GPU; on a CPU photos{SIZES[0]} and --minutes 20 give a first look)",
+    ]
+    images = f"{counted(num, 'image')} of {size}x{size}"
+    if taught:
+        params = MODEL_SIZES[model].num_params / 1e6
+        enough = f"{images} can teach up to size {model} ({params:.3g} M parameters)"
+        enough += f"; {larger[0]} wants {needs[larger[0]]:,} or more" if larger else ""
+    else:
+        enough = f"{images} are few: even size {model} wants {needs[model]:,} or more"
+    return [*lines, *wrapped(enough, "model   ", WIDTH)]
 
 
 def _print(report: Report) -> None:

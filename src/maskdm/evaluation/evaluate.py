@@ -16,7 +16,7 @@ import torch
 import maskdm
 from maskdm.engine import device_name, main_first, process_state
 from maskdm.evaluation.distances import part_distance
-from maskdm.evaluation.features import Features, features_of, make_features
+from maskdm.evaluation.features import Features, available_features, features_of
 from maskdm.evaluation.measure import (
     Compared,
     TrainedOn,
@@ -178,7 +178,7 @@ def evaluate(
     images of different shapes.
     """
     start = time.perf_counter()
-    features, real = _prepared(shape, reference, settings, show)
+    features, real, notes = _prepared(shape, reference, settings, show)
     compared = Compared(settings, features, reference=real, trained_on=trained_on)
     names = metrics_to_measure(compared)
     prepare_sec, draw_sec = time.perf_counter() - start, 0.0
@@ -210,7 +210,7 @@ def evaluate(
         "samples": {"num": num, "shape": list(first.images.shape[1:]), **first.facts},
         "reference": reference.facts(),
         **reports,
-        "notes": [*reference.notes, *first.notes, *cautions],
+        "notes": [*notes, *reference.notes, *first.notes, *cautions],
         "maskdm": maskdm.__version__,
         "commit": source_commit(),
         "torch": torch.__version__,
@@ -245,8 +245,8 @@ def _real_images(
 
 def _prepared(
     shape: Shape, reference: Reference, settings: Evaluation, show: bool
-) -> tuple[Features, ReferenceFeatures]:
-    """The features, and the reference in them. Raises ValueError for what is not comparable."""
+) -> tuple[Features, ReferenceFeatures, list[str]]:
+    """The features, the reference in them, and notes. Raises ValueError for what does not fit."""
     store = reference.store
     if store is not None and len(store) < 4:
         raise ValueError(f"a distance needs at least 4 real images, but there are {len(store)}")
@@ -255,7 +255,8 @@ def _prepared(
             f"the samples are images of {'x'.join(map(str, shape))}, but the reference has "
             f"{'x'.join(map(str, store.images.shape[1:]))} (height, width, channels)"
         )
-    features = main_first(lambda: make_features(settings, store, process_state().device))
+    device = process_state().device
+    features, note = main_first(lambda: available_features(settings, store, device))
     dim = features.dim_of(shape)
     real = reference_features(reference, features, show)
     if len(real.statistics.mean) != dim:
@@ -263,7 +264,7 @@ def _prepared(
             f"features {features.name} have {dim} values, but the statistics in {reference.name} "
             f"have {len(real.statistics.mean)}: they are of other features"
         )
-    return features, real
+    return features, real, [note] if note else []
 
 
 def _chance(real: ReferenceFeatures, num: int) -> dict[str, Any] | None:

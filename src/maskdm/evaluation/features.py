@@ -21,6 +21,8 @@ from maskdm.files import write_whole
 from maskdm.images.joined import Array, columns
 from maskdm.images.store import Store, cache_dir
 from maskdm.recipe import Evaluation
+from maskdm.settings import changed
+from maskdm.words import one_line
 
 MAX_FIT = 10_000  # images from which principal components are fitted,
 MAX_FIT_BYTES = 2**29  # or as many as fit into these bytes of float32 pixels
@@ -60,6 +62,24 @@ class Features:
     def logits(self, answers: Array) -> Array | None:
         """The logits in what `extract` gave, where available."""
         return columns(answers, slice(-self.num_logits, None)) if self.num_logits else None
+
+
+def available_features(
+    settings: Evaluation, reference: Store | None, device: torch.device
+) -> tuple[Features, str | None]:
+    """The features that the settings name, and for `auto` a note if they are not inception.
+
+    Arguments and errors as for `make_features`.
+    """
+    if settings.features != "auto":
+        return make_features(settings, reference, device), None
+    try:
+        if reference is not None and reference.images.shape[3] not in (1, 3):
+            raise ValueError("features inception require RGB or grey images")
+        return make_features(changed(settings, features="inception"), reference, device), None
+    except ValueError as error:
+        features = make_features(changed(settings, features="pca"), reference, device)
+        return features, f"measured in features pca, which is no FID: {one_line(error, 200)}"
 
 
 def make_features(settings: Evaluation, reference: Store | None, device: torch.device) -> Features:

@@ -139,6 +139,8 @@ def _first(subset: np.ndarray, num_images: int) -> np.ndarray:
 def _features(recipe: Recipe, store: Store) -> Features:
     """The recipe's features, tried on a few images. Raises ValueError if they are unavailable."""
     device, settings = process_state().device, recipe.evaluation
+    if settings.features == "auto":  # inception would take minutes on a CPU
+        settings = changed(settings, features="pca")
     if settings.features == "pca":  # as many components as there can be
         most = min(settings.num_components, len(store) - 1, store.images[0].size)
         settings = changed(settings, num_components=most)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from maskdm.files import whole_folder, write_text
-from maskdm.runs.find import damage
+from maskdm.runs.find import best_line, damage
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
@@ -103,7 +103,8 @@ def read_progress(path: Path) -> Progress:
 def prune_checkpoints(folder: Path, current: Path, keep: int) -> None:
     """Removes old checkpoints after `current` was saved.
 
-    The last `keep` whole ones, `current` among them, and each stage's end are kept. Leftovers,
+    The last `keep` whole ones, `current` among them, each stage's end and that with the lowest
+    held-out loss are kept. Leftovers,
     damaged ones, and any beyond `current` (from steps that were run again) are removed.
     """
     for leftover in [*folder.glob("writing-*"), *folder.glob("removing-*")]:
@@ -111,7 +112,10 @@ def prune_checkpoints(folder: Path, current: Path, keep: int) -> None:
     checkpoints = sorted(folder.glob("step-*"))
     whole = [path for path in checkpoints if path.name <= current.name and not damage(path)]
     ends = [p for p in whole if json.loads((p / "progress.json").read_text())["is_stage_end"]]
-    for path in set(checkpoints) - {current, *whole[-keep:], *ends}:
+    best = best_line(folder.parent) if (folder.parent / "recipe.yaml").is_file() else None
+    kept = {current, *whole[-keep:], *ends}
+    kept |= {folder / f"step-{best['step']:08d}"} if best else set()
+    for path in set(checkpoints) - kept:
         # Renamed first: a kill in the middle must not leave what looks like a checkpoint.
         removing = path.with_name(f"removing-{path.name}")
         path.rename(removing)

@@ -16,9 +16,11 @@ from typing import Any
 from maskdm.images.known import KNOWN
 from maskdm.recipe import Recipe, Sampling
 from maskdm.recipe_files import load_recipe, migrated
+from maskdm.runs.lines import Line, read_lines
 from maskdm.words import one_line
 
 PARTS = ["model_index.json", "denoiser/*", "scheduler/*"]  # of an exported model
+BEST = "best"
 Note = Callable[[str], None]
 
 
@@ -122,7 +124,7 @@ def find_model(name: str | Path, note: Note = print) -> Location:
 
 
 def stage_checkpoint(run: Path, stage: str) -> Path:
-    """The checkpoint at the end of a run's stage.
+    """The checkpoint at the end of a run's stage; `best`: that with the lowest held-out loss.
 
     Raises ValueError where the run has no stage of that name, or has not reached its end.
     """
@@ -130,14 +132,39 @@ def stage_checkpoint(run: Path, stage: str) -> Path:
         raise ValueError(f"{run}@{stage}: {run} is not a run's folder (it has no recipe.yaml)")
     stages = load_recipe(run / "recipe.yaml").stages
     names = [known.name for known in stages]
-    if stage not in names:
-        raise ValueError(f"{run} has no stage {stage!r}: its stages are {', '.join(names)}")
-    step = sum(known.steps for known in stages[: names.index(stage) + 1])
+    if stage in names:
+        step = sum(known.steps for known in stages[: names.index(stage) + 1])
+    elif stage == BEST:
+        best = best_line(run)
+        if best is None:
+            raise ValueError(
+                f"{run} has no held-out loss that would name the best: set data.held_out and "
+                "evaluate_every"
+            )
+        step = best["step"]
+    else:
+        raise ValueError(
+            f"{run} has no stage {stage!r}: its stages are {', '.join(names)}; {BEST} is the "
+            "average with the lowest held-out loss"
+        )
     checkpoint = run / "checkpoints" / f"step-{step:08d}"
     if problem := damage(checkpoint):
         ended = "" if checkpoint.exists() else f": the run has not reached the end of {stage}"
         raise ValueError(f"checkpoint {checkpoint}: {problem}{ended}")
     return checkpoint
+
+
+def best_line(run: Path) -> Line | None:
+    """The line of quality.jsonl with the lowest loss on held-out images; None where there is none.
+
+    Only lines of stages under the last one's noise schedule are comparable.
+    """
+    recipe = load_recipe(run / "recipe.yaml")
+    last = recipe.final_diffusion.schedule
+    stages = {one.name for one in recipe.stages if recipe.diffusion_of(one).schedule == last}
+    lines = read_lines(run / "quality.jsonl")
+    known = [line for line in lines if line.get("dense_loss") and line["stage"] in stages]
+    return min(known, key=lambda line: line["dense_loss"], default=None)
 
 
 def find_checkpoint(folder: Path, note: Note = lambda text: None) -> Path | None:

@@ -26,6 +26,8 @@ from maskdm.training.monitor import Monitor
 from maskdm.training.work import StageWork
 from maskdm.words import clock, with_error
 
+RISE = 1.02  # of the held-out loss, before it is called one
+
 
 class Checkups:
     """Measures and draws where the recipe says and at each stage's end; exports at the run's end.
@@ -124,6 +126,8 @@ class Checkups:
         monitor.show_activity(f"step {progress.step:,}: measuring")
         measured = self._measure(self._trained(progress, average), monitor.shows_bars)
         monitor.log_quality({**line, **measured})
+        if self._is_main and (rise := rise_of_loss(read_lines(monitor.quality_path))):
+            monitor.say(f"  note: {rise}; {self._run_dir}@best is the average before")
         took = clock(time.perf_counter() - start)
         monitor.say(f"  step {progress.step:,}: {', '.join(quality_parts(measured))}; took {took}")
         return measured
@@ -153,6 +157,26 @@ class Checkups:
 
     def _preview_file(self, step: int) -> Path:
         return self._run_dir / "samples" / f"step-{step:08d}.png"
+
+
+def rise_of_loss(lines: Sequence[Line]) -> str | None:
+    """What to know where held-out images lose what training images gain; None where they don't.
+
+    Args:
+        lines: of quality.jsonl, the newest last.
+    """
+    known = [line for line in lines if "dense_loss" in line]
+    if len(known) < 2:
+        return None
+    best, last = min(known, key=lambda line: float(line["dense_loss"])), known[-1]
+    rises = last["dense_loss"] > RISE * best["dense_loss"]
+    if not rises or last["dense_loss_train"] >= best["dense_loss_train"]:
+        return None
+    return (
+        f"the loss on held-out images has risen from {best['dense_loss']:.4g} at step "
+        f"{best['step']:,} to {last['dense_loss']:.4g}, while that on training images fell: the "
+        "model begins to memorise"
+    )
 
 
 def quality_parts(line: dict[str, Any]) -> list[str]:
