@@ -1,7 +1,8 @@
-"""Draws the pictures of these pages: `python docs/pictures.py [RUN]`.
+"""Draws the pictures of these pages: `python docs/pictures.py [RUN ...]`.
 
 Schedules, weights and masks need no run. Solvers, guidance and inpainting are drawn with a run of
-`maskdm train digits --model.num-classes 10 --out RUN`.
+`maskdm train digits --model.num-classes 10 --out RUN`, the poster of faces with one of
+`maskdm train faces --out RUN`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from maskdm.diffusion.schedule import make_schedule
 from maskdm.evaluation.distances import frechet_distance
 from maskdm.evaluation.features import make_features
 from maskdm.families import SAMPLERS, SCHEDULES
+from maskdm.images.order import held_out_subset, training_subset
 from maskdm.images.output import image_grid
 from maskdm.images.prepare import center_crop
 from maskdm.images.store import open_store
@@ -174,6 +176,43 @@ def draw_inpainting(run: str) -> None:
     _row(list(zip(names, tiles, strict=True))).save(IMAGES / "inpainting.png")
 
 
+def draw_faces(run: str) -> None:
+    """The demo on one picture: data, primer, samples, nearest training faces, inpainted halves."""
+    loaded, primer = load_model(run), load_model(f"{run}@pre-train")
+    recipe = loaded.location.recipe
+    store = open_store(recipe.data, progress=False)
+    num, size = len(store), store.images.shape[1]
+    train = store.images[training_subset(num, recipe.data)]
+    samples = generate(loaded.trained, loaded.sampling, list(range(24)))
+    apart = ((train[None].astype(float) - samples[:, None]) ** 2).sum(axis=(2, 3, 4))
+    unknown = np.zeros((size, size), bool)
+    unknown[:, size // 2 :] = True
+    held_out = store.images[held_out_subset(num, recipe.data)][:8]
+    settings = Sampling(sampler="ddpm", steps=50, spacing="log-snr")
+    halves = [inpaint(loaded.trained, settings, one, unknown, 1)[0] for one in held_out]
+    given = np.where(unknown[:, :, None], np.uint8(128), held_out)
+    titled = [
+        ("the data", train[:24]),
+        ("the primer", generate(primer.trained, loaded.sampling, list(range(24)))),
+        ("samples", samples),
+        ("nearest training faces", train[apart.argmin(axis=1)]),
+        ("new face, half of it, filled in", np.concatenate([held_out, given, np.stack(halves)])),
+    ]
+    tiles = []
+    for name, images in titled:
+        grid = images.reshape(6, 4, size, size, 3)
+        if "half" in name:  # three columns: whole, given, filled
+            grid = images.reshape(3, 8, size, size, 3).transpose(1, 0, 2, 3, 4)[:6]
+        rows, columns = grid.shape[:2]
+        pixels = grid.transpose(0, 2, 1, 3, 4).reshape(rows * size, columns * size, 3)
+        tile = Image.fromarray(np.ascontiguousarray(pixels))
+        scale = 48 // size
+        tiles.append(
+            (name, tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.NEAREST))
+        )
+    _row(tiles).save(IMAGES / "faces.png")
+
+
 def _figure(width: float, height: float, num: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -206,6 +245,9 @@ if __name__ == "__main__":
     draw_schedules()
     draw_masks()
     for run in sys.argv[1:]:
+        if load_model(run).location.recipe.data.source.startswith("faces"):
+            draw_faces(run)
+            continue
         draw_guidance(run)
         draw_inpainting(run)
         draw_solvers(run)

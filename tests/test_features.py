@@ -14,7 +14,7 @@ from torch import nn
 from torch_fidelity import feature_extractor_clip, feature_extractor_inceptionv3
 
 from maskdm.evaluation.distances import kid
-from maskdm.evaluation.features import features_of, make_features
+from maskdm.evaluation.features import available_features, features_of, make_features
 from maskdm.images.store import open_store
 from maskdm.recipe import Data, Evaluation
 from maskdm.settings import SettingsError
@@ -122,6 +122,19 @@ def test_files_without_a_network_are_refused(tmp_path):
             ValueError, match="not a TorchScript network, nor one saved by torch.export"
         ):
             vectors(images(2), features=str(tmp_path / name))
+
+
+def test_auto_features_fall_back_on_pca_with_a_note(monkeypatch, tmp_path):
+    def refuse(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    store = open_store(Data(source="digits", channels=1), progress=False)
+    settings = Evaluation(features="auto", num_components=4)
+    found, note = available_features(settings, store, CPU)
+    assert found.name == "pca" and note is not None and "no FID" in note and "no network" in note
+    assert available_features(Evaluation(num_components=4), store, CPU)[1] is None
 
 
 def test_unknown_features_list_the_known_ones():

@@ -26,9 +26,11 @@ from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Data, Recipe, Sampling
 from maskdm.report.sheets import preview_sheet
 from maskdm.runs.checkpoint import Progress
+from maskdm.runs.find import find_model
 from maskdm.runs.lines import read_lines
+from maskdm.runs.load import load_model
 from maskdm.training import trainer
-from maskdm.training.checkups import Checkups, quality_parts
+from maskdm.training.checkups import Checkups, quality_parts, rise_of_loss
 from maskdm.training.step import draw_batch
 from maskdm.training.trainer import train
 
@@ -254,7 +256,8 @@ def test_set_points_leave_lines_of_all_that_was_measured(unbroken):
         assert len(line["features_sha256"]) == 64
     # Checkpoints are at set points too (4, 8), the last two of all and stages' ends are kept.
     names = sorted(path.name[-2:] for path in (unbroken / "checkpoints").glob("step-*"))
-    assert names == ["06", "09", "11"]
+    best = min(quality(unbroken), key=lambda line: line["dense_loss"])["step"]
+    assert names == sorted({"06", "09", "11", f"{best:02d}"})  # ends, the last ones, the best
 
 
 def test_in_a_networks_features_the_kernel_distance_is_measured_too(measured, tmp_path):
@@ -436,3 +439,40 @@ def test_figures_have_two_digits_of_their_errors():
     ]  # fmt: skip
     few = {"dense_loss_train": 0.0489, "sliced": 9.321, "sliced_error": None}
     assert quality_parts(few) == ["sliced 9.321", "dense loss 0.0489 on training images"]
+
+
+def line_of(step: int, held_out: float, train: float, stage: str = "show") -> dict:
+    return {"step": step, "stage": stage, "dense_loss": held_out, "dense_loss_train": train}
+
+
+def test_a_held_out_loss_that_rises_while_training_gains_is_pointed_out():
+    gaining = [line_of(5, 0.5, 0.5), line_of(10, 0.4, 0.39)]
+    assert rise_of_loss(gaining) is None and rise_of_loss(gaining[:1]) is None
+    text = rise_of_loss([*gaining, line_of(15, 0.42, 0.3)])
+    assert text is not None and "from 0.4 at step 10 to 0.42" in text and "memorise" in text
+    assert rise_of_loss([*gaining, line_of(15, 0.42, 0.41)]) is None
+    assert rise_of_loss([*gaining, line_of(15, 0.404, 0.3)]) is None  # within the noise
+
+
+def test_best_names_the_average_with_the_lowest_held_out_loss_and_keeps_it(
+    measured, tmp_path, monkeypatch
+):
+    """Each measurement is made to say what is wanted; the middle one is the lowest."""
+    wanted = iter([0.5, 0.3, 0.4, 0.45, 0.46, 0.47, 0.48])
+
+    def measure(self: QuickLook, model: TrainedModel, progress: bool) -> dict:
+        return {"dense_loss": next(wanted), "dense_loss_train": 0.1}
+
+    monkeypatch.setattr(QuickLook, "__call__", measure)
+    run_dir = tmp_path / "run"
+    train(measured.model_copy(update={"keep_checkpoints": 1}), run_dir, show=False)
+    lines = read_lines(run_dir / "quality.jsonl")
+    best = find_model(f"{run_dir}@best").folder
+    assert best.name == f"step-{lines[1]['step']:08d}"
+    assert load_model(f"{run_dir}@best").location.folder == best
+
+
+def test_best_needs_images_that_were_held_out(tiny, tmp_path):
+    train(tiny, tmp_path / "run", show=False)
+    with pytest.raises(ValueError, match="no held-out loss that would name the best"):
+        find_model(f"{tmp_path / 'run'}@best")

@@ -54,10 +54,10 @@ def train(
     """
     settings = settings.checked()
 
-    from maskdm.training.planning import Wish, recipe_and_folder
+    from maskdm.training.planning import named_folder
     from maskdm.training.trainer import train as run
 
-    folder = out or recipe_and_folder(recipe, None, Wish(control=control))[1]
+    folder = out or named_folder(recipe, settings, control)
     return (
         DONE
         if run(

@@ -121,6 +121,7 @@ def metrics_to_measure(compared: Compared) -> tuple[str, ...]:
     there is.
     """
     settings, available = compared.settings, compared.available
+    in_pca = compared.features is not None and compared.features.name == "pca"
     named = () if compared.is_quick else settings.metrics
     for name in named:
         for need in METRICS[name].needs - available:
@@ -130,7 +131,7 @@ def metrics_to_measure(compared: Compared) -> tuple[str, ...]:
         for name, row in METRICS.items()
         if row.needs <= available
         and ("model" in row.needs) == ("model" in available)
-        and (name in named if named else row.in_pca or settings.features != "pca")
+        and (name in named if named else row.in_pca or not in_pca)
         and (name in qualities() or not compared.is_quick)
     )
 

@@ -18,7 +18,7 @@ from maskdm.images.joined import Array, SelectedRows
 from maskdm.images.order import held_out_subset, num_held_out, training_subset
 from maskdm.images.store import Store
 from maskdm.models.trained import TrainedModel
-from maskdm.recipe import Recipe, Sampling
+from maskdm.recipe import Evaluation, Recipe, Sampling
 from maskdm.sampling.generate import generate_on_all_ranks
 from maskdm.seeds import derive_seed
 from maskdm.settings import changed
@@ -60,6 +60,8 @@ class QuickLook:
     def __init__(self, recipe: Recipe, store: Store, sampling: Sampling):
         self._num = recipe.evaluation.num_in_training if len(store) >= MIN_REFERENCE else 0
         self._settings, self._sampling, self._store = recipe.evaluation, sampling, store
+        if self._settings.features == "auto":  # inception would take minutes on a CPU
+            self._settings = changed(self._settings, features="pca")
         self._labels = store.labels if recipe.model.classes else None
         num = len(store)
         self._held_out = _first(held_out_subset(num, recipe.data), num)
@@ -67,7 +69,7 @@ class QuickLook:
         self._reference: ReferenceFeatures | None = None  # computed when first needed
         if self._num:
             try:
-                self._features = _features(recipe, store)
+                self._features = _features(self._settings, store)
             except ValueError as error:
                 raise ValueError(
                     f"{error} (needed for the distances measured in training; evaluation.quick_num "
@@ -136,11 +138,9 @@ def _first(subset: np.ndarray, num_images: int) -> np.ndarray:
     return chosen
 
 
-def _features(recipe: Recipe, store: Store) -> Features:
-    """The recipe's features, tried on a few images. Raises ValueError if they are unavailable."""
-    device, settings = process_state().device, recipe.evaluation
-    if settings.features == "auto":  # inception would take minutes on a CPU
-        settings = changed(settings, features="pca")
+def _features(settings: Evaluation, store: Store) -> Features:
+    """The features, tried on a few images. Raises ValueError if they are unavailable."""
+    device = process_state().device
     if settings.features == "pca":  # as many components as there can be
         most = min(settings.num_components, len(store) - 1, store.images[0].size)
         settings = changed(settings, num_components=most)

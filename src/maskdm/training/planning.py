@@ -92,22 +92,27 @@ def recipe_and_folder(
 
     Raises ValueError where there is no such recipe, or no name to be made of it.
     """
-    name = "run" if isinstance(recipe, Recipe) else Path(recipe).stem
+    name = "run" if isinstance(recipe, Recipe) else str(recipe)
     if not isinstance(recipe, Recipe):
         own = Path(recipe) / "recipe.yaml"
-        if own.is_file():
-            run_dir = run_dir or (Path(recipe) if wish.control == "none" else None)
-            run_dir = run_dir or f"{Path(recipe)}-{wish.control}"
-            return load_recipe(own), Path(run_dir)
-        recipe = load_recipe(recipe)
-    return recipe, Path(run_dir or default_folder(name, recipe, wish.control))
+        recipe = load_recipe(own if own.is_file() else recipe)
+    return recipe, Path(run_dir or named_folder(name, recipe, wish.control))
 
 
-def default_folder(name: str, recipe: Recipe, control: str = "none") -> Path:
-    """runs/RECIPE-SOURCE, or runs/RECIPE where the source says no more; `-dense` for a control."""
+def named_folder(name: str, recipe: Recipe, control: str = "none") -> Path:
+    """Where a run goes that was given no folder.
+
+    Args:
+        name: of the recipe or its file: runs/NAME-SOURCE, or runs/NAME where the source says no
+            more. Or a run's folder: itself.
+        control: other than `none` = a control, in a folder beside its run's.
+    """
+    if (Path(name) / "recipe.yaml").is_file():
+        return Path(name) if control == "none" else Path(f"{Path(name)}-{control}")
     source = Path(recipe.data.source.rstrip("/").split("://")[-1]).name
     source = re.sub(r"[^\w-]+", "-", source.split(".")[0]).strip("-")
-    parts = [name, *([source] if source and source not in name else [])]
+    stem = Path(name).stem
+    parts = [stem, *([source] if source and source not in stem else [])]
     return Path("runs") / "-".join([*parts, *([] if control == "none" else [control])])
 
 
