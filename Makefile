@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint bench bench-try gpu-check clean
 
 demo: $(VENV)/installed
-	$(BIN)/maskdm train digits --out runs/digits
-	$(BIN)/maskdm sample runs/digits --num 64 --out runs/digits/grid.png
-	$(BIN)/maskdm evaluate runs/digits
-	@echo "grid of samples: runs/digits/grid.png    loss plot: runs/digits/loss.png"
+	$(BIN)/maskdm train faces --out runs/faces
+	$(BIN)/maskdm sample runs/faces --num 64 --out runs/faces/grid.png
+	$(BIN)/maskdm evaluate runs/faces
+	$(BIN)/python examples/faces_attributes.py runs/faces
+	@echo "grid of samples: runs/faces/grid.png    loss plot: runs/faces/loss.png"
 
 # A worker for each core, with one thread: small networks gain nothing from more.
 test: lint

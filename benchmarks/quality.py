@@ -138,8 +138,8 @@ def is_done(trial: Trial, lines: list[dict[str, Any]]) -> bool:
             changed = differences(Recipe(**migrated(line["recipe"])), trial.recipe)
             if changed:
                 raise ValueError(
-                    f"{trial.name} was run with other settings ({'; '.join(changed)}): give the "
-                    "variant another name"
+                    f"{trial.name} was run with other settings ({'; '.join(map(str, changed))}): "
+                    "give the variant another name"
                 )
             return True
     return False

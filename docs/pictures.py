@@ -196,7 +196,7 @@ def draw_faces(run: str) -> None:
         ("the primer", generate(primer.trained, loaded.sampling, list(range(24)))),
         ("samples", samples),
         ("nearest training faces", train[apart.argmin(axis=1)]),
-        ("new face, half of it, filled in", np.concatenate([held_out, given, np.stack(halves)])),
+        ("halves filled in", np.concatenate([held_out, given, np.stack(halves)])),
     ]
     tiles = []
     for name, images in titled:

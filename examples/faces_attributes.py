@@ -43,7 +43,7 @@ def main(run: str, num: int = 2000) -> dict[str, dict[str, float]]:
     test, truth = drawn(range(NUM_TEST), side, seed=102)
     shares: dict[str, dict[str, float]] = {}
     for name, values in ATTRIBUTES.items():
-        reader = MLPClassifier((64,), max_iter=60, early_stopping=True, random_state=0)
+        reader = MLPClassifier((64,), max_iter=200, early_stopping=True, random_state=0)
         reader.fit(train, known[name])
         right = reader.score(test, truth[name])
         seen = reader.predict(flat(images))

@@ -35,3 +35,61 @@ def test_a_failed_part_is_reported_and_the_rest_runs(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "failed: environment tests benchmarks profile" in done.stdout
+
+
+TABLE = """
+tiny:
+  recipe:
+    data: {source: digits, size: 8, channels: 1, held_out: 20}
+    model: {patch_size: 2, embed_dim: 16, depth: 3, num_heads: 2}
+    diffusion: {schedule: cosine, prediction: x0}
+    sampling: {sampler: ddim, steps: 2}
+    evaluation: {num: 20, quick_num: 0, num_components: 4}
+  stage: {batch_size: 8, ema: {decay: 0.5}}
+  flops: 2.0e+8
+  variants:
+    dense:
+    half: {stages: [{mask: {kind: patch, rate: 0.5}, share: 1}, {share: 2}]}
+  rounds:
+    - {variants: [dense, half], lr: [0.01], seeds: [0]}
+    - {variants: {dense: [0.01], half: [[0.01, 0.02]]}, seeds: [1, 2]}
+"""
+
+
+def test_the_quality_laboratory_runs_what_is_missing_and_draws_its_report(tmp_path):
+    table, results = tmp_path / "table.yaml", tmp_path / "results.jsonl"
+    table.write_text(TABLE)
+
+    def run(script: str, *arguments: str) -> str:
+        command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    flags = ["--results", str(results), "--work", str(tmp_path / "work")]
+    run("quality.py", str(table), "--only", "tiny_dense", *flags)
+    run("quality.py", str(table), *flags)
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    keys = [(line["variant"], tuple(line["lr"]), line["seed"]) for line in lines]
+    assert sorted(keys) == [
+        ("dense", (0.01,), 0),
+        ("dense", (0.01,), 1),
+        ("dense", (0.01,), 2),
+        ("half", (0.01, 0.01), 0),
+        ("half", (0.01, 0.02), 1),
+        ("half", (0.01, 0.02), 2),
+    ]
+    for line in lines:
+        assert line["flops"] == pytest.approx(2e8, rel=0.05) and line["metrics"]["frechet"]
+    assert run("quality.py", str(table), *flags) == ""  # nothing is missing
+    document = tmp_path / "doc.md"
+    document.write_text("<!-- seeds -->\n<!-- end -->\n<!-- tiny -->\nold\n<!-- end -->\n")
+    run("quality_report.py", "--results", str(results), "--doc", str(document),
+        "--images", str(tmp_path))  # fmt: skip
+    assert "| dense | 0.01 |" in document.read_text() and "old" not in document.read_text()
+    assert (tmp_path / "masking-rates.png").stat().st_size > 1000
+    # A trial's settings don't change behind its name.
+    table.write_text(TABLE.replace("embed_dim: 16", "embed_dim: 32"))
+    command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), str(table), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode != 0 and "give the variant another name" in done.stderr

@@ -25,6 +25,7 @@ RecipeName = Annotated[str, tyro.conf.Positional, quiet(metavar="RECIPE")]
 Source = Annotated[str, tyro.conf.Positional, quiet(metavar="SOURCE")]
 Run = Annotated[str, tyro.conf.Positional, quiet(metavar="RUN")]
 OptionalInt = Annotated[int | None, quiet(metavar="INT")]
+OptionalFloat = Annotated[float | None, quiet(metavar="FLOAT")]
 OptionalClass = Annotated[str | None, quiet(metavar="CLASS")]
 JsonFlag = Annotated[bool, quiet(name="json"), tyro.conf.FlagCreatePairsOff]
 SamplingFlags = Annotated[Sampling, tyro.conf.arg(name="")]
@@ -35,7 +36,7 @@ def say_note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def load(run: str, sampling: Sampling) -> tuple[Loaded, Loaded | None]:
+def load(run: str, sampling: Sampling, ema: float | None = None) -> tuple[Loaded, Loaded | None]:
     """The model that a user names, and the weak one if its guidance needs one.
 
     Both on this process's device. Raises ValueError where one is not available.
@@ -53,7 +54,7 @@ def load(run: str, sampling: Sampling) -> tuple[Loaded, Loaded | None]:
         )
     logging.disable_progress_bar()
     device = process_state().device
-    strong, weak = load_model(run, say_note), None
+    strong, weak = load_model(run, say_note, width=ema), None
     strong.trained.model.to(device)
     if GUIDANCE[guidance.kind].needs_model:
         weak = load_weak(strong.location, guidance.weak, say_note)

@@ -46,6 +46,7 @@ def evaluate(
     metrics: Metrics = (),
     seed: int = 0,
     seeds: int = 1,
+    ema: Annotated[tuple[float, ...], quiet(metavar="FLOAT ...")] = (),
     save_statistics: Annotated[Path | None, quiet(metavar="NPZ")] = None,
     out: OptionalFile = None,
     json_output: JsonFlag = False,
@@ -72,6 +73,8 @@ def evaluate(
         num: images to draw; default: the recipe's. For given images: a random part of them.
         seed: names the drawn images.
         seeds: draw so many times, with seeds from --seed up; gives means, and the spread.
+        ema: relative widths of other averages of the weights, each evaluated by itself: a sweep for
+            runs with ema.kind power. Default: the run's own.
         save_statistics: write the reference's mean and covariance there (mu, sigma).
         out: write the record there instead.
         json_output: print the whole record as JSON instead of a table.
@@ -86,7 +89,7 @@ def evaluate(
     ):
         raise ValueError(f"--save-statistics {save_statistics}: use a file name that ends in .npz")
 
-    from maskdm.evaluation.evaluate import evaluate_images, evaluate_model
+    from maskdm.evaluation.evaluate import evaluate_images
     from maskdm.evaluation.records import add_record, read_records, records_file
 
     path = out or (records_file(run) if is_model(run) else None) or Path("evaluation.json")
@@ -96,31 +99,52 @@ def evaluate(
         "weights": None if weights is None else str(weights),
         "metrics": metrics or None,
     }
-    if is_model(run):
-        strong, weak = load(run, sampling)
-        location = strong.location
-        wanted = location.recipe.evaluation if location.run else Evaluation()
-        wanted = changed(wanted, **changes, num=num)
-        folder = Path(run) / "evaluation" if location.run is None and Path(run).is_dir() else None
-        drawn_by = range(seed, seed + seeds)
-        say_how_long(strong, sampling, wanted.num * seeds, weak)
-        result = evaluate_model(strong, wanted, sampling, weak, reference, drawn_by, folder, True)
-    else:
-        if sampling != Sampling() or (seed, seeds) != (0, 1):
+    if not is_model(run):
+        if sampling != Sampling() or (seed, seeds, ema) != (0, 1, ()):
             raise ValueError(f"{run} holds images, not a model: flags for sampling have no effect")
         if reference is None:
             raise ValueError(f"{run} holds images: name the real ones with --reference SOURCE")
         wanted = changed(Evaluation(), **changes)
-        result = evaluate_images(run, reference, wanted, num, show=True)
+        results = [evaluate_images(run, reference, wanted, num, show=True)]
+    else:
+        drawn_by = range(seed, seed + seeds)
+        results = [
+            _of_model(run, width, sampling, {**changes, "num": num}, reference, drawn_by)
+            for width in ema or (None,)
+        ]
     if not is_main_process():
         return DONE
-    add_record(path, result.record)
+    for result in results:
+        add_record(path, result.record)
+        if ema and not json_output:
+            print(f"average of relative width {result.record['samples']['ema']:g}")
+        _report(result, path, json_output)
     if save_statistics is not None:
         from maskdm.evaluation import statistics
 
-        statistics.save_statistics(result.statistics, save_statistics)
-    _report(result, path, json_output)
+        statistics.save_statistics(results[0].statistics, save_statistics)
     return DONE
+
+
+def _of_model(
+    run: str,
+    width: float | None,
+    sampling: Sampling,
+    changes: dict[str, Any],
+    reference: str | None,
+    seeds: range,
+) -> Evaluated:
+    """Evaluates a model, or its average of another width."""
+    from maskdm.evaluation.evaluate import evaluate_model
+
+    strong, weak = load(run, sampling, width)
+    location = strong.location
+    wanted = changed(location.recipe.evaluation if location.run else Evaluation(), **changes)
+    folder = Path(run) / "evaluation" if location.run is None and Path(run).is_dir() else None
+    say_how_long(strong, sampling, wanted.num * len(seeds), weak)
+    result = evaluate_model(strong, wanted, sampling, weak, reference, seeds, folder, True)
+    result.record["samples"]["ema"] = width
+    return result
 
 
 def _report(result: Evaluated, path: Path, json_output: bool) -> None:

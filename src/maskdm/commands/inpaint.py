@@ -11,6 +11,7 @@ import tyro
 from maskdm.commands.common import (
     DONE,
     OptionalClass,
+    OptionalFloat,
     Run,
     SamplingFlags,
     is_main_process,
@@ -37,6 +38,7 @@ def inpaint(
     num: int = 4,
     seed: int = 0,
     label: OptionalClass = None,
+    ema: OptionalFloat = None,
     resamplings: int = 10,
     jump: int = 5,
 ) -> int:
@@ -54,6 +56,7 @@ def inpaint(
         seed: another seed, other results.
         label: class of the results, by its name or number; default: no class if the
             model can draw without one, else all in turn.
+        ema: relative width of another average of the weights, of runs with ema.kind power.
         resamplings: times that each stretch of steps is repeated, so that old and new fit.
         jump: steps in a stretch.
     """
@@ -75,7 +78,7 @@ def inpaint(
     from maskdm.sampling.inpaint import inpaint, read_image_and_mask, with_hole
 
     refuse_output(out)
-    strong, weak = load(run, settings)
+    strong, weak = load(run, settings, ema)
     config = strong.trained.model.config
     picture, unknown = read_image_and_mask(image, mask, _preparation(strong))
     number = None if label is None else class_number(config, label)

@@ -10,6 +10,7 @@ from typing import Annotated
 from maskdm.commands.common import (
     DONE,
     OptionalClass,
+    OptionalFloat,
     Run,
     SamplingFlags,
     is_main_process,
@@ -31,6 +32,7 @@ def sample(
     num: int = 64,
     seed: int = 0,
     label: OptionalClass = None,
+    ema: OptionalFloat = None,
     mask: Mask = WHOLE,
     mask_image: Annotated[Path | None, quiet(metavar="PNG")] = None,
 ) -> int:
@@ -44,6 +46,8 @@ def sample(
         num: number of images.
         seed: another seed, other images.
         label: class of all images, by its name or number; default: all in turn.
+        ema: relative width of another average of the weights, 0.02 to 0.28: of runs with ema.kind
+            power. Default: the run's own.
         mask: draw only the patches that such a mask leaves visible: the marginal that it selects.
         mask_image: draw only the patches that are white in this picture.
     """
@@ -63,7 +67,7 @@ def sample(
         raise ValueError(f"--mask.kind {mask.kind} hides nothing at rate 0: add --mask.rate")
     if mask.rate and mask_image is not None:
         raise ValueError("--mask-image and --mask.rate both choose patches: give one")
-    strong, weak = load(run, settings)
+    strong, weak = load(run, settings, ema)
     model = strong.trained.model
     visible, of = None, ""
     if mask_image is not None:
@@ -91,8 +95,7 @@ def sample(
     save_images(images, out, given)
     if labels is not None:
         of += f", class {class_text(model.config, int(labels[0]))}"
-    print(f"{num} images from {strong.location.folder}, seed {seed}, {sampling_text(settings)}{of}")
-    print(f"-> {out}")
-    if strong.location.run is not None:
-        print(f"next    maskdm evaluate {strong.location.run}")
+    text = f"{num} images from {strong.location.folder}, seed {seed}, {sampling_text(settings)}{of}"
+    run_dir = strong.location.run
+    print(text, f"-> {out}", *([f"next    maskdm evaluate {run_dir}"] if run_dir else []), sep="\n")
     return DONE

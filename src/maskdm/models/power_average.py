@@ -28,3 +28,15 @@ def gamma_of_width(width: float) -> float:
 
 def _squared_width(gamma: float) -> float:
     return (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))
+
+
+def inner_product(one: tuple[float, float], other: tuple[float, float]) -> float:
+    """Integral over time of the product of two profiles.
+
+    A profile (gamma, end) is (gamma + 1) tau^gamma / end^(gamma + 1) for tau from 0 to `end`
+    (Karras et al. 2024, Appendix C.2).
+    """
+    (a, end_a), (b, end_b) = one, other
+    ratio = min(end_a, end_b) / max(end_a, end_b)
+    longer = a if end_a > end_b else b  # its profile has only begun where the other ends
+    return (a + 1) * (b + 1) / (a + b + 1) * ratio**longer / max(end_a, end_b)

@@ -10,11 +10,12 @@ the rank and the step. Nothing is unpickled.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from maskdm.files import whole_folder, write_text
 from maskdm.runs.find import best_line, damage
 
+NARROW = "ema-narrow.safetensors"
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @dataclass
@@ -57,6 +60,8 @@ def save_checkpoint(
     model: nn.Module,
     ema: nn.Module,
     optimizer: torch.optim.Optimizer,
+    narrow: nn.Module | None = None,
+    *,
     is_stage_end: bool,
 ) -> Path:
     """Writes a checkpoint beside its place, renames it into it, then moves `latest` on.
@@ -65,16 +70,20 @@ def save_checkpoint(
         folder: RUN/checkpoints.
         model: the raw model, as trained; `ema` its average, of equal structure.
         optimizer: over the parameters of `model`, in their order.
+        narrow: a second, narrower average, where there is one.
 
     Raises:
         OSError: the disk refused (full, say). What was there before is untouched.
     """
     path = folder / f"step-{progress.step:08d}"
     tensors = (model.state_dict(), ema.state_dict(), _optimizer_tensors(optimizer, model))
+    files = dict(zip(FILES, tensors, strict=True))
+    if narrow is not None:
+        files[NARROW] = narrow.state_dict()
     with whole_folder(path) as writing:
-        for file, content in zip(FILES, tensors, strict=True):
+        for file, content in files.items():
             save_file({name: value.contiguous() for name, value in content.items()}, writing / file)
-        sizes = {file: (writing / file).stat().st_size for file in FILES}
+        sizes = {file: (writing / file).stat().st_size for file in files}
         content = {**asdict(progress), "is_stage_end": is_stage_end, "files": sizes}
         write_text(writing / "progress.json", json.dumps(content))
     write_text(folder / "latest", path.name + "\n")
@@ -90,6 +99,15 @@ def load_checkpoint(
     ema.load_state_dict(load_file(path / "ema.safetensors"))
     _load_optimizer_tensors(optimizer, model, load_file(path / "optimizer.safetensors"))
     return progress
+
+
+def load_narrow_average(path: Path, ema: ModelT) -> ModelT | None:
+    """The second average of a checkpoint, beside the model's average; None where it has none."""
+    if not (path / NARROW).is_file():
+        return None
+    narrow = copy.deepcopy(ema)
+    narrow.load_state_dict(load_file(path / NARROW))
+    return narrow
 
 
 def read_progress(path: Path) -> Progress:

@@ -14,6 +14,7 @@ from maskdm.families import BACKBONES
 from maskdm.models.build import Backbone, build_model
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Diffusion, Sampling
+from maskdm.runs.averages import averaged_weights
 from maskdm.runs.find import Location, Note, find_checkpoint, find_model, read_index
 from maskdm.runs.folder import read_class_names
 from maskdm.words import listed, one_line
@@ -34,26 +35,34 @@ class Loaded:
     location: Location
 
 
-def load_model(name: str | Path, note: Note = print, weights: str = "ema") -> Loaded:
+def load_model(
+    name: str | Path, note: Note = print, weights: str = "ema", width: float | None = None
+) -> Loaded:
     """Loads the model that a user names; see `find_model` for what that may be.
 
     Args:
         name, note: as for `find_model`.
         weights: `ema` = averaged, `raw` = as trained.
+        width: relative width of another average, made of the run's snapshots; None = its own.
 
     Raises ValueError where there is no such model, its files are damaged, weights are missing, NaN
     or infinite, or an exported model, which has averaged weights only, is to give raw ones.
     """
     location = find_model(name, note)
-    if weights == "raw" and location.is_exported and location.run is not None:
+    other = weights == "raw" or width is not None
+    if other and location.is_exported and location.run is not None:
         location = _newest_checkpoint(location, note)
     if weights == "raw" and location.is_exported:
         raise ValueError(f"{location.folder} has averaged weights only: use init_weights ema")
+    if width is not None and location.is_exported:
+        raise ValueError(f"{location.folder} has one average only: name its run's folder")
     try:
         if location.is_exported:
             model, diffusion = _load_exported(location)
         else:
             model, diffusion = _load_checkpoint(location, weights)
+        if width is not None:
+            _average_anew(model, location, width)
     except (OSError, SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"the model in {location.folder} is damaged: {one_line(error)}") from None
     for key, tensor in model.named_parameters():
@@ -108,6 +117,15 @@ def _load_exported(location: Location) -> tuple[Backbone, Diffusion]:
     if missing := sorted(loading["missing_keys"]):
         raise RuntimeError(f"its file lacks {listed(missing, most=3)}")
     return model, Diffusion(**index["diffusion"])
+
+
+def _average_anew(model: Backbone, location: Location, width: float) -> None:
+    """Gives a checkpoint's model the average of another width."""
+    counters, run = _progress(location), location.run
+    assert run is not None  # a checkpoint lies in a run's folder
+    stage = location.recipe.stages[counters["stage"]].name
+    where = (run, stage, counters["step"], counters["stage_step"])
+    model.load_state_dict(averaged_weights(*where, width), strict=False)
 
 
 def _progress(location: Location) -> dict[str, Any]:

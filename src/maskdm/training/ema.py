@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from maskdm.families import AVERAGES
 from maskdm.models.power_average import gamma_of_width
 from maskdm.recipe import Average, Stage
+from maskdm.runs.averages import is_snapshot_due, save_snapshot
+from maskdm.runs.checkpoint import Progress
+from maskdm.settings import changed
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -39,6 +43,54 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """
     update = get_ema_multi_avg_fn(decay)
     update(list(average.parameters()), list(model.parameters()), 0)
+
+
+class Averages(Generic[ModelT]):
+    """The average that images are drawn from, and in power averages a narrower one beside it.
+
+    Args:
+        model: the model.
+
+    Attributes:
+        main: the average.
+        narrow: of half the width; None unless the stage's average is a power function.
+    """
+
+    def __init__(self, model: ModelT):
+        self.main = make_average(model)
+        self.narrow: ModelT | None = None
+
+    def enter_stage(self, stage: Stage, model: nn.Module, begins: bool) -> None:
+        """Readies the averages for a stage; where it begins, they start from its first weights."""
+        if begins:
+            restart_average(self.main, model)
+            self.narrow = None
+        if stage.ema.kind == "power" and self.narrow is None:
+            self.narrow = make_average(self.main)
+        elif stage.ema.kind != "power":
+            self.narrow = None
+
+    def update(self, stage: Stage, stage_step: int, model: nn.Module) -> None:
+        """Moves them towards the model after the stage's step of that number, counted from 0."""
+        update_average(self.main, model, decay_of(stage.ema, stage_step + 1))
+        if self.narrow is not None:
+            update_average(self.narrow, model, decay_of(narrower(stage.ema), stage_step + 1))
+
+    def keep(self, run_dir: Path, stage: Stage, progress: Progress) -> None:
+        """Writes a snapshot where one is due: see `runs.averages`."""
+        if is_snapshot_due(stage, progress.stage_step):
+            where = (run_dir, stage, progress.step, progress.stage_step)
+            save_snapshot(*where, self.by_width(stage))
+
+    def by_width(self, stage: Stage) -> dict[float, nn.Module]:
+        """The two of a power average by their relative widths."""
+        assert self.narrow is not None
+        return {stage.ema.width: self.main, narrower(stage.ema).width: self.narrow}
+
+
+def narrower(settings: Average) -> Average:
+    """The settings of the second average: half as wide (Karras et al. 2024 track 0.05 and 0.1)."""
+    return changed(settings, width=settings.width / 2)
 
 
 def decay_of(settings: Average, update: int) -> float:

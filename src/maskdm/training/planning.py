@@ -249,10 +249,13 @@ def dense_control(recipe: Recipe, equal: str, machine: Machine) -> Recipe:
     return changed(control, stages=(stage.model_dump(),))
 
 
-def link_control(run_dir: Path, of: Path, wish: Wish) -> None:
-    """Writes down in a control's folder which run it is the control of."""
-    content = {"of": str(of), "kind": wish.control, "equal": wish.control_equal}
-    write_text(run_dir / CONTROL, json.dumps(content) + "\n")
+def link_control(run_dir: Path, wish: Wish) -> None:
+    """Writes down in a control's folder whose control it is, for `compare`."""
+    suffix = f"-{wish.control}"
+    if wish.control != "none" and run_dir.name.endswith(suffix):
+        of = run_dir.name.removesuffix(suffix)
+        content = {"of": of, "kind": wish.control, "equal": wish.control_equal}
+        write_text(run_dir / CONTROL, json.dumps(content) + "\n")
 
 
 def _continued(

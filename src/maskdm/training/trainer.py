@@ -15,11 +15,12 @@ from maskdm.recipe import Recipe
 from maskdm.runs.checkpoint import (
     Progress,
     load_checkpoint,
+    load_narrow_average,
     prune_checkpoints,
     save_checkpoint,
 )
 from maskdm.training.checkups import Checkups
-from maskdm.training.ema import decay_of, make_average, restart_average, update_average
+from maskdm.training.ema import Averages
 from maskdm.training.monitor import Monitor, Remaining
 from maskdm.training.optim import clip_gradients, enter_stage, learning_rate, make_optimizer
 from maskdm.training.planning import (
@@ -27,6 +28,7 @@ from maskdm.training.planning import (
     ThisMachine,
     Wish,
     budget_of,
+    link_control,
     planned,
     recipe_and_folder,
 )
@@ -129,15 +131,19 @@ def train(
         monitor.introduce(recipe, store, model, accelerator, f"{precision} ({reason})")
         for text in transferred:
             monitor.say(text)
+        if accelerator.is_main_process:
+            link_control(run_dir, wish)
 
         # Give the model its device and its average, and take up the newest whole checkpoint.
         model = model.to(accelerator.device)
-        average = make_average(model)
+        averages = Averages(model)
+        average = averages.main
         optimizer = make_optimizer(model.parameters(), recipe.stages[0])
         progress, folder = Progress(), run_dir / "checkpoints"
         checkpoint = newest_checkpoint(accelerator, folder, monitor)
         if checkpoint is not None:
             progress = load_checkpoint(checkpoint, model, average, optimizer)
+            averages.narrow = load_narrow_average(checkpoint, average)
             finished = progress.step == recipe.num_steps
             monitor.say(f"{'finished with' if finished else 'continuing after'} {checkpoint.name}")
         network = CompiledForward(model)
@@ -166,7 +172,7 @@ def train(
                     model.load_state_dict(average.state_dict())
             if progress.stage_step == 0:
                 optimizer.state.clear()
-                restart_average(average, model)
+            averages.enter_stage(stage, model, begins=progress.stage_step == 0)
             enter_stage(optimizer, stage)
             work = works[progress.stage]
             monitor.introduce_stage(recipe, progress, work)
@@ -198,7 +204,7 @@ def train(
                 grad_norm = clip_gradients(accelerator, model, stage.clip)
                 stepper.step()
                 stepper.zero_grad()
-                update_average(average, model, decay_of(stage.ema, progress.stage_step + 1))
+                averages.update(stage, progress.stage_step, model)
 
                 # Count what was done.
                 tick.add(loss, grad_norm)
@@ -230,6 +236,11 @@ def train(
                 if showing:
                     monitor.advance(progress, stage, tick.recent_loss)
 
+                # Keep averages, of which others are made after training.
+                if accelerator.is_main_process:
+                    with tick.paused():
+                        averages.keep(run_dir, stage, progress)
+
                 # Save, and leave on request; else measure and draw what is due.
                 with tick.paused(), monitor.looking(progress):
                     if saving:
@@ -237,7 +248,8 @@ def train(
                         progress.scaler = scaler.state_dict() if scaler else {}
                         checkpoint = folder / f"step-{progress.step:08d}"
                         if accelerator.is_main_process:
-                            save_checkpoint(folder, progress, model, average, optimizer, is_end)
+                            state = (model, average, optimizer, averages.narrow)
+                            save_checkpoint(folder, progress, *state, is_stage_end=is_end)
                             prune_checkpoints(folder, checkpoint, recipe.keep_checkpoints)
                         accelerator.wait_for_everyone()
                         timer.restart()

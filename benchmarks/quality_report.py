@@ -1,0 +1,185 @@
+"""Tables and figures of docs/does-masking-pay.md, from the results of `benchmarks/quality.py`.
+
+    python benchmarks/quality_report.py [--results FILE] [--doc FILE]
+
+Rewrites what stands between `<!-- NAME -->` and `<!-- end -->` in the document, and its figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy import stats
+
+from maskdm.runs.lines import read_lines
+
+HERE = Path(__file__).parent
+DOC = HERE.parent / "docs" / "does-masking-pay.md"
+IMAGES = DOC.parent / "images"
+COLOURS = {"dense": "#b3432b", "half": "#2b5fb3"}
+Line = dict[str, Any]
+
+
+def distance(line: Line) -> float:
+    """The Frechet distance of a trial."""
+    return float(line["metrics"]["frechet"]["value"])
+
+
+def rates_text(line: Line) -> str:
+    """`0.004`, or `0.004, 0.008` where stages differ."""
+    return ", ".join(f"{lr:g}" for lr in dict.fromkeys(line["lr"]))
+
+
+def by_experiment(lines: list[Line]) -> dict[str, list[Line]]:
+    """Lines by experiment, in the order of their first ones."""
+    groups: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        groups[line["experiment"]].append(line)
+    return groups
+
+
+def bracket_table(lines: list[Line]) -> str:
+    """Every trial of the first seed: one row for each variant and learning rate."""
+    rows = [
+        "| variant | learning rate | Fréchet distance | held-out loss | images |",
+        "|---|---|---|---|---|",
+    ]
+    first = [line for line in lines if line["seed"] == 0]
+    order = list(dict.fromkeys(line["variant"] for line in first))
+    best = {
+        variant: min((line for line in first if line["variant"] == variant), key=distance)
+        for variant in order
+    }
+    for line in sorted(first, key=lambda line: (order.index(line["variant"]), line["lr"])):
+        low, high = line["metrics"]["frechet"]["interval"]
+        value = f"{distance(line):.3f}"
+        value = f"**{value}**" if line is best[line["variant"]] else value
+        rows.append(
+            f"| {line['variant']} | {rates_text(line)} | {value} ({low:.3f} to {high:.3f}) | "
+            f"{line['dense_loss']:.5f} | {line['images']:,} |"
+        )
+    return "\n".join(rows)
+
+
+def best_rates(lines: list[Line], variant: str) -> list[float] | None:
+    """The learning rates of a variant's best trial with the first seed."""
+    first = [line for line in lines if line["seed"] == 0 and line["variant"] == variant]
+    rates: list[float] | None = min(first, key=distance)["lr"] if first else None
+    return rates
+
+
+def fresh_seeds(lines: list[Line], variant: str) -> list[Line]:
+    """Trials at a variant's best rates with seeds that did not choose them."""
+    rates = best_rates(lines, variant)
+    return [
+        line
+        for line in lines
+        if line["variant"] == variant and line["lr"] == rates and line["seed"] > 0
+    ]
+
+
+def ratio_of(
+    one: list[Line], other: list[Line], value: Any = distance
+) -> tuple[float, float, float]:
+    """Mean ratio of two groups of seeds, with a 95 % interval by Welch's t on the logarithms."""
+    a, b = (np.log([value(line) for line in lines]) for lines in (one, other))
+    test = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    middle = a.mean() - b.mean()
+    return math.exp(middle), math.exp(test.low), math.exp(test.high)
+
+
+def seeds_table(groups: dict[str, list[Line]]) -> str:
+    """Dense against masked at their best rates, over seeds that did not choose them."""
+    rows = [
+        "| experiment | dense | masked | dense / masked | of held-out losses |",
+        "|---|---|---|---|---|",
+    ]
+    for experiment, lines in groups.items():
+        dense, masked = fresh_seeds(lines, "dense"), fresh_seeds(lines, "half")
+        if min(len(dense), len(masked)) < 2:
+            continue
+        cells = [
+            f"{np.mean([*map(distance, group)]):.3f} ("
+            + ", ".join(f"{distance(line):.3f}" for line in group)
+            + ")"
+            for group in (dense, masked)
+        ]
+        for value in (distance, lambda line: float(line["dense_loss"])):
+            middle, low, high = ratio_of(dense, masked, value)
+            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+        rows.append(f"| {experiment} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def draw_rates(groups: dict[str, list[Line]], path: Path) -> None:
+    """Distance against learning rate, a panel for each experiment with both sides."""
+    shown = {
+        name: lines
+        for name, lines in groups.items()
+        if {"dense", "half"} <= {x["variant"] for x in lines}
+    }
+    figure = Figure(figsize=(4.3 * len(shown), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, lines) in zip(
+        np.atleast_1d(figure.subplots(1, len(shown))), shown.items(), strict=True
+    ):
+        for variant in ("dense", "half"):
+            same = [x for x in lines if x["variant"] == variant and len({*x["lr"]}) == 1]
+            tried = sorted((x for x in same if x["seed"] == 0), key=lambda x: x["lr"])
+            rates = [x["lr"][0] for x in tried]
+            title = "dense" if variant == "dense" else "50 % hidden, then whole"
+            errors = [distance(x) - x["metrics"]["frechet"]["interval"][0] for x in tried]
+            axes.errorbar(rates, [*map(distance, tried)], errors, marker="o", capsize=3,
+                          color=COLOURS[variant], label=title)  # fmt: skip
+            seeds = [x for x in same if x["seed"] > 0]
+            axes.plot([x["lr"][0] for x in seeds], [*map(distance, seeds)], "x",
+                      color=COLOURS[variant])  # fmt: skip
+        axes.set_xscale("log", base=2)
+        ticks = sorted({x["lr"][0] for x in lines})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_title(name, loc="left", fontsize=11)
+        axes.set_xlabel("learning rate")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.axes[0].set_ylabel("Fréchet distance, lower is better")
+    figure.savefig(path, dpi=100)
+
+
+def replaced(text: str, name: str, content: str) -> str:
+    """The document with other content between `<!-- name -->` and `<!-- end -->`."""
+    pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
+    found, count = re.subn(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.S)
+    if count != 1:
+        raise ValueError(f"the document needs one place for {name}, and has {count}")
+    return found
+
+
+def main() -> None:
+    """Rewrites the document's tables and figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "quality.jsonl")
+    parser.add_argument("--doc", type=Path, default=DOC)
+    parser.add_argument("--images", type=Path, default=IMAGES)
+    args = parser.parse_args()
+    groups = by_experiment(read_lines(args.results))
+    text = args.doc.read_text("utf-8")
+    text = replaced(text, "seeds", seeds_table(groups))
+    for name, lines in groups.items():
+        text = replaced(text, name, bracket_table(lines))
+    args.doc.write_text(text, "utf-8")
+    draw_rates(groups, args.images / "masking-rates.png")
+
+
+if __name__ == "__main__":
+    main()
