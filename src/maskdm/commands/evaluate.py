@@ -107,11 +107,8 @@ def evaluate(
         wanted = changed(Evaluation(), **changes)
         results = [evaluate_images(run, reference, wanted, num, show=True)]
     else:
-        drawn_by = range(seed, seed + seeds)
-        results = [
-            _of_model(run, width, sampling, {**changes, "num": num}, reference, drawn_by)
-            for width in ema or (None,)
-        ]
+        how = (sampling, {**changes, "num": num}, reference, range(seed, seed + seeds))
+        results = [_of_model(run, width, *how) for width in ema or (None,)]
     if not is_main_process():
         return DONE
     for result in results:
