@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from test_training import assert_same_bits, metrics, quiet, state, train_until
 
+from maskdm.commands.compare import with_control
 from maskdm.evaluation.quick import QuickLook
 from maskdm.models.build import build_model
 from maskdm.recipe import Average, Recipe, Stage
@@ -255,6 +256,11 @@ def test_the_dense_control_spends_the_same(tiny, tmp_path):
     (work,) = stage_work(dense, build_model(dense))
     assert stage.mask.kind == "none" and stage.lr == tiny.stages[-1].lr
     assert abs(ends[0]["flops"] - ends[1]["flops"]) <= work.step_flops / 2
+    runs = (str(tmp_path / "run-dense"), str(tmp_path / "run"))
+    quiet(tmp_path / "run", None, control="dense")
+    assert with_control(runs[1:]) == with_control(runs[:1]) == runs
+    assert with_control((str(tmp_path / "dense"),)) == (str(tmp_path / "dense"),)  # of no run
+    assert saved(tmp_path / "run-dense").stages == dense.stages
     quiet(tiny, tmp_path / "steps", control="dense", control_equal="steps")
     assert saved(tmp_path / "steps").stages[0].steps == 11
 

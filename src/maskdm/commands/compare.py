@@ -13,6 +13,7 @@ import tyro
 from maskdm.choices import helped, named
 from maskdm.commands.common import DONE, JsonFlag, quiet
 from maskdm.families import METRICS, qualities
+from maskdm.runs.find import CONTROL
 from maskdm.words import COSTS, listed
 
 Runs = Annotated[tuple[str, ...], tyro.conf.Positional, quiet(metavar="RUN RUN ...")]
@@ -47,7 +48,8 @@ def compare(
     how many times less each run cost to be as good as the first.
 
     Args:
-        runs: run folders, RUN@STAGE, or files of evaluations; with --x the first is the baseline.
+        runs: run folders, RUN@STAGE, or files of evaluations; with --x the first is the baseline. A
+            single run is compared with its control, which train --control has put beside it.
         features: only evaluations in these features.
         x: draw curves against images seen, FLOPs or time of training.
         y: quality of the curves; default: the first of these that all runs have.
@@ -55,6 +57,7 @@ def compare(
         out: file for the curves; default: quality-against-X.png.
         json_output: print everything as JSON instead.
     """
+    runs = with_control(runs)
     if x is None:
         flags = {"--y": y, "--target": target, "--out": out}
         if useless := [flag for flag, value in flags.items() if value is not None]:
@@ -68,6 +71,23 @@ def compare(
         result, text = _curves(runs, x, y, target, out or Path(f"quality-against-{x}.png"))
     print(json.dumps(result) if json_output else text)
     return DONE
+
+
+def with_control(runs: tuple[str, ...]) -> tuple[str, ...]:
+    """A single run together with its dense control, where it lies beside it; the control first."""
+    if len(runs) != 1 or not Path(runs[0]).is_dir():
+        return runs
+    run = Path(runs[0])
+    if (run / CONTROL).is_file():
+        of = run.with_name(json.loads((run / CONTROL).read_text("utf-8"))["of"])
+        return (str(run), str(of)) if of.is_dir() else runs
+    controls = [
+        path
+        for path in sorted(run.parent.glob(f"{run.name}-*"))
+        if (path / CONTROL).is_file()
+        and json.loads((path / CONTROL).read_text("utf-8"))["of"] == run.name
+    ]
+    return (*map(str, controls), str(run)) if controls else runs
 
 
 def _evaluations(

@@ -58,6 +58,8 @@ def train(
     from maskdm.training.trainer import train as run
 
     folder = out or named_folder(recipe, settings, control)
+    if out is None:
+        print(f"run     {folder}", flush=True)
     return (
         DONE
         if run(

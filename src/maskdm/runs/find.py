@@ -21,6 +21,7 @@ from maskdm.words import one_line
 
 PARTS = ["model_index.json", "denoiser/*", "scheduler/*"]  # of an exported model
 BEST = "best"
+CONTROL = "control.json"  # in the folder of a control: whose it is
 Note = Callable[[str], None]
 
 

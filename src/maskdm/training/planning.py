@@ -20,6 +20,7 @@ from maskdm.recipe import Budget, Recipe
 from maskdm.recipe_files import load_recipe
 from maskdm.runs.changes import extended
 from maskdm.runs.checkpoint import Progress
+from maskdm.runs.find import CONTROL
 from maskdm.runs.folder import progress_of
 from maskdm.settings import changed
 from maskdm.training.budget import INTERVALS, MANY_IMAGES, longer, scaled, with_steps
@@ -30,7 +31,6 @@ from maskdm.training.work import stage_work, total_flops
 # Floating-point operations for each token that a model sees are 6 a parameter; tokens for each
 # parameter that it should see. U-ViT-S has 370 of them in the paper, language models 20.
 TOKENS_PER_PARAMETER = 100
-CONTROL = "control.json"
 
 
 @dataclass(frozen=True)
