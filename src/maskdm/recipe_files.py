@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,12 +17,35 @@ from maskdm.words import one_line, suggestion
 
 def recipe_names() -> list[str]:
     """Names of the packaged recipes, sorted."""
-    folder = resources.files("maskdm") / "recipes"
-    return sorted(
-        entry.name.removesuffix(".yaml")
-        for entry in folder.iterdir()
-        if entry.name.endswith(".yaml")
-    )
+    return sorted(_packaged())
+
+
+@functools.cache
+def _packaged() -> dict[str, str]:
+    """YAML text of each packaged recipe, by its name.
+
+    A file may hold several: `rows`, by the ends of their names, on top of what they share and of a
+    common `base`.
+    """
+    texts: dict[str, str] = {}
+    for entry in (resources.files("maskdm") / "recipes").iterdir():
+        name, text = entry.name.removesuffix(".yaml"), entry.read_text("utf-8")
+        if entry.name.endswith(".yaml") and "\nrows:\n" in text:
+            texts |= {f"{name}-{row}": one for row, one in _rows(text)}
+        elif entry.name.endswith(".yaml"):
+            texts[name] = text
+    return texts
+
+
+def _rows(text: str) -> Iterator[tuple[str, str]]:
+    """The recipes of a file of several: the end of the name, and the YAML text of each."""
+    content = yaml.load(text, _StrictLoader)
+    comment = [line for line in text.splitlines() if line.startswith("#")]
+    for row, changes in content["rows"].items():
+        about = changes.pop("about")
+        settings = {"base": content["base"], **merged(content.get("shared", {}), changes)}
+        dumped = yaml.dump(settings, Dumper=_Plain, sort_keys=False, width=100)
+        yield row, "\n".join([f"# {about}.", "#", *comment, dumped])
 
 
 def recipe_text(name_or_path: str | Path) -> str:
@@ -28,8 +53,8 @@ def recipe_text(name_or_path: str | Path) -> str:
 
     Raises ValueError where neither exists; the message lists the packaged names.
     """
-    if str(name_or_path) in recipe_names():
-        return (resources.files("maskdm") / "recipes" / f"{name_or_path}.yaml").read_text("utf-8")
+    if str(name_or_path) in _packaged():
+        return _packaged()[str(name_or_path)]
     path = Path(name_or_path)
     if path.is_file():
         try:
@@ -40,6 +65,13 @@ def recipe_text(name_or_path: str | Path) -> str:
         f"no recipe {str(name_or_path)!r}: {suggestion(str(name_or_path), recipe_names())} "
         "(`maskdm recipes` lists them; anything else must be a YAML file)"
     )
+
+
+class _Plain(yaml.SafeDumper):
+    """YAML without anchors, which mean nothing to a reader of one row."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -21,7 +21,8 @@ def recipes(name: OptionalName = None) -> int:
     if name is not None:
         print(whole_text(name), end="")
         return DONE
+    width = max(map(len, recipe_names()))
     for known in recipe_names():
         comment = recipe_text(known).splitlines()[0].removeprefix("# ")
-        print(f"{known:14} {comment}")
+        print(f"{known:{width}} {comment}")
     return DONE
