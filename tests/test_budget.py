@@ -152,6 +152,7 @@ def test_any_recipe_shrinks_without_losing_its_shape(name):
     [
         ({"flops": 1e6}, "the budget leaves 1 step of .* for stage hide: give more, or lower"),
         ({"flops": -1}, "flops -1: expected a number above 0"),
+        ({"images": "+80"}, "holds no run that could grow"),
         ({"hours": "soon"}, "hours 'soon': expected a number above 0"),
         ({"hours": 1, "images": 5}, "give one budget, not hours and images"),
     ],

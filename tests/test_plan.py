@@ -18,7 +18,7 @@ from maskdm.models.build import build_model
 from maskdm.plan import GPUS, Gpus, make_plan, planned_run
 from maskdm.recipe import Recipe
 from maskdm.training.costs import costs_of
-from maskdm.training.planning import Wish
+from maskdm.training.planning import RunOptions
 from maskdm.training.ready import forward_and_backward
 from maskdm.training.speed import Speed
 from maskdm.training.step import draw_batch
@@ -107,9 +107,9 @@ def test_a_gpus_hours_follow_from_its_peak():
         stages=[{"name": "a", "steps": 1000, "batch_size": 256, "lr": 1e-3}],
         evaluation={"quick_num": 0},
     )
-    one = planned_run(recipe, Wish(), "v100", 1, 0.22).costs
+    one = planned_run(recipe, RunOptions(), "v100", 1, 0.22).costs
     assert one.seconds == pytest.approx(one.flops / (125e12 * 0.22))
-    assert planned_run(recipe, Wish(), "a100", 8, 0.22).costs.seconds == pytest.approx(
+    assert planned_run(recipe, RunOptions(), "a100", 8, 0.22).costs.seconds == pytest.approx(
         one.seconds * 125 / 312 / 8
     )
     assert one.stages[0].epochs is None and set(GPUS) >= {"v100", "a100", "h100", "h200"}
@@ -118,7 +118,7 @@ def test_a_gpus_hours_follow_from_its_peak():
 def test_a_budget_in_hours_can_be_planned_for_another_machine(tiny):
     stage = {"name": "a", "share": 1, "batch_size": 256, "lr": 1e-3}
     recipe = Recipe(data={"source": "nowhere", "size": 64}, stages=[stage], budget={"hours": 2})
-    plan = planned_run(recipe, Wish(), "h100", 2)
+    plan = planned_run(recipe, RunOptions(), "h100", 2)
     assert plan.costs.total_seconds == pytest.approx(7200, rel=0.01)
     assert Gpus("h100", 2).flops_per_sec() == pytest.approx(2 * 0.3 * 989e12)
 

@@ -22,7 +22,7 @@ from maskdm.models.build import build_model
 from maskdm.recipe import Recipe, Stage
 from maskdm.settings import changed
 from maskdm.training.costs import Costs, costs_of, warnings_of
-from maskdm.training.planning import Wish, with_numbers
+from maskdm.training.planning import RunOptions, with_numbers
 from maskdm.training.speed import Machine, Speed, ThisMachine
 from maskdm.training.work import stage_work
 from maskdm.words import size_text
@@ -183,7 +183,7 @@ class Gpus:
 
 def planned_run(
     recipe: Recipe,
-    wish: Wish,
+    options: RunOptions,
     gpu: str | None = None,
     num_gpus: int = 1,
     share: float | None = None,
@@ -211,7 +211,7 @@ def planned_run(
         machine = f"{num_gpus} x {GPUS[gpu].title} at {100 * where.share:.0f} % of the peak"
     if recipe.model.num_classes == "auto":  # which hardly changes the cost
         recipe = changed(recipe, model=changed(recipe.model, num_classes=0))
-    ready = with_numbers(recipe, wish, num_images, num_train, where)
+    ready = with_numbers(recipe, options, num_images, num_train, where)
     size = 4 if precision == "fp32" else 2
     plan = make_plan(ready, machine, where.speed(ready), num_images, num_train, num, size)
     if gpu is not None and plan.memory.total > GPUS[gpu].memory:

@@ -58,11 +58,11 @@ def plan(
     settings = settings.checked()
 
     from maskdm.plan import planned_run
-    from maskdm.training.planning import Wish, budget_of
+    from maskdm.training.planning import RunOptions, budget_of
 
     budget, more = budget_of(hours, minutes, flops, images, epochs)
-    wish = Wish(budget, more, shrink, control, control_equal)
-    done = planned_run(settings, wish, gpu, gpus, share)
+    options = RunOptions(budget, more, shrink, control, control_equal)
+    done = planned_run(settings, options, gpu, gpus, share)
     if json_output:
         print(json.dumps(done.as_json()))
     else:

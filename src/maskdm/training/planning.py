@@ -34,8 +34,8 @@ TOKENS_PER_PARAMETER = 100
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is asked for besides a recipe.
+class RunOptions:
+    """How a recipe is run, besides its settings.
 
     Attributes:
         budget: of the whole run, in place of the recipe's.
@@ -82,7 +82,7 @@ def budget_of(
 
 
 def recipe_and_folder(
-    recipe: Recipe | str | Path, run_dir: str | Path | None, wish: Wish
+    recipe: Recipe | str | Path, run_dir: str | Path | None, options: RunOptions
 ) -> tuple[Recipe, Path]:
     """The recipe and the folder that are meant.
 
@@ -96,7 +96,7 @@ def recipe_and_folder(
     if not isinstance(recipe, Recipe):
         own = Path(recipe) / "recipe.yaml"
         recipe = load_recipe(own if own.is_file() else recipe)
-    return recipe, Path(run_dir or named_folder(name, recipe, wish.control))
+    return recipe, Path(run_dir or named_folder(name, recipe, options.control))
 
 
 def named_folder(name: str, recipe: Recipe, control: str = "none") -> Path:
@@ -118,7 +118,7 @@ def named_folder(name: str, recipe: Recipe, control: str = "none") -> Path:
 
 def planned(
     recipe: Recipe,
-    wish: Wish,
+    options: RunOptions,
     run_dir: Path,
     store: Store,
     machine: Machine,
@@ -135,25 +135,35 @@ def planned(
     if process_state().is_main_process and (run_dir / "recipe.yaml").is_file():
         before = load_recipe(run_dir / "recipe.yaml")
     (before,) = broadcast_object_list([before])
-    if before is not None and wish.control == "none":
-        draft = scaled(recipe, wish.shrink) if wish.shrink != 1 else recipe
-        return _continued(draft, before, wish, run_dir, num_train, machine)
-    return with_numbers(with_classes(recipe, store), wish, len(store), num_train, machine)
+    if options.more and (before is None or options.control != "none"):
+        raise ValueError(
+            f"{run_dir} holds no run that could grow: give the budget without a plus"
+            if before is None
+            else "a control has the budget of its recipe: extend the run, then train its control"
+        )
+    if before is not None and options.control == "none":
+        draft = scaled(recipe, options.shrink) if options.shrink != 1 else recipe
+        return _continued(draft, before, options, run_dir, num_train, machine)
+    return with_numbers(with_classes(recipe, store), options, len(store), num_train, machine)
 
 
 def with_numbers(
-    recipe: Recipe, wish: Wish, num_images: int | None, num_train: int | None, machine: Machine
+    recipe: Recipe,
+    options: RunOptions,
+    num_images: int | None,
+    num_train: int | None,
+    machine: Machine,
 ) -> Recipe:
-    """A recipe with classes known, of the length that is wished for; or its control.
+    """A recipe with classes known, of the requested length; or its control.
 
     Args:
         num_images: of the source; `num_train` of them are trained on. None = unknown.
 
     Raises ValueError for a budget that is too small, or in epochs of unknown images.
     """
-    draft = scaled(recipe, wish.shrink) if wish.shrink != 1 else recipe
-    if wish.budget.is_set:
-        draft = changed(draft, budget=wish.budget.model_dump())
+    draft = scaled(recipe, options.shrink) if options.shrink != 1 else recipe
+    if options.budget.is_set:
+        draft = changed(draft, budget=options.budget.model_dump())
     if num_train is None and draft.budget.epochs:
         raise ValueError(
             f"{draft.data.source} cannot be counted, so a budget in epochs means nothing: use "
@@ -161,8 +171,12 @@ def with_numbers(
         )
     num_images, num_train = num_images or MANY_IMAGES, num_train or MANY_IMAGES
     draft = with_size(draft, num_train, machine)
-    result = with_steps(draft, num_images, num_train, machine, rescale=wish.budget.is_set)
-    return result if wish.control == "none" else dense_control(result, wish.control_equal, machine)
+    result = with_steps(draft, num_images, num_train, machine, rescale=options.budget.is_set)
+    return (
+        result
+        if options.control == "none"
+        else dense_control(result, options.control_equal, machine)
+    )
 
 
 def with_classes(recipe: Recipe, store: Store) -> Recipe:
@@ -191,15 +205,15 @@ def with_size(recipe: Recipe, num_train: int, machine: Machine) -> Recipe:
     if recipe.model.size is None:
         return recipe
     if recipe.model.size != "auto":
-        return with_row(recipe, recipe.model.size)
+        return with_model_size(recipe, recipe.model.size)
     flops = flops_of_budget(recipe, num_train, machine)
     values = num_train * math.prod(recipe.data.shape)
     most = min(math.sqrt(flops / (6 * TOKENS_PER_PARAMETER)), values)
     fitting = [name for name in MODEL_SIZES if MODEL_SIZES[name].num_params <= most]
-    return with_row(recipe, fitting[-1] if fitting else next(iter(MODEL_SIZES)))
+    return with_model_size(recipe, fitting[-1] if fitting else next(iter(MODEL_SIZES)))
 
 
-def with_row(recipe: Recipe, size: str) -> Recipe:
+def with_model_size(recipe: Recipe, size: str) -> Recipe:
     """The recipe with a model of a size by its name.
 
     Learning rates are those of width 96, and fall with the width, as Adam's should (Yang et al.
@@ -217,7 +231,7 @@ def flops_of_budget(recipe: Recipe, num_train: int, machine: Machine) -> float:
     budget = recipe.budget
     if budget.flops:
         return budget.flops
-    smallest = with_row(recipe, next(iter(MODEL_SIZES)))
+    smallest = with_model_size(recipe, next(iter(MODEL_SIZES)))
     if budget.hours:
         return machine.flops_per_sec() * 3600 * budget.hours
     works = stage_work(smallest, build_model(smallest))
@@ -249,19 +263,19 @@ def dense_control(recipe: Recipe, equal: str, machine: Machine) -> Recipe:
     return changed(control, stages=(stage.model_dump(),))
 
 
-def link_control(run_dir: Path, wish: Wish) -> None:
+def link_control(run_dir: Path, options: RunOptions) -> None:
     """Writes down in a control's folder whose control it is, for `compare`."""
-    suffix = f"-{wish.control}"
-    if wish.control != "none" and run_dir.name.endswith(suffix):
+    suffix = f"-{options.control}"
+    if options.control != "none" and run_dir.name.endswith(suffix):
         of = run_dir.name.removesuffix(suffix)
-        content = {"of": of, "kind": wish.control, "equal": wish.control_equal}
+        content = {"of": of, "kind": options.control, "equal": options.control_equal}
         write_text(run_dir / CONTROL, json.dumps(content) + "\n")
 
 
 def _continued(
     draft: Recipe,
     before: Recipe,
-    wish: Wish,
+    options: RunOptions,
     run_dir: Path,
     num_train: int,
     machine: Machine,
@@ -269,9 +283,9 @@ def _continued(
     """The recipe that continues the run in a folder: with its numbers, or longer."""
     (progress,) = broadcast_object_list([progress_of(run_dir)])
     progress = progress or Progress()
-    asked = _with_numbers_of(before, draft, with_lengths=wish.budget.is_set)
-    if wish.budget.is_set and (wish.more or wish.budget != before.budget):
-        extra, total = _extra(wish, before.budget, run_dir)
+    asked = _with_numbers_of(before, draft, with_lengths=options.budget.is_set)
+    if options.budget.is_set and (options.more or options.budget != before.budget):
+        extra, total = _extra(options, before.budget, run_dir)
         asked = longer(asked, extra, progress, machine, num_train)
         asked = changed(asked, budget=total.model_dump())
     if len(asked.stages) != len(before.stages):
@@ -279,15 +293,15 @@ def _continued(
     return extended(before, asked, progress)
 
 
-def _extra(wish: Wish, before: Budget, run_dir: Path) -> tuple[Budget, Budget]:
+def _extra(options: RunOptions, before: Budget, run_dir: Path) -> tuple[Budget, Budget]:
     """What a run gets on top of its budget, and its budget then.
 
     Raises ValueError where that is no more than it has, or cannot be compared with it.
     """
-    ((unit, amount),) = [(name, value) for name, value in wish.budget if value is not None]
+    ((unit, amount),) = [(name, value) for name, value in options.budget if value is not None]
     had = getattr(before, unit)
-    if wish.more:
-        return wish.budget, before if had is None else Budget(**{unit: had + amount})
+    if options.more:
+        return options.budget, before if had is None else Budget(**{unit: had + amount})
     if had is None:
         raise ValueError(
             f"the run in {run_dir} was not planned by --{unit}: say how much more it gets, "
@@ -298,7 +312,7 @@ def _extra(wish: Wish, before: Budget, run_dir: Path) -> tuple[Budget, Budget]:
             f"the run in {run_dir} has a budget of {had:g} {unit}, and can only grow: name a new "
             "folder with --out for a shorter one"
         )
-    return Budget(**{unit: amount - had}), wish.budget
+    return Budget(**{unit: amount - had}), options.budget
 
 
 def _with_numbers_of(before: Recipe, draft: Recipe, with_lengths: bool) -> Recipe:

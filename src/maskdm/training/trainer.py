@@ -25,8 +25,8 @@ from maskdm.training.monitor import Monitor, Remaining
 from maskdm.training.optim import clip_gradients, enter_stage, learning_rate, make_optimizer
 from maskdm.training.planning import (
     Amount,
+    RunOptions,
     ThisMachine,
-    Wish,
     budget_of,
     link_control,
     planned,
@@ -108,14 +108,14 @@ def train(
     """
     # Refuse what cannot work before anything is written.
     budget, more = budget_of(hours, minutes, flops, images, epochs)
-    wish = Wish(budget, more, shrink, control, control_equal, change)
-    recipe, run_dir = recipe_and_folder(recipe, run_dir, wish)
+    options = RunOptions(budget, more, shrink, control, control_equal, change)
+    recipe, run_dir = recipe_and_folder(recipe, run_dir, options)
     accelerator, precision, reason = make_accelerator(recipe.precision)
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     refuse_recipe(recipe, run_dir, num_ranks)
     machine = ThisMachine(accelerator, print if show and rank == 0 else lambda text: None)
     store = open_images(recipe, accelerator, show)
-    recipe = planned(recipe, wish, run_dir, store, machine)
+    recipe = planned(recipe, options, run_dir, store, machine)
     model, transferred = initial_model(recipe, run_dir, store)
     works = stage_work(recipe, model)
     checkups = Checkups(recipe, run_dir, store, works, accelerator)
@@ -123,7 +123,7 @@ def train(
     with contextlib.ExitStack() as stack:
         # Claim the folder, and say what will be done.
         stack.enter_context(
-            claimed(run_dir, recipe, resume, store, accelerator, precision, wish.change)
+            claimed(run_dir, recipe, resume, store, accelerator, precision, options.change)
         )
         remaining = Remaining(recipe, works, model, len(store))
         monitor = Monitor(run_dir, remaining, accelerator.is_main_process, show)
@@ -132,7 +132,7 @@ def train(
         for text in transferred:
             monitor.say(text)
         if accelerator.is_main_process:
-            link_control(run_dir, wish)
+            link_control(run_dir, options)
 
         # Give the model its device and its average, and take up the newest whole checkpoint.
         model = model.to(accelerator.device)
