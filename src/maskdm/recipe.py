@@ -174,7 +174,9 @@ class Stage(Settings):
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: stay, or decay to zero at the stage's end."""
     warmup: Steps = 0
-    """Steps over which the learning rate rises linearly from zero, or a part of the stage: 2%."""
+    """Steps over which the learning rate rises linearly, or a part of the stage: 2%."""
+    warmup_from: float = Field(0.0, ge=0)
+    """Learning rate at which the warm-up starts."""
     restarts: tuple[Annotated[int, Field(gt=0)], ...] = ()
     """Steps of the stage at which the learning rate begins anew, with its warm-up; written where a
     run whose rate had decayed is extended."""
@@ -199,6 +201,8 @@ class Stage(Settings):
     def _consistent(self) -> Stage:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
+        if self.warmup_from > self.lr:
+            raise ValueError(f"warmup_from {self.warmup_from:g} is above lr {self.lr:g}")
         if 0 < self.steps < self.warmup_steps:
             raise ValueError(
                 f"warmup {self.warmup} outlasts the stage's {self.steps} steps: use fewer, or a "

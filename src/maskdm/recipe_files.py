@@ -78,11 +78,12 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML whose mappings have text for keys, each once: of two equal ones the last would win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in nodes]
         for i, key in enumerate(keys):
             problem = "is not a name" if not isinstance(key, str) else "is there twice"
             if not isinstance(key, str) or key in keys[:i]:
-                mark = node.value[i][0].start_mark
+                mark = nodes[i].start_mark
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} {problem}", mark)
         return super().construct_mapping(node, deep)
 

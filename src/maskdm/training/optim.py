@@ -45,7 +45,8 @@ def learning_rate(stage: Stage, stage_step: int) -> float:
         else steps_of(stage.warmup, steps)
     )
     if step < warmup_steps:
-        return stage.lr * (step + 1) / (warmup_steps + 1)
+        share = (step + 1) / (warmup_steps + 1)
+        return stage.warmup_from + (stage.lr - stage.warmup_from) * share
     if stage.lr_schedule == "constant":
         return stage.lr
     elapsed = (step - warmup_steps) / (steps - warmup_steps)
