@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from maskdm.images.archives import READ_ERRORS, edges_and_state
-from maskdm.images.prepare import MAX_PIXELS
+from maskdm.images.decode import MAX_PIXELS
 from maskdm.images.source import Item, Source
 
 IMAGE_KEYS = ("arr_0", "images", "x")

@@ -15,8 +15,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import features
 
+from maskdm.images.decode import HAS_HEIF, Content
 from maskdm.images.labels import Label, is_label_file, labels_of, notes_key
-from maskdm.images.prepare import Content
 
 T = TypeVar("T")
 IMAGE_SUFFIXES = frozenset(
@@ -25,6 +25,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 if features.check("avif"):
     IMAGE_SUFFIXES |= {".avif"}
+if HAS_HEIF:
+    IMAGE_SUFFIXES |= {".heic", ".heif", ".hif"}
 OTHER_SOURCES = {
     ".tar": "use a pattern in quotes, 'FOLDER/*.tar'",
     ".zip": "use the zip itself",
