@@ -155,6 +155,11 @@ def upright(image: Image.Image) -> Image.Image:
     return image
 
 
+def is_common_image(content: bytes) -> bool:
+    """Whether a file is a JPEG or PNG, by how it begins."""
+    return content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n"))
+
+
 def foreign_kind(content: Path | bytes) -> str | None:
     """What a file that is not an image holds, and what to do; None where that is unknown."""
     if isinstance(content, Path):

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from maskdm.images.build import missing_room
 from maskdm.images.inspection import DARKEST
 from maskdm.images.known import KNOWN
+from maskdm.images.labels import split_note
 from maskdm.images.store import cache_dir
 from maskdm.images.unreadable import TOLERATED, most_unreadable
 from maskdm.words import counted, listed, printable
@@ -152,6 +153,8 @@ def _known_set(report: Report) -> Iterator[Finding]:
 def _files(report: Report) -> Iterator[Finding]:
     for text in report.notes:
         yield _warning(f"{printable(text)}: fix it if this is not intended")
+    if splits := split_note(report.classes):
+        yield _warning(splits)
     if empty := [name for name, num in report.classes.items() if not num]:
         yield _warning(
             f"{counted(len(empty), 'class has', 'classes have')} no images ({listed(empty, 3)}): "
