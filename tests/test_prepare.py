@@ -30,7 +30,7 @@ def flat(value: object, size: tuple[int, int] = (16, 16), mode: str = "RGB") -> 
     return Image.new(mode, size, value)
 
 
-def prepared(content: bytes, **data: object) -> np.ndarray:
+def prepared(content: bytes | Path, **data: object) -> np.ndarray:
     settings = Data(**{"size": 16, **data})
     images, bad = prepare_contents([content], settings)
     assert not bad, bad
@@ -158,9 +158,10 @@ def test_cmyk_becomes_rgb():
             assert np.abs(prepared(encoded(image, kind)).astype(int) - rgb).max() <= 2
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation):
-    pixels = np.asarray(photo(24, 16))
+def test_exif_orientation_is_applied(orientation, kind, tmp_path):
+    pixels = np.asarray(photo(24, 16).convert("L"))[..., None]  # Pillow maps no RGB
     turns = {  # what a viewer does, by the EXIF standard
         1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
         5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1),
@@ -169,8 +170,11 @@ def test_exif_orientation_is_applied(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = turns[orientation](pixels)
-    got = prepared(encoded(Image.fromarray(pixels), exif=exif), size=upright.shape[:2], crop="none")
-    assert np.array_equal(got, upright)
+    content = encoded(Image.fromarray(pixels[..., 0]), kind, exif=exif)
+    (tmp_path / "a").write_bytes(content)
+    for one in (content, tmp_path / "a"):  # Pillow maps the latter into memory
+        got = prepared(one, size=upright.shape[:2], channels=1, crop="none")
+        assert np.array_equal(got, upright)
 
 
 def test_the_first_frame_of_an_animation_is_used():

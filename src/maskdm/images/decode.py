@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 Content = Path | bytes | np.ndarray | Exception
 """An image as a source holds it: a file, an encoded file's bytes, uint8 or uint16 pixels (H, W) or
@@ -86,6 +86,8 @@ def load(image: Image.Image) -> Image.Image:
         raise ValueError(f"decompression bomb: {image.width}x{image.height} pixels")
     kind, raw = image.format, raw_mode(image)  # the latter is gone once it is loaded
     is_negative = kind == "TIFF" and getattr(image, "tag_v2", {}).get(262) == 0  # white is zero
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and orientation(image) >= 5:
+        image.filename = ""  # else Pillow maps the file in the shape that it has after the turn
     image.load()
     if kind in ALPHA_OFTEN_UNUSED and image.mode in ("LA", "RGBA"):
         if image.getchannel("A").getextrema() == (0, 0):  # its writer left the alpha unset
