@@ -105,7 +105,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Not images.
     (root / ".DS_Store").write_bytes(b"litter")
     (root / "notes.txt").write_text("a note")
-    (dog / "phone.heic").write_bytes(b"....ftypheic")
+    (dog / "phone.jxl").write_bytes(b"no image")
     return root
 
 
@@ -181,8 +181,8 @@ def test_a_file_without_read_permission_has_a_reason_of_its_own():
 
 
 def test_the_report_counts_skipped_files_and_says_why(report):
-    assert report.skipped == {".heic": 1, ".txt": 1, "hidden": 1}
-    assert "1 .heic file is skipped, because Pillow cannot read HEIC: convert" in (
+    assert report.skipped == {".jxl": 1, ".txt": 1, "hidden": 1}
+    assert "1 .jxl file is skipped, because Pillow cannot read JPEG XL: convert" in (
         texts(report, "warning")
     )
 
@@ -210,7 +210,7 @@ def test_it_is_printed_in_lines_of_a_terminals_width(mixed, monkeypatch, capsys)
     assert "cat/latin-\\udce9.png: not an image" in text
     assert "dog/cut.jpg: truncated: the file ends early" in text
     assert "and 1 more; --json lists all" in text  # of six unreadable ones
-    assert "skipped .heic (1), .txt (1), hidden (1)" in text
+    assert "skipped .jxl (1), .txt (1), hidden (1)" in text
     assert "equal cat/one.png, dog/one-again.bmp" in text
     assert text.endswith("not usable: 1 error")
 

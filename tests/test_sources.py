@@ -444,8 +444,8 @@ def test_sources_without_images_are_refused(tmp_path):
     refused(tmp_path / "nowhere", "does not exist: use a folder, zip, tar, .npz or .npy")
     refused(tmp_path, r"no images in folder .*it is empty")
     (tmp_path / "a.txt").write_text("x")
-    (tmp_path / "b.heic").write_text("x")
-    refused(tmp_path, r"no images in folder .*other files: 1 .txt, 1 .heic")
+    (tmp_path / "b.jxl").write_text("x")
+    refused(tmp_path, r"no images in folder .*other files: 1 .txt, 1 .jxl")
     refused(tmp_path / "a.txt", "is a file, but not a zip, tar")
     refused(write_tar(tmp_path / "c.tar", {"a.txt": b"x"}), "no images in .*c.tar")
     (tmp_path / "b.png").write_bytes(b"no image")
@@ -936,3 +936,15 @@ def test_splits_taken_for_classes_are_noted_in_training_too(image_folder, tmp_pa
         main(["check", str(source), "--size", "8"])
         assert f"warning {note}" in " ".join(capsys.readouterr().out.split())
     assert opened(image_folder).manifest["notes"] == []
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.npz", "a.npy"])
+def test_archives_that_were_never_downloaded_say_what_they_are(tmp_path, name):
+    for head, what in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>404", "a web page"),
+        (b'<?xml version="1.0"?><Error>', "an XML file"),
+    ):
+        (tmp_path / name).write_bytes(head)
+        with pytest.raises(ValueError, match=f"{name} is {what}"):
+            opened(tmp_path / name)

@@ -30,20 +30,23 @@ TURNS = {
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-# What files that bear an image's name hold instead, by how they begin.
+# What files hold instead of an image or archive, by how they begin, and what to do.
+PLACEHOLDERS = {
+    rb"version https://git-lfs": "a Git LFS pointer, not the file itself: git lfs pull",
+    rb"\s*(<!doctype html|<html|<head|<body)": "a web page (an error message of a server?): "
+    "download the file again",
+    rb"\s*(<\?xml[^>]*>\s*)?(<!--[^>]*-->\s*)?(<!doctype svg[^>]*>\s*)?<svg": "vector graphics "
+    "(SVG): render it to PNG, for example with rsvg-convert",
+    rb"\s*<(\?xml|error)": "an XML file (an error message of a server?): download the file again",
+}
 HEIF_BRANDS = b"heic|heix|heim|heis|hevc|hevx|mif1|msf1"
 FOREIGN = {
+    **PLACEHOLDERS,
     rb"....ftyp(%s)" % HEIF_BRANDS: "HEIC: convert it to JPEG or PNG, for example with "
     "heif-convert, or pip install pillow-heif",
     rb"....ftyp(avif|avis)": "AVIF, which this Pillow cannot read: convert it to PNG",
     rb"....ftyp": "a video: extract frames, for example with ffmpeg",
     rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL: convert it to PNG, for example with djxl",
-    rb"version https://git-lfs": "a Git LFS pointer, not the file itself: git lfs pull",
-    rb"\s*(<!doctype html|<html|<head|<body)": "a web page (an error message of a server?): "
-    "download the image again",
-    rb"\s*(<\?xml[^>]*>\s*)?(<!--[^>]*-->\s*)?(<!doctype svg[^>]*>\s*)?<svg": "vector graphics "
-    "(SVG): render it to PNG, for example with rsvg-convert",
-    rb"\s*<(\?xml|error)": "an XML file (an error message of a server?): download the image again",
     rb"%PDF": "a PDF file: export its pages as PNG",
     rb"8BPS": "a Photoshop file: export it as PNG",
     rb"PK\x03\x04": "a zip archive: unpack it",
@@ -162,13 +165,13 @@ def is_common_image(content: bytes) -> bool:
     return content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n"))
 
 
-def foreign_kind(content: Path | bytes) -> str | None:
-    """What a file that is not an image holds, and what to do; None where that is unknown."""
+def foreign_kind(content: Path | bytes, kinds: dict[bytes, str] = FOREIGN) -> str | None:
+    """What a file holds instead of what is expected, and what to do; None where that is unknown."""
     if isinstance(content, Path):
         with content.open("rb") as file:
             content = file.read(HEAD_BYTES)
     head = content[:HEAD_BYTES].removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-    found = (what for start, what in FOREIGN.items() if re.match(start, head, re.I | re.S))
+    found = (what for start, what in kinds.items() if re.match(start, head, re.I | re.S))
     return next(found, None)
 
 

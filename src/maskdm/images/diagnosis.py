@@ -208,7 +208,7 @@ def _contents(report: Report) -> Iterator[Finding]:
     if report.no_classes:
         yield _note(
             f"no classes: {report.no_classes}. A conditional model needs all images in class "
-            "folders, or a label file (metadata.jsonl, dataset.json)"
+            "folders, or a label file (metadata.jsonl, metadata.csv, dataset.json)"
         )
     if num := report.traits.get("transparent"):
         how = f"kept in {channels} channels: --data.channels {channels - 1} removes them"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from maskdm.images.archives import TAR_SUFFIXES, TarSource, ZipSource, expand_pattern
 from maskdm.images.arrays import ArraySource
+from maskdm.images.decode import PLACEHOLDERS, foreign_kind
 from maskdm.images.faces import FacesSource, is_faces
 from maskdm.images.huggingface import PREFIX, HuggingFaceSource
 from maskdm.images.known import KNOWN, locate
@@ -60,6 +61,8 @@ def _open_file(name: str, path: Path) -> Source:
             f"data.source {name} does not exist: use a folder, zip, tar, .npz or .npy of images, "
             f"hf:OWNER/NAME, or one of digits, faces, {', '.join(KNOWN)}"
         )
+    if path.is_file() and (kind := foreign_kind(path, PLACEHOLDERS)):
+        raise ValueError(f"data.source {name} is {kind}")
     suffix = path.suffix.lower()
     if suffix in (".npz", ".npy"):
         return ArraySource(path)
