@@ -28,6 +28,7 @@ from maskdm.images.inspection import inspect_images
 from maskdm.images.known import KNOWN
 from maskdm.images.output import on_grey
 from maskdm.images.prepare import reason
+from maskdm.images.store import open_store
 from maskdm.masks import effective_rate
 from maskdm.recipe import Data, Mask, Recipe
 from maskdm.report.sheets import HIDDEN, draw_sheet, hide
@@ -104,7 +105,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Not images.
     (root / ".DS_Store").write_bytes(b"litter")
     (root / "notes.txt").write_text("a note")
-    (dog / "phone.heic").write_bytes(b"....ftypheic")
+    (dog / "phone.jxl").write_bytes(b"no image")
     return root
 
 
@@ -180,8 +181,8 @@ def test_a_file_without_read_permission_has_a_reason_of_its_own():
 
 
 def test_the_report_counts_skipped_files_and_says_why(report):
-    assert report.skipped == {".heic": 1, ".txt": 1, "hidden": 1}
-    assert "1 .heic file is skipped, because Pillow cannot read HEIC: convert" in (
+    assert report.skipped == {".jxl": 1, ".txt": 1, "hidden": 1}
+    assert "1 .jxl file is skipped, because Pillow cannot read JPEG XL: convert" in (
         texts(report, "warning")
     )
 
@@ -209,7 +210,7 @@ def test_it_is_printed_in_lines_of_a_terminals_width(mixed, monkeypatch, capsys)
     assert "cat/latin-\\udce9.png: not an image" in text
     assert "dog/cut.jpg: truncated: the file ends early" in text
     assert "and 1 more; --json lists all" in text  # of six unreadable ones
-    assert "skipped .heic (1), .txt (1), hidden (1)" in text
+    assert "skipped .jxl (1), .txt (1), hidden (1)" in text
     assert "equal cat/one.png, dog/one-again.bmp" in text
     assert text.endswith("not usable: 1 error")
 
@@ -559,3 +560,46 @@ def test_a_folder_of_everything_trains(mixed, tmp_path, capsys, channels, backgr
     strict = ["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "no")]
     assert main([*strict, "--data.on-bad", "auto"]) == 2
     assert "6 of 22 images cannot be read" in capsys.readouterr().err
+
+
+def test_large_jpegs_that_training_reduces_are_checked_reduced_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("maskdm.images.decode.MAX_PIXELS", 200 * 100)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(0, (400, 160)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    picture(1, (200, 100)).save(tmp_path / "b.jpg", quality=95)
+    for flags, code in (((), 0), (("--crop", "none"), 2)):  # which reduces nothing
+        printed(capsys, str(tmp_path), "--size", "32", *flags, code=code)
+    report = examine(Data(source=str(tmp_path), size=32), progress=False)
+    assert sorted(report.sizes) == [(160, 400, 1), (200, 100, 1)]
+    assert not report.unreadable and report.traits == {"EXIF rotation": 1}
+    with pytest.raises(ValueError, match="a.jpg .decompression bomb: 400x160 pixels"):
+        open_store(Data(source=str(tmp_path), size=32, draft=False), progress=False)
+    assert len(open_store(Data(source=str(tmp_path), size=32), progress=False)) == 2
+
+
+def test_wholly_transparent_and_nearly_black_images_are_reported(tmp_path):
+    clear = np.dstack([texture(0), np.zeros((32, 32), np.uint8)])
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    levels = texture(1, channels=1)
+    Image.fromarray(levels * np.uint16(16)).save(tmp_path / "twelve-bits.png")
+    Image.fromarray(levels * np.uint16(257)).save(tmp_path / "sixteen-bits.png")
+    Image.fromarray(levels // 16).save(tmp_path / "dark.png")
+    report = examine(Data(source=str(tmp_path), size=16), progress=False)
+    assert report.traits == {
+        "16-bit": 2, "nearly black": 1, "nearly black, of 16 bits": 1, "wholly transparent": 1,
+    }  # fmt: skip
+    warnings = texts(report, "warning")
+    assert "1 image is wholly transparent, so nothing but the background shows" in warnings
+    assert "nearly black (no level above 16 of 255): do their 16 bits hold 12?" in warnings
+    assert "1 image is nearly black (no level above 16 of 255): look at" in warnings
+
+
+def test_damaged_exif_data_do_not_stop_the_doctor(tmp_path):
+    entry = struct.pack("<HHHI", 1, 0x112, 2, 2) + b"6\0\0\0" + bytes(4)  # a text
+    text = b"Exif\0\0II*\0\x08\0\0\0" + entry
+    for i, exif in enumerate((text, b"Exif\0\0garbage!")):
+        picture(i, (40, 24)).save(tmp_path / f"{i}.jpg", exif=exif)
+        picture(i, (40, 24)).save(tmp_path / f"{i}.png", exif=exif)
+    report = examine(Data(source=str(tmp_path), size=16), progress=False)
+    assert report.num_readable == 4 and report.sizes == [(40, 24, 4)] and not report.traits

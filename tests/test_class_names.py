@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -209,3 +210,12 @@ def test_a_weak_model_of_other_classes_is_refused():
         refuse_weak(strong, weak)
     refuse_weak(strong, unnamed)
     refuse_weak(strong, strong)
+
+
+def test_a_name_matches_whether_its_accents_are_composed_or_not():
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    for known in ([composed, "dog"], [apart, "dog"]):
+        config = SimpleNamespace(class_names=known, num_classes=2)
+        assert class_number(config, composed) == class_number(config, apart) == 0
+    config = SimpleNamespace(class_names=[composed, apart], num_classes=2)  # as they are first
+    assert [class_number(config, name) for name in (composed, apart)] == [0, 1]

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +30,7 @@ def flat(value: object, size: tuple[int, int] = (16, 16), mode: str = "RGB") -> 
     return Image.new(mode, size, value)
 
 
-def prepared(content: bytes, **data: object) -> np.ndarray:
+def prepared(content: bytes | Path, **data: object) -> np.ndarray:
     settings = Data(**{"size": 16, **data})
     images, bad = prepare_contents([content], settings)
     assert not bad, bad
@@ -154,9 +158,10 @@ def test_cmyk_becomes_rgb():
             assert np.abs(prepared(encoded(image, kind)).astype(int) - rgb).max() <= 2
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation):
-    pixels = np.asarray(photo(24, 16))
+def test_exif_orientation_is_applied(orientation, kind, tmp_path):
+    pixels = np.asarray(photo(24, 16).convert("L"))[..., None]  # Pillow maps no RGB
     turns = {  # what a viewer does, by the EXIF standard
         1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
         5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1),
@@ -165,8 +170,11 @@ def test_exif_orientation_is_applied(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = turns[orientation](pixels)
-    got = prepared(encoded(Image.fromarray(pixels), exif=exif), size=upright.shape[:2], crop="none")
-    assert np.array_equal(got, upright)
+    content = encoded(Image.fromarray(pixels[..., 0]), kind, exif=exif)
+    (tmp_path / "a").write_bytes(content)
+    for one in (content, tmp_path / "a"):  # Pillow maps the latter into memory
+        got = prepared(one, size=upright.shape[:2], channels=1, crop="none")
+        assert np.array_equal(got, upright)
 
 
 def test_the_first_frame_of_an_animation_is_used():
@@ -177,14 +185,29 @@ def test_the_first_frame_of_an_animation_is_used():
         assert (prepared(content) == 10).all(), kind
 
 
-def png_claiming(width: int, height: int) -> bytes:
+def png(
+    width: int,
+    height: int,
+    rows: bytes,
+    bits: int = 8,
+    colour: int = 2,
+    chunks: dict[bytes, bytes] | None = None,
+    late: dict[bytes, bytes] | None = None,
+) -> bytes:
+    """A PNG file; colour 0 = grey, 2 = RGB; chunks before and after its pixels."""
+
     def chunk(name: bytes, body: bytes) -> bytes:
         whole = name + body
         return struct.pack(">I", len(body)) + whole + struct.pack(">I", zlib.crc32(whole))
 
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    rows = zlib.compress(bytes(10_000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    parts = [(b"IHDR", head), *(chunks or {}).items(), (b"IDAT", zlib.compress(rows))]
+    parts += [*(late or {}).items(), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    return png(width, height, bytes(10_000))
 
 
 def test_reasons_why_images_cannot_be_decoded_differ():
@@ -293,3 +316,259 @@ def test_converting_twice_changes_nothing():
     for channels in (1, 2, 3, 4):
         once = convert(photo(9, 9), channels, "white")
         assert np.array_equal(np.asarray(convert(once, channels, "white")), np.asarray(once))
+
+
+@pytest.mark.parametrize("kind", ["BMP", "DIB", "TGA"])
+def test_an_alpha_that_was_never_set_does_not_hide_the_colours(kind):
+    pixels = np.dstack([np.asarray(photo(16, 16)), np.zeros((16, 16), np.uint8)])
+    content = encoded(Image.fromarray(pixels), "TGA" if kind == "TGA" else "BMP")
+    assert Image.open(io.BytesIO(content)).mode == ("RGBA" if kind == "TGA" else "RGB")
+    if kind != "TGA":  # Pillow writes no alpha mask: a header of 108 bytes has one
+        body = content[54:]
+        head = struct.pack("<IiiHHIIiiII", 108, 16, 16, 1, 32, 3, len(body), 2835, 2835, 0, 0)
+        head += struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
+        start = b"BM" + struct.pack("<IHHI", 122 + len(body), 0, 0, 122)
+        content = (start if kind == "BMP" else b"") + head + body
+    assert np.array_equal(prepared(content), pixels[..., :3])
+    assert (prepared(content, channels=4)[..., 3] == 255).all()
+    clear = encoded(Image.fromarray(pixels))  # a PNG means it
+    assert (prepared(clear) == 255).all() and not prepared(clear, channels=4)[..., 3].any()
+
+
+def exif_with(kind: int, count: int, value: bytes) -> bytes:
+    """EXIF data of one tag, the orientation, of any TIFF type."""
+    entry = struct.pack("<HHHI", 1, 0x112, kind, count) + value.ljust(4, b"\0") + bytes(4)
+    return b"Exif\0\0II*\0\x08\0\0\0" + entry
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        exif_with(2, 2, b"1\0"),  # a text
+        exif_with(2, 2, b"6\0"),
+        exif_with(3, 2, b"\1\0\1\0"),  # two numbers
+        exif_with(3, 1, b"\x63\0"),  # 99
+        exif_with(7, 1, b"\6"),  # bytes
+        exif_with(12, 1, b"\xff\xff\xff\xff"),  # a number that lies nowhere
+        b"Exif\0\0garbage!",
+        b"Exif\0\0II*\0\xff\xff\xff\x7f",
+    ],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_data_do_no_harm(kind, exif):
+    image = flat((10, 200, 30), (48, 32))
+    options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(kind, {})
+    got = prepared(encoded(image, kind, exif=exif, **options), size=(32, 48), crop="none")
+    assert np.abs(got.astype(int) - (10, 200, 30)).max() < 3
+
+
+def test_damaged_tags_beside_the_orientation_do_not_stop_the_turn():
+    entries = struct.pack("<HHHI", 2, 0x112, 3, 1) + b"\6\0\0\0"
+    entries += struct.pack("<HHI", 0x131, 250, 9) + b"\xff\xff\xff\x7f" + bytes(4)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + entries
+    pixels = np.asarray(photo(24, 16))
+    got = prepared(encoded(Image.fromarray(pixels), exif=exif), size=(24, 16), crop="none")
+    assert np.array_equal(got, np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("place", ["chunks", "late"])
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        {b"zTXt": b"workflow\0\0" + zlib.compress(b"x" * 2_000_000)},
+        {b"iTXt": b"workflow\0\1\0\0\0" + zlib.compress(b"x" * 2_000_000)},
+        {b"iCCP": b"profile\0\0" + zlib.compress(bytes(2_000_000))},
+    ],
+)
+def test_pngs_may_carry_long_texts_and_profiles(place, chunk):
+    rows = b"".join(b"\0" + bytes((10, 200, 30)) * 16 for _ in range(16))
+    assert (prepared(png(16, 16, rows, **{place: chunk})) == (10, 200, 30)).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("is_light", [False, True])
+def test_the_transparent_grey_of_a_png_counts_at_every_depth(bits, is_light):
+    most = 2**bits - 1
+    levels = np.array([0] * 8 + [most] * 8)
+    packed = np.array([[int(b) for b in f"{level:0{bits}b}"] for level in levels], np.uint8)
+    rows = (b"\0" + np.packbits(packed).tobytes()) * 16
+    clear = struct.pack(">H", most if is_light else 0)
+    content = png(16, 16, rows, bits, 0, {b"tRNS": clear})
+    got = prepared(content, background="#646464")[0, :, 0].tolist()
+    assert got == ([0] * 8 + [100] * 8 if is_light else [100] * 8 + [255] * 8)
+    assert (prepared(content, channels=2)[0, :, 1] == 0).tolist() == [
+        (level > 0) == is_light for level in levels
+    ]
+
+
+def test_the_transparent_colour_of_a_png_of_16_bits_counts():
+    colours = [(30000, 500, 65535)] * 8 + [(500, 500, 500)] * 8
+    rows = (b"\0" + b"".join(struct.pack(">3H", *colour) for colour in colours)) * 16
+    content = png(16, 16, rows, 16, 2, {b"tRNS": struct.pack(">3H", *colours[0])})
+    got = prepared(content, background="lime")
+    assert (got[:, :8] == (0, 255, 0)).all() and (got[:, 8:] == 1).all()
+
+
+def icc(name: str, gamma: float, space: bytes = b"RGB ") -> bytes:
+    """A smallest ICC profile: sRGB's primaries, or grey, and a plain gamma."""
+
+    def number(x: float) -> bytes:
+        return struct.pack(">i", round(x * 65536))
+
+    def point(*xyz: float) -> bytes:
+        return b"XYZ \0\0\0\0" + b"".join(map(number, xyz))
+
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, int(gamma * 256))
+    text = struct.pack(">I", len(name) + 1) + name.encode() + bytes(79)
+    tags = {b"desc": b"desc" + bytes(4) + text, b"wtpt": point(0.9642, 1, 0.8249)}
+    tags[b"cprt"] = b"text\0\0\0\0none\0"
+    if space == b"GRAY":
+        tags[b"kTRC"] = curve
+    else:
+        tags |= {b"rXYZ": point(0.4360, 0.2225, 0.0139), b"gXYZ": point(0.3851, 0.7169, 0.0971)}
+        tags[b"bXYZ"] = point(0.1431, 0.0606, 0.7139)
+        tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for tag, value in tags.items():
+        table += tag + struct.pack(">II", start + len(body), len(value))
+        body += value + bytes(-len(value) % 4)
+    head = struct.pack(">I", start + len(body)) + b"lcms" + struct.pack(">I", 0x02400000)
+    head += b"mntr" + space + b"XYZ " + struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acspAPPL"
+    head += bytes(24) + number(0.9642) + number(1) + number(0.8249) + b"lcms" + bytes(44)
+    return head + table + body
+
+
+def srgb_of_linear(level: int) -> float:
+    """The 8-bit sRGB level of an 8-bit linear one, by the standard's formula."""
+    x = level / 255
+    return 255 * (12.92 * x if x <= 0.0031308 else 1.055 * x ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("name", ["GIMP built-in Linear sRGB", "sRGB-elle-V2-g10.icc", "linear"])
+def test_a_linear_profile_is_linear_whatever_its_name(name):
+    for level in (3, 55, 200):
+        content = encoded(flat((level,) * 3), icc_profile=icc(name, 1.0))
+        assert np.abs(prepared(content) - srgb_of_linear(level)).max() < 3
+
+
+def test_profiles_of_16_bit_grey_are_applied():
+    profile = icc("linear grey", 1.0, b"GRAY")
+    for level in (55, 200):
+        deep = Image.fromarray(np.full((16, 16), level * 257, np.uint16))
+        for image in (flat(level, mode="L"), deep):
+            for kind in ("PNG", "TIFF"):
+                got = prepared(encoded(image, kind, icc_profile=profile), channels=1)
+                assert np.abs(got - srgb_of_linear(level)).max() < 3
+
+
+def retagged(tiff: bytes, **values: int) -> bytes:
+    """A little-endian TIFF with other values of some tags, by their numbers: t262=0."""
+    content = bytearray(tiff)
+    start = struct.unpack_from("<I", content, 4)[0]
+    for i in range(struct.unpack_from("<H", content, start)[0]):
+        place = start + 2 + 12 * i
+        if (value := values.get(f"t{struct.unpack_from('<H', content, place)[0]}")) is not None:
+            struct.pack_into("<H", content, place + 8, value)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_tiffs_in_which_white_is_zero_are_no_negatives(compression):
+    ramp = np.tile(np.arange(16, dtype=np.uint16) * 4000, (16, 1))
+    for values in (ramp, (ramp / 257).astype(np.uint8)):
+        content = encoded(Image.fromarray(values), "TIFF", compression=compression)
+        got = prepared(retagged(content, t262=0), channels=1)[0, :, 0]
+        assert np.abs(got - (255 - ramp[0] / 257)).max() <= 1
+
+
+def test_grey_tiffs_of_an_unknown_range_are_unreadable_and_12_bits_are_scaled():
+    ramp = np.tile(np.linspace(0, 255, 16).astype(np.int32), (16, 1))
+    narrow = encoded(Image.fromarray(ramp), "TIFF")  # of 32 bits, which may be of any range
+    deep = encoded(Image.fromarray((ramp * 100).astype(np.uint16)), "TIFF")
+    for content in (narrow, retagged(narrow, t258=32), with_tag(deep, 339, 2)):  # 339, 2: signed
+        _, bad = prepare_contents([content], Data(size=16))
+        assert "range of" in bad[0] and "unknown" in bad[0]
+    levels = np.tile(np.linspace(0, 4095, 16).astype(np.uint16), (16, 1))
+    bits = ((levels.reshape(-1, 1) >> np.arange(11, -1, -1)) & 1).astype(np.uint8)
+    blank = encoded(Image.new("L", (16, 16)), "TIFF")
+    content = retagged(blank, t258=12, t273=len(blank), t279=384) + np.packbits(bits).tobytes()
+    got = prepared(content, channels=1)[0, :, 0]
+    assert np.abs(got - levels[0] / 4095 * 255).max() <= 1
+
+
+def with_tag(tiff: bytes, tag: int, value: int) -> bytes:
+    """A little-endian TIFF with one more tag, a number of 16 bits."""
+    start = struct.unpack_from("<I", tiff, 4)[0]
+    count = struct.unpack_from("<H", tiff, start)[0]
+    entries = [tiff[start + 2 + 12 * i :][:12] for i in range(count)]
+    entries.append(struct.pack("<HHIHH", tag, 3, 1, value, 0))
+    entries.sort(key=lambda entry: struct.unpack_from("<H", entry)[0])
+    table = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    return tiff[:4] + struct.pack("<I", len(tiff)) + tiff[8:] + table
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC: convert it to JPEG or PNG"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0", "a video"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "Git LFS pointer.*pull"),
+        (b"\xef\xbb\xbf\r\n<!DOCTYPE html>\n<html>", "a web page"),
+        (b"<html><body>404", "a web page"),
+        (b'<?xml version="1.0"?>\n<Error><Code>AccessDenied', "an XML file"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg">', "vector graphics"),
+        (b"%PDF-1.7", "a PDF file"),
+        (b"8BPS\0\1", "a Photoshop file"),
+        (b"\xff\x0a\xfa", "JPEG XL"),
+        (b"PK\3\4", "a zip archive"),
+        (bytes(16), "zero bytes"),
+    ],
+)
+def test_files_that_bear_an_images_name_say_what_they_are(tmp_path, head, kind):
+    path = tmp_path / "IMG_1.jpg"
+    path.write_bytes(head + (bytes(600) if head[:1] == b"\0" else b" rest" * 9))
+    _, bad = prepare_contents([path, path.read_bytes()], Data(size=16))
+    assert bad[0] == bad[1]
+    assert re.match(f"not an image, but .*{kind}", bad[0])
+
+
+def test_thin_images_are_cropped_before_they_are_enlarged():
+    rows = np.random.default_rng(0).integers(0, 256, (4000, 1, 3), dtype=np.uint8)
+    middle = np.ascontiguousarray(rows[1980:2020])
+    for turn in (lambda a: a, lambda a: a.transpose(1, 0, 2)):
+        long, short = (Image.fromarray(np.ascontiguousarray(turn(a))) for a in (rows, middle))
+        got = np.asarray(center_crop(long, (256, 256))).astype(int)
+        assert got.shape == (256, 256, 3)
+        assert np.abs(got - np.asarray(center_crop(short, (256, 256)))).max() <= 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_the_memory_of_thin_images_follows_their_pixels():
+    code = """
+import re
+from pathlib import Path
+from PIL import Image
+from maskdm.images.prepare import prepare_image
+from maskdm.recipe import Data
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+
+prepare_image(Image.new("RGB", (64, 64)), Data(size=256))
+before = peak()
+prepare_image(Image.new("RGB", (1, 4000)), Data(size=256))
+prepare_image(Image.new("RGB", (4000, 1)), Data(size=256))
+print(peak() - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert int(result.stdout) < 100  # MiB; a gigabyte where the whole was enlarged first
+
+
+def test_heic_is_read_where_its_reader_is_installed():
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    pixels = np.asarray(photo(64, 48))
+    content = encoded(Image.fromarray(pixels), "HEIF", quality=-1)
+    got = prepared(content, size=(48, 64), crop="none")
+    assert np.abs(got.astype(int) - pixels).mean() < 10

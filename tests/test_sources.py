@@ -10,6 +10,7 @@ import os
 import shutil
 import tarfile
 import threading
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -443,8 +444,8 @@ def test_sources_without_images_are_refused(tmp_path):
     refused(tmp_path / "nowhere", "does not exist: use a folder, zip, tar, .npz or .npy")
     refused(tmp_path, r"no images in folder .*it is empty")
     (tmp_path / "a.txt").write_text("x")
-    (tmp_path / "b.heic").write_text("x")
-    refused(tmp_path, r"no images in folder .*other files: 1 .txt, 1 .heic")
+    (tmp_path / "b.jxl").write_text("x")
+    refused(tmp_path, r"no images in folder .*other files: 1 .txt, 1 .jxl")
     refused(tmp_path / "a.txt", "is a file, but not a zip, tar")
     refused(write_tar(tmp_path / "c.tar", {"a.txt": b"x"}), "no images in .*c.tar")
     (tmp_path / "b.png").write_bytes(b"no image")
@@ -656,3 +657,294 @@ def test_labels_without_an_image_are_skipped(tmp_path):
     store = opened(write_tar(tmp_path / "a.tar", files))
     assert shown(store) == [3] and store.labels is None
     assert store.manifest["passed_over"] == {".cls": 1, ".json": 1}
+
+
+LABELS = [{"file_name": "0.png", "label": "cat"}, {"file_name": "1.png", "label": "dog"}]
+
+
+def two_images(folder: Path, lines: str | bytes, name: str = "metadata.jsonl") -> Path:
+    """A folder of 0.png and 1.png with a label file."""
+    folder.mkdir(exist_ok=True)
+    for i in range(2):
+        (folder / f"{i}.png").write_bytes(png(i))
+    (folder / name).write_bytes(lines.encode() if isinstance(lines, str) else lines)
+    return folder
+
+
+def jsonl(*records: dict) -> str:
+    return "\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
+def test_label_files_of_other_editors_are_read(tmp_path, encoding, end):
+    captions = "one\u2028two", "one\u2029two\x85three"  # which end lines for Python alone
+    records = [{**one, "text": text} for one, text in zip(LABELS, captions, strict=True)]
+    text = jsonl(*records).replace("\n", end)
+    store = opened(two_images(tmp_path, text.encode(encoding)))
+    assert store.labels.tolist() == [0, 1] and store.manifest["class_names"] == ["cat", "dog"]
+    bom = "\ufeffcat".encode()
+    tar = write_tar(tmp_path / "a.tar", {"0.png": png(0), "0.cls": bom})
+    assert opened(tar).manifest["class_names"] == ["cat"]
+
+
+def test_an_image_with_two_labels_is_refused(tmp_path):
+    folder = two_images(tmp_path, jsonl(*LABELS, {"file_name": "0.png", "label": "dog"}))
+    with pytest.raises(ValueError, match="metadata.jsonl: 0.png has two labels, cat and dog"):
+        opened(folder)
+    again = [{"file_name": "0.png", "label": "cat"}, {"file_name": "0.png", "text": "a caption"}]
+    store = opened(two_images(tmp_path, jsonl(*LABELS, *again)))
+    assert store.manifest["class_names"] == ["cat", "dog"] and store.labels.tolist() == [0, 1]
+    (folder / "dataset.json").write_text('{"labels": [["0.png", 3]]}')
+    with pytest.raises(ValueError, match="label of 0.png is cat, but 3 in another label file"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_metadata_csv_gives_labels(tmp_path, delimiter):
+    rows = ["file_name,text,label", '0.png,"one\ntwo",dog', "1.png,,cat"]
+    text = "\r\n".join(row.replace(",", delimiter) for row in rows)
+    folder = two_images(tmp_path, text.encode("utf-8-sig"), "metadata.csv")
+    store = opened(folder)
+    assert store.labels.tolist() == [1, 0] and store.manifest["class_names"] == ["cat", "dog"]
+    (folder / "metadata.csv").write_text("label,file_name\n5,0.png\n7,1.png\n")
+    assert opened(folder).labels.tolist() == [5, 7]
+    store = opened(two_images(folder, jsonl(*LABELS)))  # metadata.jsonl beside it
+    assert store.labels.tolist() == [0, 1]
+    assert store.manifest["notes"] == ["metadata.csv is ignored: metadata.jsonl beside it is used"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dataset.json", b'{"name": "BRATS", "labels": {"background": 0, "tumor": 1}}'),
+        ("dataset.json", b'{"name": "BRATS"}'),
+        ("metadata.csv", b"id,price\n1,2\n"),
+        ("metadata.csv", b"caf\xe9,label\n"),
+        ("metadata.csv", b"file_name,label\ncat/a.png,x\ncat/a.png,y\n"),
+    ],
+)
+def test_another_programs_label_file_is_ignored_with_a_note(image_folder, name, content):
+    before = open_source(str(image_folder)).fingerprint
+    (image_folder / name).write_bytes(content)
+    store = opened(image_folder)
+    assert store.manifest["class_names"] == ["cat", "dog"]
+    assert [note.partition(":")[0] for note in store.manifest["notes"]] == [f"{name} is ignored"]
+    assert store.manifest["fingerprint"] == before
+
+
+def test_a_malformed_label_file_says_how_to_go_on(image_folder):
+    (image_folder / "metadata.jsonl").write_text("no json")
+    with pytest.raises(ValueError, match="Fix it, or rename it if it is another program's"):
+        opened(image_folder)
+
+
+def test_names_in_label_files_match_in_the_forms_of_other_systems(tmp_path):
+    (tmp_path / "sub").mkdir()
+    names = {"sub/caf\u00e9.png": "NFD", "sub/th\u00e9.png": "NFC", "sub/plain.png": "NFC"}
+    for i, (name, form) in enumerate(names.items()):
+        (tmp_path / unicodedata.normalize(form, name)).write_bytes(png(i))
+    other = ["sub/caf\u00e9.png", unicodedata.normalize("NFD", "sub/th\u00e9.png")]
+    records = [{"file_name": name, "label": name[4]} for name in [*other, r"sub\plain.png"]]
+    (tmp_path / "metadata.jsonl").write_text(jsonl(*records), encoding="utf-8")
+    store = opened(tmp_path)
+    assert store.manifest["notes"] == []
+    by_level = dict(zip(shown(store), store.labels.tolist(), strict=True))
+    assert store.manifest["class_names"] == ["c", "p", "t"] and by_level == {0: 0, 1: 2, 2: 1}
+
+
+def test_class_folders_that_are_no_utf_8_are_classes(tmp_path, capsys):
+    for i, folder in enumerate((b"dog", b"caf\xe9")):
+        path = tmp_path / "images" / os.fsdecode(folder)
+        path.mkdir(parents=True)
+        (path / "a.png").write_bytes(png(i))
+    for source in (tmp_path / "images", tarred(tmp_path / "images")):
+        store = opened(source)
+        assert store.manifest["class_names"] == [r"caf\udce9", "dog"]
+        assert dict(zip(shown(store), store.labels.tolist(), strict=True)) == {0: 1, 1: 0}
+    settings = ["--data.size=8", "--data.channels=1", "--model.num-classes=2", "--num-previews=0"]
+    stages = [
+        f"--stages.{i}.{one}" for i in (0, 1) for one in ("steps=1", "batch-size=2", "warmup=0")
+    ]
+    out = str(tmp_path / "run")
+    source = f"--data.source={tmp_path}/images"
+    assert main(["train", "digits", source, *settings, *stages, "--out", out]) == 0
+    assert main(["sample", out, "--num", "1", "--label", r"caf\udce9", "--out", f"{out}.png"]) == 0
+
+
+LITTER = [
+    "cat/@eaDir/1.png/SYNOPHOTO_THUMB_M.png", "#recycle/2.png", "$RECYCLE.BIN/S-1/3.png",
+    "@Recycle/4.png", "dog/.thumbnails/5.png", ".Trash-1000/files/6.png", "__MACOSX/._7.png",
+    "System Volume Information/8.png", "lost+found/9.png",
+]  # fmt: skip
+
+
+def test_thumbnails_and_recycle_bins_of_other_systems_are_skipped(
+    image_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
+    before = open_source(str(image_folder)).fingerprint
+    for name in LITTER:
+        (image_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (image_folder / name).write_bytes(png(9))
+    for source in (image_folder, zipped(image_folder), tarred(image_folder)):
+        store = opened(source)
+        assert len(store) == 6 and store.manifest["class_names"] == ["cat", "dog"]
+        assert store.manifest["notes"] == []
+        assert store.manifest["passed_over"] == {
+            ".txt": 1, "hidden": 5, "@eaDir": 1, "#recycle": 1, "$RECYCLE.BIN": 1, "@Recycle": 1,
+            "System Volume Information": 1, "lost+found": 1,
+        }  # fmt: skip
+    assert open_source(str(image_folder)).fingerprint == before
+    shards = image_folder.parent / "shards"
+    (shards / "@eaDir").mkdir(parents=True)
+    write_tar(shards / "a.tar", {"a.png": png(1)})
+    assert shown(opened(shards)) == [1]
+
+
+def test_folders_of_thumbnails_and_empty_class_folders_are_noted(image_folder):
+    def notes() -> list[str]:
+        return open_source(str(image_folder)).notes
+
+    before = open_source(str(image_folder)).fingerprint
+    (image_folder / "bird" / "young").mkdir(parents=True)
+    (image_folder / "fish").mkdir()
+    (image_folder / "fish" / "list.txt").write_text("")
+    assert notes() == ["2 folders have no images, so no class (bird, fish)"]
+    assert opened(image_folder).manifest["notes"] == notes()
+    assert open_source(str(image_folder)).fingerprint == before
+    with zipfile.ZipFile(zipped(image_folder), "a") as archive:
+        archive.mkdir("horse")
+    assert open_source(archive.filename).notes == [
+        "2 folders have no images, so no class (fish, horse)"
+    ]
+    shutil.rmtree(image_folder / "dog")
+    assert notes() == ["1 folder has no images, so no class (bird)"]
+    shutil.rmtree(image_folder / "bird")
+    (image_folder / "cat" / "Thumbs").mkdir()
+    (image_folder / "cat" / "Thumbs" / "a.png").write_bytes(png(1))
+    assert notes() == ["1 of 4 images lie in folders of thumbnails (cat/Thumbs)"]
+
+
+def test_a_jpeg_that_is_heic_by_name_alone_is_an_image(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("L", (8, 8), 90).save(folder / "a.HEIC", "JPEG")
+    (folder / "b.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    (folder / "c.png").write_bytes(png(1))
+    for source in (folder, zipped(folder), tarred(folder)):
+        store = opened(source, on_bad="skip")
+        assert shown(store) == [90, 1]
+        seen = [*store.manifest["passed_over"], *dict(store.manifest["left_out"])]
+        assert seen in ([".heic"], ["b.heic"])  # the latter with pillow-heif
+
+
+def test_an_archive_in_an_archive_is_to_be_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "inner.zip", "w") as archive:
+        archive.writestr("a.png", png(1))
+    inner = (tmp_path / "inner.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "outer.zip", "w") as archive:
+        archive.writestr("b/inner.ZIP", inner)
+    write_tar(tmp_path / "outer.tar", {"b/inner.ZIP": inner})
+    for name in ("outer.zip", "outer.tar"):
+        with pytest.raises(ValueError, match=f"{name}.*holds b/inner.ZIP: unpack it first"):
+            opened(tmp_path / name)
+
+
+def test_endings_may_be_in_capitals(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    with (tmp_path / "A.NPZ").open("wb") as file:
+        np.savez(file, arr_0=images, arr_1=np.arange(4))
+    with (tmp_path / "B.NPY").open("wb") as file:
+        np.save(file, images)
+    for name in ("A.NPZ", "B.NPY"):
+        assert np.array_equal(opened(tmp_path / name, crop="none").images, images)
+    files = {"A.PNG": png(1), "A.CLS": b"7", "B.PNG": png(2), "B.JSON": b'{"label": 3}'}
+    (tmp_path / "shards").mkdir()
+    tar = write_tar(tmp_path / "shards" / "C.TAR", files)
+    for source in (tar, tar.parent, f"{tmp_path}/shards/*.TAR"):
+        store = opened(source)
+        assert shown(store) == [1, 2] and store.labels.tolist() == [7, 3]
+    names = {"file_name": "0.PNG", "label": "cat"}
+    with zipfile.ZipFile(tmp_path / "D.ZIP", "w") as archive:
+        archive.writestr("0.PNG", png(1))
+        archive.writestr("METADATA.JSONL", jsonl(names))
+    assert opened(tmp_path / "D.ZIP").manifest["class_names"] == ["cat"]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_an_array_of_one_image_is_refused(tmp_path, channels):
+    np.save(tmp_path / "one.npy", np.zeros((64, 48, channels), np.uint8))
+    with pytest.raises(ValueError, match="looks like that of a single image.*add an axis"):
+        opened(tmp_path / "one.npy")
+    np.save(tmp_path / "small.npy", np.zeros((64, 4, channels), np.uint8))  # 64 of 4 rows
+    assert len(opened(tmp_path / "small.npy", channels=1)) == 64
+
+
+def test_links_in_a_tar_are_reported(tmp_path, capsys):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("cat/0.png", "dog/1.png"):
+            info = tarfile.TarInfo(name)
+            info.size = len(png(1))
+            archive.addfile(info, io.BytesIO(png(1)))
+        for name, kind in (("dog/2.png", tarfile.LNKTYPE), ("dog/3.png", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "cat/0.png"
+            archive.addfile(link)
+    store = opened(path)
+    note = "2 links in the tar cannot be followed (dog/2.png, dog/3.png): pack the files themselves"
+    assert len(store) == 2 and store.manifest["notes"][0].startswith(note)
+    main(["check", str(path), "--size", "8"])
+    assert note in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("num_files", [2, 3])
+def test_names_with_dots_in_a_tar_have_their_own_labels(tmp_path, num_files):
+    files = {}
+    for i in range(100):
+        extra = {f"img.{i}.txt": b"caption"} if num_files == 3 else {}
+        files |= {f"img.{i}.png": png(i), **extra, f"img.{i}.cls": b"%d" % i}
+    store = opened(write_tar(tmp_path / "a.tar", files))
+    assert shown(store) == store.labels.tolist() == list(range(100))
+    shared = {"x.one.png": png(1), "x.two.png": png(2), "x.cls": b"5"}
+    assert opened(write_tar(tmp_path / "b.tar", shared)).labels.tolist() == [5, 5]
+    some = {"x.one.png": png(1), "x.two.png": png(2), "x.one.cls": b"5"}
+    assert opened(write_tar(tmp_path / "c.tar", some)).labels is None  # x.two has none
+
+
+def test_archives_of_windows_keep_their_class_folders(tmp_path):
+    files = {r"cat\1.png": png(1), r"dog\2.png": png(2)}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, content in {"bird\\": b"", **files}.items():
+            info = zipfile.ZipInfo("x")
+            info.filename = name
+            archive.writestr(info, content)
+    for source in (tmp_path / "a.zip", write_tar(tmp_path / "a.tar", files)):
+        store = opened(source)
+        assert shown(store) == [1, 2] and store.labels.tolist() == [0, 1]
+        assert store.manifest["class_names"] == ["cat", "dog"]
+
+
+def test_splits_taken_for_classes_are_noted_in_training_too(image_folder, tmp_path, capsys):
+    for split in ("Train", "test"):
+        shutil.copytree(image_folder, tmp_path / "set" / split)
+    note = "the classes Train, test look like the splits of a data set"
+    for source in (tmp_path / "set", tarred(tmp_path / "set")):
+        (said,) = opened(source).manifest["notes"]
+        assert note in said
+        main(["check", str(source), "--size", "8"])
+        assert f"warning {note}" in " ".join(capsys.readouterr().out.split())
+    assert opened(image_folder).manifest["notes"] == []
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.npz", "a.npy"])
+def test_archives_that_were_never_downloaded_say_what_they_are(tmp_path, name):
+    for head, what in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>404", "a web page"),
+        (b'<?xml version="1.0"?><Error>', "an XML file"),
+    ):
+        (tmp_path / name).write_bytes(head)
+        with pytest.raises(ValueError, match=f"{name} is {what}"):
+            opened(tmp_path / name)

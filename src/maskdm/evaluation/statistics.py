@@ -73,7 +73,7 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
 
 def holds_statistics(path: Path) -> bool:
     """Whether a file is an .npz with `mu` and `sigma`."""
-    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+    if path.suffix.lower() != ".npz" or not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
         return {"mu.npy", "sigma.npy"} <= set(archive.namelist())

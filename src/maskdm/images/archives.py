@@ -18,18 +18,20 @@ from typing import Any
 
 import fsspec
 
-from maskdm.images.labels import Label
+from maskdm.images.decode import is_common_image
+from maskdm.images.labels import Label, number_or_name, text_of
 from maskdm.images.source import (
-    IMAGE_SUFFIXES,
     Item,
     ListedSource,
     Source,
     file_state,
-    is_hidden,
+    is_heif,
     is_image,
+    litter_of,
     part_of,
+    without_images,
 )
-from maskdm.words import listed, one_line
+from maskdm.words import counted, listed, one_line
 
 MAX_FILE_BYTES = 2**27  # a larger file in an archive, once unpacked, counts as a bomb
 MAX_SAMPLE = 64  # files of one sample: more are not a sample, but names that begin alike
@@ -53,18 +55,24 @@ class ZipSource(ListedSource):
         except READ_ERRORS as error:
             raise ValueError(f"zip {path} is damaged or ends early: {error}") from None
         infos = [info for info in self._archive.infolist() if info.filename]
-        super().__init__({info.filename for info in infos if not info.is_dir()}, f"zip {path}")
+        if not any("/" in info.filename for info in infos):  # some programs of Windows write \
+            self._infos = {info.filename.replace("\\", "/"): info for info in infos}
+        else:
+            self._infos = {info.filename: info for info in infos}
+        folders = {name[:-1] for name in self._infos if name.endswith("/")}
+        files = {name for name in self._infos if not name.endswith("/")}
+        super().__init__(files, folders, f"zip {path}")
 
     def _content(self, name: str) -> bytes | Exception:
-        if (size := self._archive.getinfo(name).file_size) > MAX_FILE_BYTES:
+        if (size := self._infos[name].file_size) > MAX_FILE_BYTES:
             return ValueError(f"decompression bomb: {size:,} bytes unpacked")
         try:
-            return self._archive.read(name)
+            return self._archive.read(self._infos[name])
         except READ_ERRORS as error:
             return error
 
     def _state(self, name: str) -> bytes:
-        info = self._archive.getinfo(name)
+        info = self._infos[name]
         return f"\0{info.file_size}\0{info.CRC}\n".encode()
 
 
@@ -82,6 +90,7 @@ class TarSource(Source):
         super().__init__()
         self.kind = "tar archive" if len(paths) == 1 else f"{len(paths):,} tar archives"
         self._paths = paths
+        self._links, self._inner = list[str](), list[str]()  # images that are links; other files
         self.fingerprint = hashlib.sha256(b"".join(map(_tar_state, paths))).hexdigest()
 
     def items(self, part: tuple[int, int] = (0, 1)) -> Iterator[Item]:
@@ -90,22 +99,26 @@ class TarSource(Source):
                 f"{self.kind} cannot be split into {part[1]} parts: each part needs a tar of its "
                 f"own, so use at most {len(self._paths)}"
             )
-        is_empty = True
+        self._links, is_empty = [], True
         for path in part_of(self._paths, part):
             for item in self._items_of(path):
                 is_empty = False
                 yield item
         if is_empty and part == (0, 1):
-            raise ValueError(
-                f"no images in {listed(self._paths, 3)}: expected "
-                f"{' '.join(sorted(IMAGE_SUFFIXES))}"
-            )
+            where = f"tar {listed(self._paths, 3)}"
+            raise ValueError(without_images(where, self._inner, self.skipped))
+        if self._links:
+            links = counted(len(self._links), "link")
+            self.notes = [
+                f"{links} in the tar cannot be followed ({listed(self._links, 3)}): pack the files "
+                "themselves (tar --dereference --hard-dereference)"
+            ]
 
     def _items_of(self, path: str) -> Iterator[Item]:
         num_images = 0
         try:
             for _, files in itertools.groupby(self._files(path), lambda file: _sample(file[0])):
-                while sample := list(itertools.islice(files, MAX_SAMPLE)):
+                for sample in _samples(files):
                     for item in self._images_of(sample):
                         num_images += 1
                         yield item
@@ -118,24 +131,28 @@ class TarSource(Source):
         """The images of a sample, with its label; counts the files that are skipped.
 
         Among x.jpg, x.mask.png and x.cls only the first is an image. Without `.cls` or `.json`
-        these are not a sample, but names that begin alike.
+        these are not a sample, but names that begin alike. An image whose whole name a label file
+        shares, x.1.jpg and x.1.cls, has that label and no other.
         """
         unused = [name for name, content in sample if content is None]
         used = {name: content for name, content in sample if content is not None}
-        images = [name for name in used if is_image(name)]
+        labels = [name for name in used if is_label(name)]
+        images = [name for name in used if name not in labels]
         plain = [name for name in images if posixpath.basename(name).count(".") == 1]
         if not images:  # labels of no image
             unused, used = [*unused, *used], {}
-        elif plain and len(images) < len(used):
+        elif plain and labels:
             unused += [name for name in images if name not in plain]
             images = plain
         for name in unused:
             suffix = posixpath.basename(name).partition(".")[2]
             self.skipped[f".{suffix}" if suffix else "no suffix"] += 1
-        labels = (_label(*file) for file in used.items())
-        label = next((label for label in labels if label is not None), None)
+        stems = {_stem(name) for name in images}
+        shared = [name for name in labels if _stem(name) not in stems]
         for name in images:
-            yield Item(name, used[name], label)
+            own = [label for label in labels if _stem(label) == _stem(name)]
+            found = (_label(label, used[label]) for label in own + shared)
+            yield Item(name, used[name], next((one for one in found if one is not None), None))
 
     def _files(self, path: str) -> Iterator[File]:
         with (
@@ -144,19 +161,23 @@ class TarSource(Source):
         ):
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # else it keeps them all
-                name = posixpath.normpath(member.name)
+                name = posixpath.normpath(_with_slashes(member.name))
+                litter, is_used = litter_of(name.lstrip("/")), is_image(name) or is_label(name)
                 if not member.isfile():
-                    continue
-                if is_hidden(name.lstrip("/")):
-                    self.skipped["hidden"] += 1
-                elif not is_image(name) and not name.endswith((".cls", ".json")):
+                    if is_used and not litter and (member.islnk() or member.issym()):
+                        self._links.append(name)
+                elif litter:
+                    self.skipped[litter] += 1
+                elif not (is_used or is_heif(name)):
+                    self._inner += [name] if len(self._inner) < MAX_SAMPLE else []
                     yield name, None
                 elif member.size > MAX_FILE_BYTES:
                     yield name, ValueError(f"decompression bomb: {member.size:,} bytes unpacked")
                 else:
-                    content = archive.extractfile(member)
-                    assert content is not None  # it is a file
-                    yield name, content.read()
+                    reader = archive.extractfile(member)
+                    assert reader is not None  # it is a file
+                    content = reader.read()
+                    yield name, content if is_used or is_common_image(content) else None
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -172,19 +193,47 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from None
 
 
+def _with_slashes(name: str) -> str:
+    """A name with `/` between its parts: some programs of Windows write `\\`."""
+    return name if "/" in name else name.replace("\\", "/")
+
+
 def _sample(name: str) -> str:
     """What the files of a sample share: their path up to the first dot of the name."""
     folder, _, base = name.rpartition("/")
     return f"{folder}/{base.partition('.')[0]}"
 
 
+def _stem(name: str) -> str:
+    """A file's path without its suffix, in the form of `_sample`."""
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{posixpath.splitext(base)[0]}"
+
+
+def _samples(files: Iterator[File]) -> Iterator[list[File]]:
+    """Slices of at most MAX_SAMPLE files, or a few more, so that no name is torn from its label."""
+    sample: list[File] = []
+    for file in files:
+        if len(sample) >= MAX_SAMPLE and _stem(file[0]) != _stem(sample[-1][0]):
+            yield sample
+            sample = []
+        sample.append(file)
+    if sample:
+        yield sample
+
+
+def is_label(name: str) -> bool:
+    """Whether a file of a tar holds the label of an image, by its suffix."""
+    return name.lower().endswith((".cls", ".json"))
+
+
 def _label(name: str, content: bytes | Exception) -> Label:
-    if isinstance(content, Exception) or not name.endswith((".cls", ".json")):
+    if isinstance(content, Exception):
         return None
     try:
-        text = content.decode("utf-8").strip()
-        if name.endswith(".cls"):
-            return int(text) if re.fullmatch(r"0|[1-9]\d{0,17}", text) else text
+        text = text_of(content).strip()
+        if name.lower().endswith(".cls"):
+            return number_or_name(text)
         record = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{name} is not a label: {error}") from None
@@ -219,7 +268,7 @@ def expand_pattern(pattern: str) -> list[str]:
     """
     paths = [path for one in _expand_braces(pattern) for path in _expand_stars(one)]
     local = [path for path in paths if "://" not in path]
-    if others := [path for path in local if not path.endswith(TAR_SUFFIXES)]:
+    if others := [path for path in local if not path.lower().endswith(TAR_SUFFIXES)]:
         raise ValueError(
             f"data.source {pattern}: a pattern must match tars only, but {others[0]} is not one: "
             "use its folder"

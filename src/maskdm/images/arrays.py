@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from maskdm.images.archives import READ_ERRORS, edges_and_state
-from maskdm.images.prepare import MAX_PIXELS
+from maskdm.images.decode import MAX_PIXELS
 from maskdm.images.source import Item, Source
 
 IMAGE_KEYS = ("arr_0", "images", "x")
@@ -30,11 +30,11 @@ class ArraySource(Source):
 
     def __init__(self, path: Path):
         super().__init__()
-        self.kind, self._path = f"{path.suffix} array", path
+        self.kind, self._path = f"{path.suffix.lower()} array", path
         self._key: str | None = None
         self._labels: np.ndarray | None = None
         try:
-            if path.suffix == ".npz":
+            if path.suffix.lower() == ".npz":
                 self._choose_members()
             with self._open() as file:
                 self._shape, self._type = _header(file)
@@ -99,6 +99,11 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
         raise ValueError(f"its shape {shape} is (N, C, H, W): transpose it to (N, H, W, C)")
     if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 2, 3, 4)):
         raise ValueError(f"its shape is {shape}, not (N, H, W) or (N, H, W, C) with C = 1 to 4")
+    if len(shape) == 3 and shape[2] <= 4 < shape[1]:
+        raise ValueError(
+            f"its shape {shape} looks like that of a single image, (H, W, C): add an axis, (N, H, "
+            "W, C), also for narrow grey images, (N, H, W, 1)"
+        )
     if 0 in shape:
         raise ValueError("it is empty")
     if shape[1] * shape[2] > MAX_PIXELS:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from maskdm.images.build import missing_room
+from maskdm.images.inspection import DARKEST
 from maskdm.images.known import KNOWN
+from maskdm.images.labels import split_note
 from maskdm.images.store import cache_dir
 from maskdm.images.unreadable import TOLERATED, most_unreadable
 from maskdm.words import counted, listed, printable
@@ -71,8 +73,11 @@ class Report:
 
 
 UNREADABLE_FORMATS = {
-    ".heic": "HEIC: convert them to JPEG or PNG, for example with heif-convert",
-    ".heif": "HEIF: convert them to JPEG or PNG, for example with heif-convert",
+    **dict.fromkeys(
+        (".heic", ".heif", ".hif"),
+        "HEIC: convert them to JPEG or PNG, for example with heif-convert, or pip install "
+        "pillow-heif",
+    ),
     ".avif": "AVIF: install a newer Pillow, or convert them to PNG",
     ".jxl": "JPEG XL: convert them to PNG, for example with djxl",
     ".svg": "vector graphics: render them to PNG, for example with rsvg-convert",
@@ -148,6 +153,8 @@ def _known_set(report: Report) -> Iterator[Finding]:
 def _files(report: Report) -> Iterator[Finding]:
     for text in report.notes:
         yield _warning(f"{printable(text)}: fix it if this is not intended")
+    if splits := split_note(report.classes):
+        yield _warning(splits)
     if empty := [name for name, num in report.classes.items() if not num]:
         yield _warning(
             f"{counted(len(empty), 'class has', 'classes have')} no images ({listed(empty, 3)}): "
@@ -201,7 +208,7 @@ def _contents(report: Report) -> Iterator[Finding]:
     if report.no_classes:
         yield _note(
             f"no classes: {report.no_classes}. A conditional model needs all images in class "
-            "folders, or a label file (metadata.jsonl, dataset.json)"
+            "folders, or a label file (metadata.jsonl, metadata.csv, dataset.json)"
         )
     if num := report.traits.get("transparent"):
         how = f"kept in {channels} channels: --data.channels {channels - 1} removes them"
@@ -211,6 +218,19 @@ def _contents(report: Report) -> Iterator[Finding]:
                 f"--data.channels {channels + 1} keeps transparency"
             )
         yield _note(f"{counted(num, 'image has', 'images have')} transparent parts, {how}")
+    if num := report.traits.get("wholly transparent"):
+        yield _warning(
+            f"{counted(num, 'image is', 'images are')} wholly transparent, so nothing but the "
+            "background shows: remove them, or save them without alpha"
+        )
+    deep, dark = report.traits.get("nearly black, of 16 bits", 0), report.traits.get("nearly black")
+    for num, way_out in (
+        (deep, "do their 16 bits hold 12? Multiply their values by 16, or save them as 8 bits"),
+        (dark or 0, "look at them, and remove or brighten them if they are not meant so"),
+    ):
+        if num:
+            images = counted(num, "image is", "images are")
+            yield _warning(f"{images} nearly black (no level above {DARKEST} of 255): {way_out}")
     if num := report.traits.get("several frames"):
         files = counted(num, "file has", "files have")
         yield _note(f"{files} several frames, of which the first is used: save others as files")

@@ -10,7 +10,7 @@ from typing import Any
 
 import fsspec
 
-from maskdm.images.prepare import Content
+from maskdm.images.decode import Content
 from maskdm.images.source import Item, Source
 from maskdm.words import one_line
 

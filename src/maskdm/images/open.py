@@ -9,10 +9,11 @@ from pathlib import Path
 
 from maskdm.images.archives import TAR_SUFFIXES, TarSource, ZipSource, expand_pattern
 from maskdm.images.arrays import ArraySource
+from maskdm.images.decode import PLACEHOLDERS, foreign_kind
 from maskdm.images.faces import FacesSource, is_faces
 from maskdm.images.huggingface import PREFIX, HuggingFaceSource
 from maskdm.images.known import KNOWN, locate
-from maskdm.images.source import IMAGE_SUFFIXES, DigitsSource, FolderSource, Source
+from maskdm.images.source import IMAGE_SUFFIXES, DigitsSource, FolderSource, Source, litter_of
 
 
 def open_source(name: str) -> Source:
@@ -44,10 +45,14 @@ def open_source(name: str) -> Source:
 def _open_folder(path: Path) -> Source:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return HuggingFaceSource(f"{PREFIX}{path}")
-    files = [file for file in path.iterdir() if not file.name.startswith(".")]
-    tars = [str(file) for file in files if file.is_file() and file.name.endswith(TAR_SUFFIXES)]
+    files = [file for file in path.iterdir() if not litter_of(f"{file.name}/")]
+    tars = [str(file) for file in files if file.is_file() and _is_tar(file)]
     # Shards, where there is nothing else.
     return TarSource(sorted(tars)) if tars and len(tars) == len(files) else FolderSource(path)
+
+
+def _is_tar(path: Path) -> bool:
+    return path.name.lower().endswith(TAR_SUFFIXES)
 
 
 def _open_file(name: str, path: Path) -> Source:
@@ -56,20 +61,23 @@ def _open_file(name: str, path: Path) -> Source:
             f"data.source {name} does not exist: use a folder, zip, tar, .npz or .npy of images, "
             f"hf:OWNER/NAME, or one of digits, faces, {', '.join(KNOWN)}"
         )
-    if path.suffix in (".npz", ".npy"):
+    if path.is_file() and (kind := foreign_kind(path, PLACEHOLDERS)):
+        raise ValueError(f"data.source {name} is {kind}")
+    suffix = path.suffix.lower()
+    if suffix in (".npz", ".npy"):
         return ArraySource(path)
     # The suffix decides where there is one: a tar that holds a zip looks like a zip.
-    if path.name.endswith(TAR_SUFFIXES):
+    if _is_tar(path):
         return TarSource([str(path)])
-    if path.suffix == ".zip":
+    if suffix == ".zip":
         return ZipSource(path)
     if path.is_file() and tarfile.is_tarfile(path):
         return TarSource([str(path)])
     if zipfile.is_zipfile(path):
         return ZipSource(path)
     way_out = "use one of these, or a folder"
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if suffix in IMAGE_SUFFIXES:
         way_out = f"use its folder, {path.parent}"
-    elif path.suffix in (".parquet", ".arrow"):
+    elif suffix in (".parquet", ".arrow"):
         way_out = f"use hf:{path.parent}, for Hugging Face's reader"
     raise ValueError(f"data.source {name} is a file, but not a zip, tar, .npz or .npy: {way_out}")

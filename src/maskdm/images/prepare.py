@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
 import os
-import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import Image
 
 from maskdm.families import CROPS
+from maskdm.images.colours import convert
+from maskdm.images.decode import Content, load, opened, orientation, upright
 from maskdm.images.known import crop_of
 from maskdm.recipe import Data
 from maskdm.words import one_line
 
 T = TypeVar("T")
-Content = Path | bytes | np.ndarray | Exception
-"""An image as a source holds it: a file, an encoded file's bytes, uint8 or uint16 pixels (H, W) or
-(H, W, C), or the error that reading it raised."""
-
-# Pillow has more formats, but one of them, EPS, runs another program on the file's content.
-FORMATS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM SGI TGA TIFF WEBP".split()
-MAX_PIXELS = 89_478_485  # of a decoded image; Pillow warns of decompression bombs above
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-ORIENTATION = ExifTags.Base.Orientation
 Size = tuple[int, int]  # height, width
+LARGEST_COVERING = 2**22  # pixels of an enlarged image before it is cropped
 
 
 def prepare_contents(contents: Sequence[Content], data: Data) -> tuple[np.ndarray, dict[int, str]]:
@@ -83,52 +73,20 @@ def open_image(content: Content, data: Data) -> Image.Image:
         smaller = (width // factor, height // factor)
         if factor > 1:
             image.draft(None, smaller)
-        load(image)
+        image = load(image)
     if width % factor or height % factor:  # JPEG rounds sizes up, halving rounds them down
         box = (0.0, 0.0, width / factor, height / factor)
         image = image.resize(smaller, Image.Resampling.BILINEAR, box)
     return image
 
 
-@contextlib.contextmanager
-def opened(content: Content) -> Iterator[Image.Image]:
-    """An image of which only the header has been read; `load` reads its pixels."""
-    if isinstance(content, Exception):
-        raise content
-    if isinstance(content, np.ndarray):
-        yield Image.fromarray(content[..., 0] if content.shape[2:] == (1,) else content)
-        return
-    if isinstance(content, Path) and not stat.S_ISREG(content.stat().st_mode):
-        raise ValueError("not a regular file")
-    if not (content.stat().st_size if isinstance(content, Path) else content):
-        raise ValueError("empty file")
-    file = content if isinstance(content, Path) else io.BytesIO(content)
-    with Image.open(file, formats=_formats()) as image:
-        yield image
-
-
-def load(image: Image.Image) -> None:
-    """Decodes the pixels of an image. Raises ValueError where there are too many."""
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"decompression bomb: {image.width}x{image.height} pixels")
-    image.load()
-
-
 def read_picture(path: Path) -> Image.Image:
     """A picture with its pixels. Raises ValueError where the file cannot be read as one."""
     try:
         with opened(path) as image:
-            load(image)
-            return image
+            return load(image)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {reason(error)}") from None
-
-
-@functools.cache
-def _formats() -> list[str]:
-    """The members of FORMATS that this build of Pillow can read."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def draft_factor(image: Image.Image, data: Data) -> int:
@@ -141,7 +99,7 @@ def draft_factor(image: Image.Image, data: Data) -> int:
     if not (data.draft and is_jpeg and crop_of(data) in ("center", "resize")):
         return 1
     height, width, _ = data.shape
-    if image.getexif().get(ORIENTATION, 1) >= 5:  # EXIF will turn it by 90 degrees
+    if orientation(image) >= 5:  # EXIF will turn it by 90 degrees
         height, width = width, height
     most = min(image.width // (2 * width), image.height // (2 * height))
     return next(factor for factor in (8, 4, 2, 1) if factor <= max(1, most))
@@ -149,70 +107,10 @@ def draft_factor(image: Image.Image, data: Data) -> int:
 
 def prepare_image(image: Image.Image, data: Data) -> np.ndarray:
     """Rotates an image by its EXIF data, converts, crops and resizes it: uint8 (H, W, C)."""
-    if image.getexif().get(ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    image = convert(image, data.channels, data.background)
+    image = convert(upright(image), data.channels, data.background)
     crop = CROPS[crop_of(data)].run
     assert crop is not None  # it is not `auto`
     return np.asarray(crop(image, data.shape[:2]), dtype=np.uint8).reshape(data.shape)
-
-
-def convert(image: Image.Image, channels: int, background: str) -> Image.Image:
-    """Converts an image of any mode to 1, 2, 3 or 4 channels of 8 bits in sRGB.
-
-    16-bit grey is scaled; colour profiles are applied; transparent images are composited over
-    `background` where the result has no alpha.
-
-    Raises ValueError for 32-bit and float images, whose range is unknown.
-    """
-    image = _to_eight_bits(image)
-    colours, alpha = image, None
-    if image.has_transparency_data:
-        base = "L" if image.mode in ("L", "LA", "La") else "RGB"
-        colours = image if image.mode == f"{base}A" else image.convert(f"{base}A")
-        alpha = colours.getchannel("A")
-        colours = colours.convert(base)
-    colours = _to_srgb(colours, image.info.get("icc_profile"))
-    if alpha is None:
-        return colours.convert(MODES[channels])
-    whole = colours if colours.mode == "RGB" else colours.convert("RGB")
-    whole.putalpha(alpha)
-    if channels in (1, 3):
-        whole = Image.alpha_composite(Image.new("RGBA", image.size, background), whole)
-    return whole.convert(MODES[channels])
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scales 16-bit grey: Pillow's own conversion cuts it at 255."""
-    if not image.mode.startswith(("I", "F")):
-        return image
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"the range of images of mode {image.mode} (32 bits) is unknown")
-    return Image.fromarray(np.round(values / 257).astype(np.uint8))
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Colours of an image without alpha as sRGB, mode L or RGB; a broken profile is ignored."""
-    if image.mode not in ("L", "RGB", "CMYK", "LAB"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    if profile or image.mode == "LAB":
-        with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
-            transform = _transform(profile, image.mode)
-            image = transform.apply(image) if transform else image
-    return image if image.mode in ("L", "RGB") else image.convert("RGB")
-
-
-@functools.lru_cache(maxsize=64)
-def _transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile's colours to sRGB; None where they are sRGB already."""
-    srgb = ImageCms.createProfile("sRGB")
-    if profile is None:
-        return ImageCms.buildTransform(ImageCms.createProfile("LAB"), srgb, mode, "RGB")
-    source = ImageCms.getOpenProfile(io.BytesIO(profile))
-    if mode == "RGB" and "sRGB" in ImageCms.getProfileDescription(source):
-        return None
-    return ImageCms.buildTransform(source, srgb, mode, "RGB")
 
 
 def center_crop(image: Image.Image, size: Size) -> Image.Image:
@@ -227,9 +125,20 @@ def center_crop(image: Image.Image, size: Size) -> Image.Image:
     scale = max(width / image.width, height / image.height)
     if scale != 1:
         covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+        if covering[0] * covering[1] > max(LARGEST_COVERING, image.width * image.height):
+            return _enlarged_middle(image, size, covering)
         image = image.resize(covering, Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def _enlarged_middle(image: Image.Image, size: Size, covering: Size) -> Image.Image:
+    """The middle of a thin image enlarged to the width and height `covering`, without the rest."""
+    height, width = size
+    left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
+    x, y = image.width / covering[0], image.height / covering[1]  # pixels of the image in one
+    box = (left * x, top * y, (left + width) * x, (top + height) * y)
+    return image.resize((width, height), Image.Resampling.BICUBIC, box)
 
 
 def squeeze(image: Image.Image, size: Size) -> Image.Image:

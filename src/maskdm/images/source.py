@@ -7,7 +7,7 @@ import os
 import posixpath
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,8 +15,15 @@ from typing import TypeVar
 import numpy as np
 from PIL import features
 
-from maskdm.images.labels import Label, is_label_file, labels_of, notes_key
-from maskdm.images.prepare import Content
+from maskdm.images.decode import HAS_HEIF, Content, is_common_image
+from maskdm.images.labels import (
+    Label,
+    folder_notes,
+    folders_above,
+    is_label_file,
+    labels_of,
+    notes_key,
+)
 
 T = TypeVar("T")
 IMAGE_SUFFIXES = frozenset(
@@ -25,8 +32,18 @@ IMAGE_SUFFIXES = frozenset(
 )
 if features.check("avif"):
     IMAGE_SUFFIXES |= {".avif"}
+HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+if HAS_HEIF:
+    IMAGE_SUFFIXES |= HEIF_SUFFIXES
+# Folders of network disks, recycle bins and file systems, in small letters.
+LITTER_FOLDERS = frozenset(
+    "@eadir @recycle #recycle @recently-snapshot #snapshot @tmp $recycle.bin recycler "
+    "lost+found".split()
+) | {"system volume information"}
 OTHER_SOURCES = {
     ".tar": "use a pattern in quotes, 'FOLDER/*.tar'",
+    ".tgz": "use a pattern in quotes, 'FOLDER/*.tgz'",
+    ".tar.gz": "use a pattern in quotes, 'FOLDER/*.tar.gz'",
     ".zip": "use the zip itself",
     ".npz": "use the .npz itself",
     ".npy": "use the .npy itself",
@@ -90,20 +107,27 @@ class DigitsSource(Source):
 class ListedSource(Source):
     """Images whose names are known before any is read; class folders or a label file give labels.
 
-    `files` are the names of all files, `where` is the source in messages.
+    Args:
+        files: names of all files.
+        folders: names of all folders, as far as the source knows them.
+        where: the source in messages.
     """
 
     has_folders = True
 
-    def __init__(self, files: Collection[str], where: str):
+    def __init__(self, files: Collection[str], folders: Collection[str], where: str):
         super().__init__()
-        self._names = images_among(files, where, self.skipped)
-        self._labels, self.notes = labels_of(self._names, files, self._text)
+        self._names = images_among(files, where, self.skipped, self._is_image)
+        self._labels, self.notes, remarks = labels_of(self._names, files, self._bytes)
         self.num_images = len(self._names)
         digest = hashlib.sha256(notes_key(self.notes))
         for name, label in zip(self._names, self._labels, strict=True):
             digest.update(f"{name}\0{label}".encode("utf-8", "surrogatepass") + self._state(name))
         self.fingerprint = digest.hexdigest()
+        # What follows changes no image and no class, so it is no part of the fingerprint.
+        filled = folders_above(files)
+        folders = {one for one in {*folders, *filled} if one and not litter_of(f"{one}/")}
+        self.notes += [*remarks, *folder_notes(self._names, folders, folders - filled)]
 
     def items(self, part: tuple[int, int] = (0, 1)) -> Iterator[Item]:
         for i in part_of(range(len(self._names)), part):
@@ -117,11 +141,20 @@ class ListedSource(Source):
     def _state(self, name: str) -> bytes:
         """Bytes that change when a file does."""
 
-    def _text(self, name: str) -> str:
+    def _bytes(self, name: str) -> bytes:
         content = self._content(name)
         if isinstance(content, Exception):
             raise ValueError(f"it cannot be read: {content}")
-        return (content.read_bytes() if isinstance(content, Path) else content).decode("utf-8")
+        return content.read_bytes() if isinstance(content, Path) else content
+
+    def _is_image(self, name: str) -> bool:
+        """Whether a file is an image by its suffix, or a HEIC only by its suffix."""
+        if is_image(name) or not is_heif(name):
+            return is_image(name)
+        try:
+            return is_common_image(self._bytes(name))
+        except (OSError, ValueError):  # it stays skipped
+            return False
 
 
 class FolderSource(ListedSource):
@@ -131,7 +164,7 @@ class FolderSource(ListedSource):
 
     def __init__(self, root: Path):
         self._root = root
-        super().__init__(_files_below(root), f"folder {root}")
+        super().__init__(*_files_below(root), f"folder {root}")
 
     def _content(self, name: str) -> Path:
         return self._root / name
@@ -160,39 +193,66 @@ def is_image(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def is_hidden(name: str) -> bool:
-    """Whether a file is hidden, lies in a hidden folder, or is Mac litter."""
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+def is_heif(name: str) -> bool:
+    """Whether a file is a HEIC, by its suffix."""
+    return posixpath.splitext(name)[1].lower() in HEIF_SUFFIXES
 
 
-def images_among(names: Collection[str], where: str, skipped: Counter[str]) -> list[str]:
-    """The names of images, sorted; counts files that are skipped, by suffix.
+def litter_of(name: str) -> str | None:
+    """What a file belongs to that is none of the user's images; None for other files.
+
+    `hidden` for hidden files and folders and Mac litter, else the folder of a network disk or a
+    recycle bin in which it lies.
+    """
+    *folders, base = name.split("/")
+    if any(part.startswith((".", "__MACOSX")) for part in (*folders, base)):
+        return "hidden"
+    return next((folder for folder in folders if folder.lower() in LITTER_FOLDERS), None)
+
+
+def images_among(
+    names: Collection[str],
+    where: str,
+    skipped: Counter[str],
+    accepts: Callable[[str], bool] = is_image,
+) -> list[str]:
+    """The names of images, sorted; counts files that are skipped, by suffix or litter folder.
 
     Raises ValueError where there is no image.
     """
     images = []
     for name in sorted(names):
-        if is_hidden(name):
-            skipped["hidden"] += 1
-        elif is_image(name):
+        if litter := litter_of(name):
+            skipped[litter] += 1
+        elif accepts(name):
             images.append(name)
         elif not is_label_file(name):
             skipped[posixpath.splitext(name)[1].lower() or "no suffix"] += 1
     if not images:
-        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in skipped.most_common(5))
-        way_out = next(
-            (hint for suffix, hint in OTHER_SOURCES.items() if skipped[suffix]),
-            f"expected {' '.join(sorted(IMAGE_SUFFIXES))}",
-        )
-        raise ValueError(
-            f"no images in {where} ({f'other files: {counts}' if counts else 'it is empty'}): "
-            f"{way_out}"
-        )
+        raise ValueError(without_images(where, names, skipped))
     return images
 
 
-def _files_below(root: Path) -> list[str]:
-    """Paths of all files below a folder, relative to it; links are followed, loops are not.
+def without_images(where: str, names: Collection[str], skipped: Counter[str]) -> str:
+    """What to do where a source has no images."""
+    counts = ", ".join(f"{count:,} {suffix}" for suffix, count in skipped.most_common(5))
+    way_out = f"expected {' '.join(sorted(IMAGE_SUFFIXES))}"
+    for suffix, hint in OTHER_SOURCES.items():
+        inner = [n for n in sorted(names) if n.lower().endswith(suffix) and not litter_of(n)]
+        if inner and where.startswith("folder"):
+            way_out = hint
+        elif inner:
+            way_out = f"it holds {inner[0]}: unpack it first, then use what it holds"
+        if inner:
+            break
+    what = f"other files: {counts}" if counts else "it is empty"
+    return f"no images in {where} ({what}): {way_out}"
+
+
+def _files_below(root: Path) -> tuple[list[str], list[str]]:
+    """Paths of all files and folders below a folder, relative to it.
+
+    Links are followed, loops are not.
 
     Raises ValueError for a folder without read permission: its images would silently be missing.
     """
@@ -200,7 +260,7 @@ def _files_below(root: Path) -> list[str]:
     def refuse(error: OSError) -> None:
         raise ValueError(f"cannot read folder {error.filename}: {error.strerror}")
 
-    names, seen = [], {root.resolve()}
+    names, folders, seen = list[str](), list[str](), {root.resolve()}
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         # Folders come before links to them, or a link's name would become the class.
         real = {name: Path(folder, name).resolve() for name in subfolders}
@@ -209,5 +269,6 @@ def _files_below(root: Path) -> list[str]:
             if real[name] not in seen:
                 seen.add(real[name])
                 subfolders.append(name)
+        folders += [Path(folder, name).relative_to(root).as_posix() for name in subfolders]
         names += [Path(folder, file).relative_to(root).as_posix() for file in files]
-    return names
+    return names, folders

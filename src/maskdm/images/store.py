@@ -21,11 +21,11 @@ import numpy as np
 
 from maskdm.images.build import FORMAT, build_store, store_key
 from maskdm.images.joined import Array, JoinedArrays
-from maskdm.images.labels import Group, are_partly_labelled, number_groups
+from maskdm.images.labels import Group, are_partly_labelled, number_groups, split_note
 from maskdm.images.open import open_source
 from maskdm.images.unreadable import refuse_unreadable
 from maskdm.recipe import Data
-from maskdm.words import listed
+from maskdm.words import listed, printable
 
 MAX_PARTS = 99_999
 PART = re.compile(r"part-\d{5}-of-\d{5}")
@@ -134,7 +134,7 @@ def load_store(folder: Path) -> Store:
     Raises ValueError where it is damaged, a part is missing, or parts do not belong together.
     """
     if (folder / "manifest.json").is_file():
-        return _load(folder)
+        return _with_split_note(_load(folder))
     present = {path.name for path in folder.iterdir() if PART.fullmatch(path.name)}
     count = int(max(present)[-5:])
     names = [f"part-{i:05d}-of-{count:05d}" for i in range(count)]
@@ -145,7 +145,14 @@ def load_store(folder: Path) -> Store:
         )
     if missing := [name for name in names if not (folder / name / "manifest.json").is_file()]:
         raise ValueError(f"the store {folder} lacks {listed(missing)}: pack the missing parts")
-    return _joined(folder, [_load(folder / name) for name in names])
+    return _with_split_note(_joined(folder, [_load(folder / name) for name in names]))
+
+
+def _with_split_note(store: Store) -> Store:
+    """A store that says so, in its notes, where its classes are splits of a data set."""
+    if note := split_note(store.manifest["class_names"] or ()):
+        store.manifest["notes"] = [*store.manifest["notes"], note]
+    return store
 
 
 def _load(folder: Path) -> Store:
@@ -153,6 +160,8 @@ def _load(folder: Path) -> Store:
     try:
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         shape, version = tuple(manifest["shape"]), manifest["format"]
+        if names := manifest["class_names"]:  # those of folders could be no UTF-8
+            manifest["class_names"] = [printable(name) for name in names]
     except (ValueError, OSError, KeyError, TypeError):
         raise damaged from None
     if version != FORMAT:
@@ -192,6 +201,7 @@ def _joined(folder: Path, parts: list[Store]) -> Store:
         **first,
         "shape": [sum(map(len, parts)), *first["shape"][1:]],
         "num_seen": sum(m["num_seen"] for m in manifests),
+        "notes": list(dict.fromkeys(note for m in manifests for note in m["notes"])),
         "left_out": [entry for m in manifests for entry in m["left_out"]],
         "passed_over": dict(skipped),
         "class_names": class_names,

@@ -7,7 +7,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 
-from maskdm.images.prepare import opened
+from maskdm.images.decode import opened
 from maskdm.images.source import Source
 
 NUM_SURVEYED = 64

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 from loky.process_executor import TerminatedWorkerError
 
-from maskdm.images.prepare import Content
+from maskdm.images.decode import Content
 from maskdm.images.source import Item
 
 Result = TypeVar("Result")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from unicodedata import normalize
 
 from torch import Tensor, tensor
 
@@ -33,6 +34,9 @@ def class_number(config: Any, name: str) -> int:
     names = config.class_names or []
     if name in names:
         return int(names.index(name))
+    composed = [normalize("NFC", one) for one in names]  # macOS takes accents apart
+    if normalize("NFC", name) in composed:
+        return composed.index(normalize("NFC", name))
     if name.removeprefix("-").isdecimal():
         return int(name)
     if not config.num_classes:
