@@ -264,7 +264,7 @@ def _prepared(
             f"features {features.name} have {dim} values, but the statistics in {reference.name} "
             f"have {len(real.statistics.mean)}: they are of other features"
         )
-    return features, real, [note] if note else []
+    return features, real, [one for one in (note, features.note) if one]
 
 
 def _chance(real: ReferenceFeatures, num: int) -> dict[str, Any] | None:
