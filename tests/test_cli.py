@@ -396,7 +396,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused(recipe_file, tmp_path, caps
     (tmp_path / "file").write_text("")
     for out in ("file", "file/run"):
         text = failure(capsys, "train", recipe_file, "--out", str(tmp_path / out))
-        assert f"cannot make the folder {tmp_path / out}" in text
+        assert f"{tmp_path / out} cannot be written" in text
 
 
 def test_a_run_in_use_is_refused(run, recipe_file, capsys):

@@ -16,10 +16,12 @@ from maskdm.commands.common import (
     is_main_process,
     load,
     quiet,
+    refuse_among_images,
     say_how_long,
 )
 from maskdm.commands.evaluation_text import evaluation_text
 from maskdm.families import MetricName
+from maskdm.files import expanded, refuse_unwritable
 from maskdm.recipe import Evaluation, Sampling
 from maskdm.runs.find import is_model
 from maskdm.settings import changed
@@ -81,27 +83,32 @@ def evaluate(
         raise ValueError(f"--seeds {seeds}: at least one")
     if out is not None and out.is_dir():
         raise ValueError(f"--out {out} is a folder: use the name of a file")
-    if save_statistics is not None and (
-        save_statistics.suffix != ".npz" or save_statistics.is_dir()
-    ):
-        raise ValueError(f"--save-statistics {save_statistics}: use a file name that ends in .npz")
+    if save_statistics is not None:
+        if save_statistics.suffix != ".npz" or save_statistics.is_dir():
+            raise ValueError(
+                f"--save-statistics {save_statistics}: use a file name that ends in .npz"
+            )
+        refuse_unwritable(save_statistics, "--save-statistics")
 
     from maskdm.evaluation.evaluate import evaluate_images, evaluate_model
     from maskdm.evaluation.records import add_record, read_records, records_file
 
     path = out or (records_file(run) if is_model(run) else None) or Path("evaluation.json")
     read_records(path)  # a damaged one is refused now
+    refuse_unwritable(path, "--out")
     changes: dict[str, Any] = {
         "features": features,
         "weights": None if weights is None else str(weights),
         "metrics": metrics or None,
     }
     if is_model(run):
+        refuse_among_images(run, path)  # a sheet is saved beside it
         strong, weak = load(run, sampling)
         location = strong.location
         wanted = location.recipe.evaluation if location.run else Evaluation()
         wanted = changed(wanted, **changes, num=num)
-        folder = Path(run) / "evaluation" if location.run is None and Path(run).is_dir() else None
+        copied = expanded(run) if location.run is None and expanded(run).is_dir() else None
+        folder = None if copied is None else copied / "evaluation"
         drawn_by = range(seed, seed + seeds)
         say_how_long(strong, sampling, wanted.num * seeds, weak)
         result = evaluate_model(strong, wanted, sampling, weak, reference, drawn_by, folder, True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maskdm.evaluation.networks import load_file, load_named
 from maskdm.evaluation.shards import in_shards
-from maskdm.files import write_whole
+from maskdm.files import expanded, write_whole
 from maskdm.images.joined import Array, columns
 from maskdm.images.store import Store, cache_dir
 from maskdm.recipe import Evaluation
@@ -94,7 +94,7 @@ def make_features(settings: Evaluation, reference: Store | None, device: torch.d
     Raises ValueError where weights are missing, or `pca` has fewer than two images.
     """
     name, num_logits = settings.features, 0
-    weights = None if settings.weights is None else Path(settings.weights).expanduser()
+    weights = None if settings.weights is None else expanded(settings.weights)
     is_own = name not in Evaluation.known_features()
     if name == "pca":
         if weights is not None:
@@ -108,7 +108,7 @@ def make_features(settings: Evaluation, reference: Store | None, device: torch.d
     if is_own:
         if weights is not None:
             raise ValueError(f"the file of features {name} contains weights: leave out --weights")
-        path = Path(name).expanduser()
+        path = expanded(name)
         if not path.is_file():
             raise ValueError(f"features {name}: no such file")
         network, sha256 = load_file(path, device)

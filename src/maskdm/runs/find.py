@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maskdm.files import expanded
 from maskdm.images.known import KNOWN
 from maskdm.recipe import Recipe, Sampling
 from maskdm.recipe_files import load_recipe, migrated
@@ -62,7 +63,7 @@ def is_model(name: str) -> bool:
     What does not exist is taken for images if it can only be that (`digits`, `hf:...`, a URL or a
     pattern).
     """
-    path = Path(name)
+    path = expanded(name)
     if not path.exists():
         is_set = name in ("digits", *KNOWN) or re.fullmatch(r"faces(@\d+)?", name)
         return not (is_set or any(mark in name for mark in ":*{"))
@@ -97,9 +98,9 @@ def find_model(name: str | Path, note: Note = print) -> Location:
     Raises:
         ValueError: there is no model of that name.
     """
-    path = Path(name)
-    if not path.exists() and "@" in str(name):
-        run, stage = str(name).rsplit("@", 1)
+    path = expanded(name)
+    if not path.exists() and "@" in str(path):
+        run, stage = str(path).rsplit("@", 1)
         return Location(stage_checkpoint(Path(run), stage), Path(run))
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         path = _download(str(name))
