@@ -23,15 +23,16 @@ def expanded(name: str | Path) -> Path:
         ) from None
 
 
-def refuse_unwritable(path: Path, flag: str) -> None:
+def refuse_unwritable(path: Path, flag: str, is_folder: bool = False) -> None:
     """Raises ValueError where a file or folder cannot be written; folders above it may be missing.
 
     Args:
         path: of the file or folder.
         flag: that names another place, for the message.
+        is_folder: whether it is to be a folder.
     """
     there = next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
-    if there != path and not there.is_dir():
+    if (is_folder or there != path) and not there.is_dir():
         raise ValueError(f"{path} cannot be written: {there} is not a folder; name another {flag}")
     # A file is written beside its place and renamed into it.
     for place in [there] if there.is_dir() else [there, there.absolute().parent]:

@@ -81,14 +81,7 @@ def evaluate(
     sampling = settings.checked()
     if seeds < 1:
         raise ValueError(f"--seeds {seeds}: at least one")
-    if out is not None and out.is_dir():
-        raise ValueError(f"--out {out} is a folder: use the name of a file")
-    if save_statistics is not None:
-        if save_statistics.suffix != ".npz" or save_statistics.is_dir():
-            raise ValueError(
-                f"--save-statistics {save_statistics}: use a file name that ends in .npz"
-            )
-        refuse_unwritable(save_statistics, "--save-statistics")
+    _refuse_places(out, save_statistics)
 
     from maskdm.evaluation.evaluate import evaluate_images, evaluate_model
     from maskdm.evaluation.records import add_record, read_records, records_file
@@ -128,6 +121,16 @@ def evaluate(
         statistics.save_statistics(result.statistics, save_statistics)
     _report(result, path, json_output)
     return DONE
+
+
+def _refuse_places(out: Path | None, statistics: Path | None) -> None:
+    """Raises ValueError for a record or statistics that cannot be written there."""
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out} is a folder: use the name of a file")
+    if statistics is not None:
+        if statistics.suffix != ".npz" or statistics.is_dir():
+            raise ValueError(f"--save-statistics {statistics}: use a file name that ends in .npz")
+        refuse_unwritable(statistics, "--save-statistics")
 
 
 def _report(result: Evaluated, path: Path, json_output: bool) -> None:

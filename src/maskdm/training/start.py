@@ -34,7 +34,7 @@ def refuse_recipe(recipe: Recipe, run_dir: Path, num_ranks: int) -> None:
     stage_work(recipe)  # masks that the grid cannot have
     refuse_settings(schedule_of(recipe.final_diffusion, recipe.data.size), recipe.sampling)
     refuse_inside(recipe.data.source, run_dir, "--out")
-    refuse_unwritable(run_dir, "--out")
+    refuse_unwritable(run_dir, "--out", is_folder=True)
     for i, stage in enumerate(recipe.stages):
         if stage.batch_size % num_ranks:
             below = stage.batch_size // num_ranks * num_ranks
