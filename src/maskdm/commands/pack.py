@@ -62,7 +62,7 @@ def pack(
             raise ValueError(f"--shard {shard}: expected I/N with I from 0 to N - 1, such as 0/64")
         part = int(match[1]), int(match[2])
 
-    refuse_unwritable(out, "OUT", is_folder=True)
+    refuse_unwritable(out, "OUT")
 
     from maskdm.images import store
 
