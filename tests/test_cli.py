@@ -396,7 +396,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused(recipe_file, tmp_path, caps
     (tmp_path / "file").write_text("")
     for out in ("file", "file/run"):
         text = failure(capsys, "train", recipe_file, "--out", str(tmp_path / out))
-        assert f"cannot make the folder {tmp_path / out}" in text
+        assert f"{tmp_path / out} cannot be written" in text
 
 
 def test_a_run_in_use_is_refused(run, recipe_file, capsys):
@@ -448,6 +448,37 @@ def test_a_photo_and_its_mask_are_turned_as_their_exif_says(tmp_path):
     image, unknown = read_image_and_mask(tmp_path / "photo.jpg", tmp_path / "mask.png", data)
     assert unknown[:3].all() and not unknown[5:].any()
     assert (image[:3] > 150).all() and (image[5:] < 50).all()
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "palette", "16 bits", "key colour"])
+def test_white_strokes_on_a_transparent_layer_are_a_mask(kind, run, tmp_path, capsys):
+    """A quarter is white and opaque; below the transparent rest the pixels are white, too."""
+    strokes = np.zeros((8, 8), np.uint8)
+    strokes[4:, 4:] = 255
+    white, more = np.full_like(strokes, 255), {}
+    if kind == "RGBA":
+        picture = Image.fromarray(np.dstack([white, white, white, strokes]))
+    elif kind == "LA":
+        picture = Image.fromarray(np.dstack([white, strokes]))
+    elif kind == "palette":  # colours 0 and 1 are both white, the first is transparent
+        picture = Image.frombytes("P", (8, 8), (strokes // 255).tobytes())
+        picture.putpalette([255] * 6)
+        more = {"transparency": 0}
+    elif kind == "16 bits":  # no alpha: dark grey, which has more than 255 levels here
+        picture = Image.fromarray(np.where(strokes, 65535, 9000).astype(np.uint16))
+    else:
+        picture = Image.fromarray(np.where(strokes, 255, 254).astype(np.uint8))
+        more = {"transparency": 254}
+    picture.save(tmp_path / "mask.png", **more)
+    Image.fromarray(white).save(tmp_path / "image.png")
+    out = ["--out", str(tmp_path / "a.npz"), "--num", "1", "--steps", "2"]
+    command = ["inpaint", str(run), str(tmp_path / "image.png"), "--resamplings", "1"]
+    assert main([*command, "--mask", str(tmp_path / "mask.png"), *out]) == 0
+    assert "25 % of the pixels drawn" in capsys.readouterr().out
+    assert main(["sample", str(run), "--mask-image", str(tmp_path / "mask.png"), *out]) == 0
+    drawn = np.load(tmp_path / "a.npz")["arr_0"][0, ..., 0]
+    assert (drawn[:4] == 128).all() and (drawn[:, :4] == 128).all()
+    assert not (drawn[4:, 4:] == 128).all()
 
 
 def test_a_defect_of_ours_keeps_its_traceback(recipe_file, tmp_path, monkeypatch):

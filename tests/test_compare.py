@@ -101,6 +101,19 @@ def test_without_an_error_nothing_is_called_real_or_noise(tmp_path, capsys):
     assert "unknown: an error is missing" in text and "within the noise" not in text
 
 
+def test_intervals_of_shares_and_of_their_differences_end_at_their_limits():
+    """An earlier version wrote intervals that left 0 to 1 into its records."""
+    found = {
+        name: [record(metrics={"recall": {"value": value, "error": 0.03, "interval": ends}})]
+        for name, value, ends in (("a", 1.0, [0.94, 1.06]), ("b", 0.0, [-0.06, 0.06]))
+    }
+    told = compare_records(found, metric="recall").as_json()
+    assert told["runs"]["a"]["metrics"]["recall"]["interval"] == [0.94, 1]
+    assert told["runs"]["b"]["metrics"]["recall"]["interval"] == [0, 0.06]
+    low, high = told["differences"][0]["interval"]
+    assert low == pytest.approx(1 - 1.96 * 0.03 * math.sqrt(2)) and high == 1
+
+
 def test_the_newest_comparable_evaluations_are_compared():
     found = {
         "a": [pca(1, day=1), record(10, day=2), record(11, day=5, samples={"num": 10_000})],

@@ -11,6 +11,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from maskdm.evaluation.distances import (
+    _share,
     frechet,
     frechet_distance,
     inception_score,
@@ -19,6 +20,7 @@ from maskdm.evaluation.distances import (
     precision_recall,
     sliced,
 )
+from maskdm.evaluation.measure import Measured, as_record, over_seeds
 from maskdm.evaluation.statistics import (
     Statistics,
     load_statistics,
@@ -164,6 +166,42 @@ def test_precision_and_recall_of_equal_disjoint_and_mode_dropped_sets():
     assert precision.value > 0.5 and recall.value < 0.26
 
 
+@pytest.mark.parametrize(("share", "num"), [(0, 20), (1, 20), (0.5, 40), (0.95, 40)])
+def test_the_interval_of_a_share_lies_in_0_to_1_and_is_wilsons(share, num, monkeypatch):
+    """Wilson's ends: the shares p whose distance from the observed one is 1.96 of p's errors."""
+    answer = {"precision": share, "recall": share}
+    monkeypatch.setattr("torch_fidelity.metric_prc.prc_features_to_metric", lambda *a, **b: answer)
+    for one in precision_recall(normal(num, 2, 0), normal(num, 2, 1)):
+        low, high = one.interval()
+        assert 0 <= low <= one.value <= high <= 1
+        for end, is_limit in ((low, share == 0), (high, share == 1)):
+            if is_limit:
+                assert end == share
+            else:
+                gap = abs(end - share) / np.sqrt(end * (1 - end) / num)
+                assert gap == pytest.approx(1.959964, rel=1e-5)
+
+
+def test_wilsons_interval_holds_a_share_in_95_of_100_samples():
+    generator, covered = np.random.default_rng(0), []
+    for true in (0.02, 0.3, 0.97):
+        of_one = []
+        for count in generator.binomial(100, true, 1000):
+            low, high = _share(count / 100, 100).interval()
+            of_one.append(low <= true <= high)
+        covered.append(np.mean(of_one))
+    assert min(covered) > 0.92 and np.mean(covered) == pytest.approx(0.95, abs=0.03)
+
+
+def test_intervals_end_at_the_limits_of_a_metric():
+    distance = as_record({"frechet": Measured(0.1, 0.2)})["frechet"]
+    assert distance["interval"] == pytest.approx([0, 0.1 + 1.96 * 0.2])
+    assert as_record({"kid": Measured(0.1, 0.2)})["kid"]["interval"][0] < 0  # an unbiased one
+    seeds = [{"recall": Measured(value)} for value in (0.9, 1.0, 1.0)]  # Student's t reaches 1.11
+    low, high = as_record(over_seeds(seeds))["recall"]["interval"]
+    assert 0.8 < low < 0.9 and high == 1
+
+
 def test_precision_of_three_images_is_refused():
     with pytest.raises(ValueError, match="more than 3 samples and real images"):
         precision_recall(normal(3, 4, 0), normal(10, 4, 0))
@@ -223,7 +261,7 @@ def test_errors_are_the_deviation_over_other_samples(metric):
     error = np.mean([one.error for one in measured])
     assert 0.7 * spread < error < 1.5 * spread
     one = measured[0]
-    assert one.interval == pytest.approx(
+    assert one.interval() == pytest.approx(
         (one.value - 1.96 * one.error, one.value + 1.96 * one.error)
     )
 
@@ -281,4 +319,4 @@ def test_damaged_statistics_are_refused(tmp_path, write, message):
 def test_the_distance_from_a_gaussian_needs_its_mean_and_covariance_alone():
     a, b = Statistics(np.zeros(2), np.eye(2)), normal(4000, 2, 0)
     assert frechet(b, a, 0).value == pytest.approx(0, abs=0.01)
-    assert frechet(b, a, 0).error is None and frechet(b, a, 0).interval is None
+    assert frechet(b, a, 0).error is None and frechet(b, a, 0).interval() is None

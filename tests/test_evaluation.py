@@ -214,7 +214,9 @@ def test_more_images_and_other_features_draw_no_image_twice(run, monkeypatch, tm
 
 
 def test_what_cannot_work_is_refused_before_an_image_is_drawn(run, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("maskdm.evaluation.evaluate.own_reference", None)  # calling it would raise
+    monkeypatch.setattr(
+        "maskdm.evaluation.evaluate.reference_of_run", None
+    )  # calling it would raise
     drawn = counted(monkeypatch)
     for flags, message in (
         (("--steps", 1001), "1001"),

@@ -324,10 +324,20 @@ def test_principal_components_are_sklearns_and_are_kept():
     assert make_features(Evaluation(num_components=4), store, CPU).sha256 != first.sha256
 
 
-def test_too_many_components_are_refused_with_the_largest_number():
+def test_there_are_as_many_components_as_images_and_values_allow(tmp_path):
     store = open_store(Data(source="digits", size=8, channels=1), progress=False)
-    with pytest.raises(ValueError, match="num_components 65 is too many .* use 64 or fewer"):
-        make_features(Evaluation(num_components=65), store, CPU)
+    features = make_features(Evaluation(num_components=65), store, CPU)
+    assert features.dim_of((8, 8, 1)) == 64
+    assert "64 components instead of 65" in features.note
+    assert features.sha256 == make_features(Evaluation(num_components=64), store, CPU).sha256
+    np.save(tmp_path / "few.npy", store.images[:20])
+    few = open_store(Data(source=str(tmp_path / "few.npy"), size=8, channels=1), progress=False)
+    features = make_features(Evaluation(), few, CPU)
+    assert features.dim_of((8, 8, 1)) == 19  # 20 images span 19 directions around their mean
+    assert "19 components instead of 32" in features.note
+
+
+def test_components_need_images():
     with pytest.raises(ValueError, match="pca are fitted to the reference's images"):
         make_features(Evaluation(), None, CPU)
 

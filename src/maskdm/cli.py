@@ -24,6 +24,7 @@ from maskdm.commands.recipes import recipes
 from maskdm.commands.sample import sample
 from maskdm.commands.short_help import short_help
 from maskdm.commands.train import train
+from maskdm.files import expanded
 from maskdm.recipe import Recipe, Sampling
 from maskdm.recipe_files import load_recipe, recipe_names
 from maskdm.runs.find import find_model, is_model
@@ -154,15 +155,21 @@ def _deferred(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
 
     @functools.wraps(command)
     def prepare(*args: Any, **kwargs: Any) -> Callable[[], int]:
-        return functools.partial(command, *args, **kwargs)
+        named = {name: _expanded(value) for name, value in kwargs.items()}
+        return functools.partial(command, *map(_expanded, args), **named)
 
     return prepare
+
+
+def _expanded(value: Any) -> Any:
+    """A path with the home folder for `~`, which a shell leaves in `--out=~/x`; else the value."""
+    return expanded(value) if isinstance(value, Path) else value
 
 
 def _named_recipe(arguments: list[str]) -> Recipe:
     """The recipe that arguments begin with: its stages decide which flags there are."""
     if arguments and not arguments[0].startswith("-"):
-        own = Path(arguments[0]) / "recipe.yaml"
+        own = expanded(arguments[0]) / "recipe.yaml"
         return load_recipe(own if own.is_file() else arguments[0])
     if "-h" in arguments or "--help" in arguments:
         return load_recipe("digits")

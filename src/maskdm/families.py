@@ -8,6 +8,7 @@ and its row: `docs/extending.md`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -349,6 +350,7 @@ class Metric:
         inception_title: its name in features `inception`, if it has one of its own there.
         library: the package whose code computes it.
         unit: of its values, for the axis of a plot; empty = none.
+        limits: the lowest and the highest value that it can have; intervals end there.
     """
 
     title: str
@@ -363,6 +365,7 @@ class Metric:
     inception_title: str | None = None
     library: str = "maskdm"
     unit: str = ""
+    limits: tuple[float, float] = (-math.inf, math.inf)
 
     def title_in(self, features: str, short: bool = False) -> str:
         """Its name for a figure in some features: `FID`, `Frechet distance`."""
@@ -385,6 +388,7 @@ METRICS: dict[str, Metric] = {
         short_title="Frechet",
         inception_title="FID",
         unit="squared units of the features",
+        limits=(0, math.inf),
     ),
     "sliced": Metric(
         "sliced Wasserstein distance",
@@ -394,6 +398,7 @@ METRICS: dict[str, Metric] = {
         is_cheap=True,
         short_title="sliced",
         unit="squared units of the features",
+        limits=(0, math.inf),
     ),
     "kid": Metric(
         "kernel distance (KID)",
@@ -413,6 +418,7 @@ METRICS: dict[str, Metric] = {
         higher_is_better=True,
         needs=frozenset({"images"}),
         library="torch-fidelity",
+        limits=(0, 1),
     ),
     "recall": Metric(
         "recall",
@@ -421,6 +427,7 @@ METRICS: dict[str, Metric] = {
         higher_is_better=True,
         needs=frozenset({"images"}),
         library="torch-fidelity",
+        limits=(0, 1),
     ),
     "inception_score": Metric(
         "Inception score",
@@ -430,6 +437,7 @@ METRICS: dict[str, Metric] = {
         needs=frozenset({"logits"}),
         short_title="IS",
         library="torch-fidelity",
+        limits=(1, math.inf),
     ),
     "memorization": Metric(
         "copies of training images",

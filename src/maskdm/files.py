@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Paths as a user gives them; files and folders that are there whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,33 @@ from pathlib import Path
 from typing import BinaryIO
 
 from safetensors import SafetensorError
+
+
+def expanded(name: str | Path) -> Path:
+    """A path with the home folder for a leading `~`. Raises ValueError where it is unknown."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: the home folder is unknown; set HOME, or write the path without ~"
+        ) from None
+
+
+def refuse_unwritable(path: Path, flag: str, is_folder: bool = False) -> None:
+    """Raises ValueError where a file or folder cannot be written; folders above it may be missing.
+
+    Args:
+        path: of the file or folder.
+        flag: that names another place, for the message.
+        is_folder: whether it is to be a folder.
+    """
+    there = next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
+    if (is_folder or there != path) and not there.is_dir():
+        raise ValueError(f"{path} cannot be written: {there} is not a folder; name another {flag}")
+    # A file is written beside its place and renamed into it.
+    for place in [there] if there.is_dir() else [there, there.absolute().parent]:
+        if not os.access(place, os.W_OK):
+            raise ValueError(f"{path} cannot be written: {place} is read-only; name another {flag}")
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskdm.choices import named
 from maskdm.engine import device_name, make_accelerator, process_state
+from maskdm.files import expanded
 from maskdm.images.open import open_source
 from maskdm.images.order import training_subset
 from maskdm.images.store import is_store, open_store
@@ -224,7 +224,7 @@ def planned_run(
 
 def count_images(recipe: Recipe) -> int | None:
     """Number of images of the source, unreadable ones too; None where it is not known."""
-    if is_store(Path(recipe.data.source).expanduser()):
+    if is_store(expanded(recipe.data.source)):
         return len(open_store(recipe.data, progress=False))
     try:
         return open_source(recipe.data.source).num_images

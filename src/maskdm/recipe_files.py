@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from maskdm.files import expanded
 from maskdm.recipe import Recipe, Sampling
 from maskdm.words import one_line, suggestion
 
@@ -55,12 +56,19 @@ def recipe_text(name_or_path: str | Path) -> str:
     """
     if str(name_or_path) in _packaged():
         return _packaged()[str(name_or_path)]
-    path = Path(name_or_path)
+    path = expanded(name_or_path)
     if path.is_file():
         try:
-            return path.read_text("utf-8")
+            text = path.read_text("utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"recipe {path} is not a YAML file of settings: not text") from None
+        # A part of a run's recipe is often a valid recipe, with other settings.
+        if not text.endswith("\n") and (path.parent / "environment.json").is_file():
+            raise ValueError(
+                f"recipe {path} is cut off in its last line: restore it, or end the line if it is "
+                "whole"
+            )
+        return text
     raise ValueError(
         f"no recipe {str(name_or_path)!r}: {suggestion(str(name_or_path), recipe_names())} "
         "(`maskdm recipes` lists them; anything else must be a YAML file)"

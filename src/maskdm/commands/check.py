@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from maskdm.choices import helped
 from maskdm.commands.common import DONE, WRONG_USAGE, JsonFlag, Source, quiet
 from maskdm.families import CROPS, MODEL_SIZES, CropName
+from maskdm.files import expanded, refuse_unwritable
 from maskdm.recipe_files import load_recipe
 from maskdm.settings import changed
 from maskdm.words import NUM_LISTED, about, counted, listed, printable, size_text, wrapped
@@ -64,15 +64,18 @@ def check(
     data = changed(settings.data, source=source, **how, on_bad=on_bad)
     settings = changed(settings, data=data)  # refuses what training would refuse
     if sheet is not None:  # before hours of reading images
-        if sheet.suffix != ".png" or sheet.is_dir():
+        if sheet.suffix.lower() != ".png" or sheet.is_dir():
             raise ValueError(f"--sheet {sheet}: use the name of a file that ends in .png")
-        if sheet.parent.exists() and not os.access(sheet.parent, os.W_OK):
-            raise ValueError(f"--sheet {sheet}: cannot write to {sheet.parent}")
+        refuse_unwritable(sheet, "--sheet")
 
     from maskdm.images import store
     from maskdm.images.check import Samples, examine
+    from maskdm.images.open import refuse_inside
 
-    if store.is_store(Path(source).expanduser()):
+    if sheet is not None:
+        refuse_inside(source, sheet, "--sheet")
+
+    if store.is_store(expanded(source)):
         raise ValueError(f"{source} is a packed store: check the images that it was made from")
     samples = Samples(NUM_ON_SHEET if sheet else 0)
     report = examine(data, sys.stderr.isatty(), samples)

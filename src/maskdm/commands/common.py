@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -87,6 +89,34 @@ def say_how_long(
         ways += ["--sampler unipc --steps 20"] * (steps and factor == 1)
         text += f"; for a faster look: {' or '.join(ways)}" if ways else ""
     print(text, file=sys.stderr)
+
+
+def refuse_out(out: Path, run: str) -> None:
+    """Raises ValueError where images of a run's model cannot or should not be written to `out`."""
+    from maskdm.images.output import refuse_output
+
+    refuse_output(out)
+    if out.suffix.lower() != ".npz":  # which is no image among images
+        refuse_among_images(run, out)
+
+
+def refuse_among_images(run: str, path: Path, flag: str = "--out") -> None:
+    """Raises ValueError for a place in the image folder that a run was trained on.
+
+    Args:
+        run: as the user names it; other models, and runs whose recipe is damaged, say nothing.
+        path, flag: as for `refuse_inside`.
+    """
+    from maskdm.images.open import refuse_inside
+    from maskdm.runs.find import find_model
+    from maskdm.runs.folder import own_sources
+
+    location = find_model(run, note=lambda text: None)
+    sources = list[str]()
+    with contextlib.suppress(ValueError):  # a damaged recipe
+        sources = own_sources(location.run) if location.run else []
+    for source in sources:
+        refuse_inside(source, path, flag)
 
 
 def is_main_process() -> bool:

@@ -13,6 +13,7 @@ import tyro
 from maskdm.choices import helped, named
 from maskdm.commands.common import DONE, JsonFlag, quiet
 from maskdm.families import METRICS, qualities
+from maskdm.files import expanded, refuse_unwritable
 from maskdm.runs.find import CONTROL
 from maskdm.words import COSTS, listed
 
@@ -116,6 +117,7 @@ def _curves(
     files = _by_name(runs, _quality_file)
     if path.suffix not in (".png", ".pdf", ".svg") or path.is_dir():
         raise ValueError(f"--out {path}: name a file that ends in .png, .pdf or .svg")
+    refuse_unwritable(path, "--out")
 
     from maskdm.commands.compare_text import notes_text, reached_text
     from maskdm.evaluation.curves import choose_quality, costs_to_quality, curves_of, read_facts
@@ -139,7 +141,7 @@ def _evaluation_file(run: str) -> Path:
     """The file of a run's evaluations. Raises ValueError if there is none."""
     from maskdm.evaluation.records import records_file
 
-    path = Path(run)
+    path = expanded(run)
     file = records_file(run) or (path if path.suffix == ".json" else None)
     if file is None:
         why = "" if path.exists() else " (it does not exist)"
@@ -151,7 +153,7 @@ def _evaluation_file(run: str) -> Path:
 
 def _quality_file(run: str) -> Path:
     """The file of a run's qualities in training. Raises ValueError if there is none."""
-    path = Path(run)
+    path = expanded(run)
     file = path / "quality.jsonl" if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         raise ValueError(

@@ -20,6 +20,7 @@ from maskdm.commands.common import (
 )
 from maskdm.commands.evaluation_text import evaluation_text
 from maskdm.families import MetricName
+from maskdm.files import expanded, refuse_unwritable
 from maskdm.recipe import Evaluation, Sampling
 from maskdm.runs.find import is_model
 from maskdm.settings import changed
@@ -82,18 +83,14 @@ def evaluate(
     sampling = settings.checked()
     if seeds < 1:
         raise ValueError(f"--seeds {seeds}: at least one")
-    if out is not None and out.is_dir():
-        raise ValueError(f"--out {out} is a folder: use the name of a file")
-    if save_statistics is not None and (
-        save_statistics.suffix != ".npz" or save_statistics.is_dir()
-    ):
-        raise ValueError(f"--save-statistics {save_statistics}: use a file name that ends in .npz")
+    _refuse_places(out, save_statistics)
 
     from maskdm.evaluation.evaluate import evaluate_images
     from maskdm.evaluation.records import add_record, read_records, records_file
 
     path = out or (records_file(run) if is_model(run) else None) or Path("evaluation.json")
     read_records(path)  # a damaged one is refused now
+    refuse_unwritable(path, "--out")
     changes: dict[str, Any] = {
         "features": features,
         "weights": None if weights is None else str(weights),
@@ -107,6 +104,7 @@ def evaluate(
         wanted = changed(Evaluation(), **changes)
         results = [evaluate_images(run, reference, wanted, num, show=True)]
     else:
+        refuse_among_images(run, path)  # a sheet is saved beside it
         how = (sampling, {**changes, "num": num}, reference, range(seed, seed + seeds))
         results = [_of_model(run, width, *how) for width in ema or (None,)]
     if not is_main_process():
@@ -137,11 +135,22 @@ def _of_model(
     strong, weak = load(run, sampling, width)
     location = strong.location
     wanted = changed(location.recipe.evaluation if location.run else Evaluation(), **changes)
-    folder = Path(run) / "evaluation" if location.run is None and Path(run).is_dir() else None
+    copied = expanded(run) if location.run is None and expanded(run).is_dir() else None
+    folder = None if copied is None else copied / "evaluation"
     say_how_long(strong, sampling, wanted.num * len(seeds), weak)
     result = evaluate_model(strong, wanted, sampling, weak, reference, seeds, folder, True)
     result.record["samples"]["ema"] = width
     return result
+
+
+def _refuse_places(out: Path | None, statistics: Path | None) -> None:
+    """Raises ValueError for a record or statistics that cannot be written there."""
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out} is a folder: use the name of a file")
+    if statistics is not None:
+        if statistics.suffix != ".npz" or statistics.is_dir():
+            raise ValueError(f"--save-statistics {statistics}: use a file name that ends in .npz")
+        refuse_unwritable(statistics, "--save-statistics")
 
 
 def _report(result: Evaluated, path: Path, json_output: bool) -> None:

@@ -17,6 +17,7 @@ from maskdm.commands.common import (
     is_main_process,
     load,
     quiet,
+    refuse_out,
     sampling_text,
     say_how_long,
 )
@@ -72,12 +73,12 @@ def inpaint(
     import numpy as np
     import torch
 
-    from maskdm.images.output import refuse_output, save_images
+    from maskdm.images.output import save_images
     from maskdm.models.class_names import class_number
     from maskdm.sampling.generate import default_labels
     from maskdm.sampling.inpaint import inpaint, read_image_and_mask, with_hole
 
-    refuse_output(out)
+    refuse_out(out, run)
     strong, weak = load(run, settings, ema)
     config = strong.trained.model.config
     picture, unknown = read_image_and_mask(image, mask, _preparation(strong))
@@ -92,7 +93,7 @@ def inpaint(
     if not is_main_process():
         return DONE
     given = default_labels(strong.trained.model, range(num)) if labels is None else labels.numpy()
-    if out.suffix == ".png":
+    if out.suffix.lower() == ".png":
         images = np.concatenate([with_hole(picture, unknown)[None], images])
     save_images(images, out, given)
     times = f"{resamplings} times {sampling_text(settings)}"

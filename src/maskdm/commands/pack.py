@@ -13,6 +13,7 @@ import tyro
 from maskdm.choices import helped
 from maskdm.commands.common import DONE, JsonFlag, Source, quiet
 from maskdm.families import CROPS, CropName
+from maskdm.files import expanded, refuse_unwritable
 from maskdm.recipe import Data
 from maskdm.settings import changed
 from maskdm.words import size_text
@@ -61,9 +62,11 @@ def pack(
             raise ValueError(f"--shard {shard}: expected I/N with I from 0 to N - 1, such as 0/64")
         part = int(match[1]), int(match[2])
 
+    refuse_unwritable(out, "OUT")
+
     from maskdm.images import store
 
-    if store.is_store(Path(source).expanduser()):
+    if store.is_store(expanded(source)):
         raise ValueError(f"{source} is a packed store: pack the images that it was made from")
     manifest = store.pack(data, out, part, progress=sys.stderr.isatty()).manifest
     if json_output:

@@ -16,6 +16,7 @@ from maskdm.commands.common import (
     is_main_process,
     load,
     quiet,
+    refuse_out,
     sampling_text,
     say_how_long,
 )
@@ -55,13 +56,13 @@ def sample(
     if num < 1:
         raise ValueError(f"--num {num}: at least one image")
 
-    from maskdm.images.output import refuse_output, save_images
+    from maskdm.images.output import save_images
     from maskdm.masks import mask_text
     from maskdm.models.class_names import class_numbers, class_text
     from maskdm.sampling.generate import default_labels, generate_on_all_ranks
     from maskdm.sampling.marginal import masks_of_images, patches_of_picture, read_mask
 
-    refuse_output(out)
+    refuse_out(out, run)
     mask = mask.checked()
     if mask.kind != "none" and not mask.rate:
         raise ValueError(f"--mask.kind {mask.kind} hides nothing at rate 0: add --mask.rate")

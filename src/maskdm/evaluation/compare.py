@@ -40,7 +40,10 @@ class Difference:
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for machines."""
-        ends = None if self.half is None else [self.value - self.half, self.value + self.half]
+        lowest, highest = metric_of(self.metric).limits
+        half = math.nan if self.half is None else self.half
+        both = Measured(self.value, ends=(self.value - half, self.value + half))
+        ends = None if self.half is None else both.interval((lowest - highest, highest - lowest))
         named = {"metric": self.metric, "first": self.first, "second": self.second}
         return {**named, "difference": self.value, "interval": ends, "is_real": self.is_real}
 
@@ -57,8 +60,12 @@ class Comparison:
     def figures(self, metric: str) -> dict[str, Measured]:
         """A metric for every run."""
         figures = {run: record["metrics"][metric] for run, record in self.records.items()}
-        fields = ("value", "error", "spread")
-        return {run: Measured(*map(one.get, fields)) for run, one in figures.items()}
+        return {
+            run: Measured(
+                one["value"], one.get("error"), one.get("spread"), ends=one.get("interval")
+            )
+            for run, one in figures.items()
+        }
 
     def values(self, metric: str, group: str) -> list[float]:
         """A metric's values for retrainings."""
@@ -106,7 +113,9 @@ class Comparison:
         runs: dict[str, Any] = {}
         for run, record in self.records.items():
             runs[run] = {
-                "metrics": {m: self.figures(m)[run].as_json() for m in self.metrics},
+                "metrics": {
+                    m: self.figures(m)[run].as_json(metric_of(m).limits) for m in self.metrics
+                },
                 "is_best": [m for m in self.metrics if run in self.best(m)],
                 "retrainings": next((name for name, g in self.groups.items() if run in g), None),
                 "training": record.get("training"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from maskdm.evaluation.measure import NORMAL_95
 from maskdm.evaluation.retrainings import measured_in_all, retrainings, training_of_recipe
 from maskdm.families import METRICS, qualities
 from maskdm.recipe_files import load_recipe
+from maskdm.runs.folder import images_sha256, read_starts
 from maskdm.runs.lines import Line
 from maskdm.words import COSTS, listed, suggestion
 
@@ -67,15 +67,10 @@ class Reached:
 
 def read_facts(run: Path) -> Facts:
     """What is known of a run from its folder. Raises ValueError for a damaged file."""
-    recipe, path = run / "recipe.yaml", run / "environment.json"
+    recipe, starts = run / "recipe.yaml", read_starts(run)
     settings = load_recipe(recipe).model_dump(mode="json") if recipe.is_file() else None
-    try:
-        starts = json.loads(path.read_text("utf-8")) if path.is_file() else []
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
     devices = [f"{one.get('num_ranks', 1)} x {one['device']}" for one in starts if "device" in one]
-    sha = starts[-1].get("images_sha256") if starts else None
-    return Facts(settings, sha, tuple(dict.fromkeys(devices)))
+    return Facts(settings, images_sha256(run), tuple(dict.fromkeys(devices)))
 
 
 def choose_quality(lines: Mapping[str, Sequence[Line]], wanted: str | None) -> str:

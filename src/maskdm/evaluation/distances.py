@@ -217,7 +217,7 @@ def precision_recall(samples: Array, reference: Array) -> tuple[Measured, Measur
 
     Precision is the share of the samples that lie among the real images: nearer to one of them
     than its third neighbour is. Recall is the share of the real images that lie among the samples.
-    Errors are those of a share. Values depend on the sizes of both sets.
+    Errors and intervals are those of a share. Values depend on the sizes of both sets.
 
     Args:
         samples, reference: float (N, D) and (M, D); a fixed random part of more than 10,000.
@@ -238,9 +238,16 @@ def precision_recall(samples: Array, reference: Array) -> tuple[Measured, Measur
 
 
 def _share(share: float, num: int) -> Measured:
-    """A share of num images, with the error of Agresti and Coull: above 0 for none or all, too."""
+    """A share of num images, with Wilson's interval, which lies in 0 to 1.
+
+    The error is that of Agresti and Coull: above 0 for none or all, too.
+    """
+    from scipy.stats import binomtest
+
     inner = (share * num + 2) / (num + 4)
-    return Measured(share, math.sqrt(inner * (1 - inner) / (num + 4)))
+    error = math.sqrt(inner * (1 - inner) / (num + 4))
+    ends = binomtest(round(share * num), num).proportion_ci(0.95, "wilson")
+    return Measured(share, error, ends=(float(ends.low), float(ends.high)))
 
 
 def inception_score(logits: Array) -> Measured:

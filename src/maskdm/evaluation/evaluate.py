@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,8 +33,8 @@ from maskdm.evaluation.reference import (
     ReferenceFeatures,
     Shape,
     other_reference,
-    own_reference,
     reference_features,
+    reference_of_run,
 )
 from maskdm.evaluation.samples import Samples, drawn_samples, given_samples
 from maskdm.evaluation.statistics import Statistics
@@ -84,13 +85,14 @@ def evaluate_model(
         sampling: how images are drawn; None = the model's own.
         weak: the weak model of autoguidance; None = the one that `sampling` names.
         reference: the real images, any source; None = all images of the run's own source,
-            prepared as for training.
+            prepared as for training. Where these have changed, its name takes them as others.
         seeds: images 0..num-1 are drawn once for each.
         folder: where drawn images are kept; None = RUN/evaluation, or the cache for a model
             outside of a run's folder.
         show: show the progress.
 
-    Raises ValueError as `evaluate`, and without a reference for a model outside of a run's folder.
+    Raises ValueError as `evaluate`, and without a reference for a model outside of a run's folder,
+    or one whose images have changed since it was trained.
 
     Example:
         >>> evaluate_model(load_model("runs/digits")).record["metrics"]  # doctest: +SKIP
@@ -234,13 +236,23 @@ def _real_images(
     """The real images for a model, and which of them it has seen, if they are its own."""
     from_run = location.run is not None
     data = location.recipe.data if from_run else Data(size=shape[:2], channels=shape[2])
-    if name is not None and (not from_run or name != data.source):
-        data = changed(data, crop=crop_of(data))
-        return main_first(lambda: other_reference(name, data, from_run, show)), None
-    real = main_first(lambda: own_reference(data, show))
-    assert real.store is not None
-    num = len(real.store)
-    return real, TrainedOn(training_subset(num, data), held_out_subset(num, data), data.flip)
+    run = location.run
+    if run is not None and name in (None, data.source):
+        real, is_unchanged = main_first(lambda: reference_of_run(run, data, show))
+        assert real.store is not None
+        if is_unchanged:
+            num = len(real.store)
+            rows = training_subset(num, data), held_out_subset(num, data)
+            return real, TrainedOn(*rows, data.flip)
+        if name is None:
+            raise ValueError(
+                f"the images of {real.name} are not those that the run in {run} was trained on "
+                "(by their SHA-256): bring them back, or evaluate against them as against any "
+                f"others, without the check for copies, with --reference {shlex.quote(real.name)}"
+            )
+    assert name is not None
+    data = changed(data, crop=crop_of(data))
+    return main_first(lambda: other_reference(name, data, from_run, show)), None
 
 
 def _prepared(
@@ -264,7 +276,7 @@ def _prepared(
             f"features {features.name} have {dim} values, but the statistics in {reference.name} "
             f"have {len(real.statistics.mean)}: they are of other features"
         )
-    return features, real, [note] if note else []
+    return features, real, [one for one in (note, features.note) if one]
 
 
 def _chance(real: ReferenceFeatures, num: int) -> dict[str, Any] | None:

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from maskdm.evaluation.networks import load_file, load_named
 from maskdm.evaluation.shards import in_shards
-from maskdm.files import write_whole
+from maskdm.files import expanded, write_whole
 from maskdm.images.joined import Array, columns
 from maskdm.images.store import Store, cache_dir
 from maskdm.recipe import Evaluation
 from maskdm.settings import changed
-from maskdm.words import one_line
+from maskdm.words import counted, one_line
 
 MAX_FIT = 10_000  # images from which principal components are fitted,
 MAX_FIT_BYTES = 2**29  # or as many as fit into these bytes of float32 pixels
@@ -40,6 +40,7 @@ class Features:
     # uint8 (n, H, W, C) -> float32 (n, D), followed by the logits where available
     extract: Callable[[np.ndarray], np.ndarray]
     num_logits: int = 0  # 0 = none
+    note: str = ""  # what a reader of the figures should know
 
     @property
     def facts(self) -> dict[str, str]:
@@ -90,10 +91,10 @@ def make_features(settings: Evaluation, reference: Store | None, device: torch.d
         reference: the real images, from which the components of `pca` are fitted.
         device: where networks run.
 
-    Raises ValueError where weights are missing, or `pca` has no images or too few.
+    Raises ValueError where weights are missing, or `pca` has fewer than two images.
     """
     name, num_logits = settings.features, 0
-    weights = None if settings.weights is None else Path(settings.weights).expanduser()
+    weights = None if settings.weights is None else expanded(settings.weights)
     is_own = name not in Evaluation.known_features()
     if name == "pca":
         if weights is not None:
@@ -107,7 +108,7 @@ def make_features(settings: Evaluation, reference: Store | None, device: torch.d
     if is_own:
         if weights is not None:
             raise ValueError(f"the file of features {name} contains weights: leave out --weights")
-        path = Path(name).expanduser()
+        path = expanded(name)
         if not path.is_file():
             raise ValueError(f"features {name}: no such file")
         network, sha256 = load_file(path, device)
@@ -202,18 +203,19 @@ def _pca(reference: Store, settings: Evaluation) -> Features:
     """The leading principal components of the reference set's pixels.
 
     They need no download and no GPU; they capture layout and contrast, but no semantics. They are
-    fitted to the reference alone (a fixed random part of it where it is large).
+    fitted to the reference alone (a fixed random part of it where it is large). A small reference
+    has fewer components than the settings say.
     """
-    images = reference.images
+    images, wanted, note = reference.images, settings.num_components, ""
     num_values = int(np.prod(images.shape[1:]))
-    most = min(len(images) - 1, num_values)
-    if settings.num_components > most:
-        raise ValueError(
-            f"evaluation.num_components {settings.num_components} is too many for {len(images)} "
-            f"images of {num_values} values: use {most} or fewer"
-        )
-    num_fit = max(settings.num_components + 1, min(MAX_FIT, MAX_FIT_BYTES // (4 * num_values)))
-    facts = [reference.manifest["sha256"], settings.num_components, settings.pixel_max, num_fit]
+    num = min(wanted, len(images) - 1, num_values)
+    if num < 1:
+        raise ValueError(f"features pca need at least 2 images, but there are {len(images)}")
+    if num < wanted:
+        few = f"{counted(len(images), 'image')} of {counted(num_values, 'value')}"
+        note = f"features pca have {num} components instead of {wanted}: {few} have no more"
+    num_fit = max(num + 1, min(MAX_FIT, MAX_FIT_BYTES // (4 * num_values)))
+    facts = [reference.manifest["sha256"], num, settings.pixel_max, num_fit]
     sha256 = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     file = cache_dir() / f"pca-{sha256[:20]}.npz"
 
@@ -231,7 +233,7 @@ def _pca(reference: Store, settings: Evaluation) -> Features:
         if len(images) > num_fit:
             indices = np.random.default_rng(0).choice(len(images), num_fit, replace=False)
             chosen = np.sort(indices)
-        pca = PCA(settings.num_components, random_state=0).fit(pixels(images[chosen]))
+        pca = PCA(num, random_state=0).fit(pixels(images[chosen]))
         mean, components = pca.mean_.astype(np.float32), pca.components_.astype(np.float32)
         write_whole(file, lambda stream: np.savez(stream, mean=mean, components=components))
 
@@ -239,4 +241,5 @@ def _pca(reference: Store, settings: Evaluation) -> Features:
         vectors: np.ndarray = (pixels(images) - mean) @ components.T
         return vectors
 
-    return Features("pca", sha256, f"scikit-learn {metadata.version('scikit-learn')}", extract)
+    library = f"scikit-learn {metadata.version('scikit-learn')}"
+    return Features("pca", sha256, library, extract, note=note)

@@ -20,6 +20,7 @@ from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Evaluation, Sampling
 
 NORMAL_95 = 1.96  # standard errors on either side of a 95 % interval
+NO_LIMITS = (-math.inf, math.inf)
 
 # How an error message names what a metric needs (`Metric.needs`), and the way out.
 MISSING = {
@@ -37,29 +38,37 @@ class Measured:
 
     The error is the standard deviation between sets of as many samples; None = not estimated. The
     spread is that between subsets, which the field prints beside the kernel distance and the
-    Inception score, or between repetitions of the drawing.
+    Inception score, or between repetitions of the drawing. The ends of the 95 % interval are given
+    where the normal approximation is poor.
     """
 
     value: float
     error: float | None = None
     spread: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)  # columns NAME_KEY of quality.jsonl
+    ends: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("value", "error", "spread"):  # NumPy's numbers cannot be written as JSON
             if (number := getattr(self, name)) is not None:
                 object.__setattr__(self, name, float(number))
 
-    @property
-    def interval(self) -> list[float] | None:
-        """Ends of the 95 % interval by the normal approximation."""
-        half = None if self.error is None else NORMAL_95 * self.error
-        return None if half is None else [self.value - half, self.value + half]
+    def interval(self, limits: tuple[float, float] = NO_LIMITS) -> list[float] | None:
+        """Ends of the 95 % interval: those given, or else by the normal approximation.
 
-    def as_json(self) -> dict[str, Any]:
-        """Everything except details, for machines."""
+        Args:
+            limits: of the metric. What lies beyond them cannot be true, so leaving it out costs
+                no confidence.
+        """
+        ends = self.ends
+        if ends is None and self.error is not None:
+            ends = self.value - NORMAL_95 * self.error, self.value + NORMAL_95 * self.error
+        return None if ends is None else [min(max(end, limits[0]), limits[1]) for end in ends]
+
+    def as_json(self, limits: tuple[float, float] = NO_LIMITS) -> dict[str, Any]:
+        """Everything except details, for machines. Limits as for `interval`."""
         figures = {"value": self.value, "error": self.error}
-        return {**figures, "interval": self.interval, "spread": self.spread}
+        return {**figures, "interval": self.interval(limits), "spread": self.spread}
 
 
 @dataclass(frozen=True)
@@ -173,5 +182,5 @@ def as_record(figures: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
     for name, one in figures.items():
         package = METRICS[name].library
         version = maskdm.__version__ if package == "maskdm" else metadata.version(package)
-        record[name] = {**one.as_json(), "library": f"{package} {version}"}
+        record[name] = {**one.as_json(METRICS[name].limits), "library": f"{package} {version}"}
     return record

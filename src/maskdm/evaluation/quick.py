@@ -141,9 +141,6 @@ def _first(subset: np.ndarray, num_images: int) -> np.ndarray:
 def _features(settings: Evaluation, store: Store) -> Features:
     """The features, tried on a few images. Raises ValueError if they are unavailable."""
     device = process_state().device
-    if settings.features == "pca":  # as many components as there can be
-        most = min(settings.num_components, len(store) - 1, store.images[0].size)
-        settings = changed(settings, num_components=most)
     with torch.random.fork_rng(devices=[]):  # networks are made with random weights at first
         features = main_first(lambda: make_features(settings, store, device))
     features_of(store.images[:4], features, None)

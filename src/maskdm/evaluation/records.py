@@ -26,7 +26,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from maskdm.files import write_text
+from maskdm.files import expanded, write_text
 from maskdm.recipe_files import migrated
 
 Record = dict[str, Any]
@@ -34,11 +34,11 @@ Record = dict[str, Any]
 
 def records_file(run: str) -> Path | None:
     """The file for the records of RUN or RUN@STAGE; None for names of other things."""
-    path = Path(run)
+    path = expanded(run)
     if path.is_dir():
         return path / "evaluation.json"
     if "@" in path.name and not path.exists():
-        folder, stage = run.rsplit("@", 1)
+        folder, stage = str(path).rsplit("@", 1)
         return Path(folder) / f"evaluation-{stage}.json"
     return None
 
@@ -49,7 +49,7 @@ def read_records(path: Path) -> list[Record]:
         return []
     try:
         records = json.loads(path.read_text("utf-8"))
-        if not isinstance(records, list) or not all("metrics" in record for record in records):
+        if not isinstance(records, list) or not all(map(_is_record, records)):
             raise ValueError("it does not contain a list of evaluations")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): move it away") from None
@@ -60,6 +60,11 @@ def add_record(path: Path, record: Record) -> None:
     """Appends a record, in place of one with equal samples, features and reference."""
     kept = [other for other in read_records(path) if _subject(other) != _subject(record)]
     write_text(path, json.dumps([*kept, record], indent=1) + "\n")
+
+
+def _is_record(value: Any) -> bool:
+    parts = ("metrics", "features", "samples", "reference")
+    return isinstance(value, dict) and all(isinstance(value.get(part), dict) for part in parts)
 
 
 def _migrated(record: Record) -> Record:

@@ -19,13 +19,15 @@ from maskdm.evaluation.statistics import (
     save_statistics,
     statistics_of,
 )
+from maskdm.files import expanded
 from maskdm.images.arrays import ArraySource
 from maskdm.images.joined import Array
-from maskdm.images.known import crop_of
+from maskdm.images.known import KNOWN, crop_of
 from maskdm.images.open import open_source
 from maskdm.images.store import Store, is_store, load_store, open_store
 from maskdm.images.survey import survey
 from maskdm.recipe import Data
+from maskdm.runs.folder import images_sha256, own_sources
 from maskdm.settings import changed
 
 Shape = tuple[int, ...]
@@ -73,6 +75,39 @@ def own_reference(data: Data, progress: bool) -> Reference:
     return Reference(data.source, open_store(data, progress), None)
 
 
+def reference_of_run(run: Path, data: Data, progress: bool) -> tuple[Reference, bool]:
+    """All images of a run's own source, wherever it is now, and whether the run was trained on
+    these.
+
+    They are known by their SHA-256, which the run keeps; without it, what is there is taken.
+
+    Args:
+        run: its folder.
+        data: its settings.
+        progress: show a bar.
+
+    Raises ValueError where no images are found, or environment.json is damaged.
+    """
+    wanted, changed_ones, problem = images_sha256(run), None, None
+    for source in own_sources(run):
+        there = data if source == data.source else changed(data, source=source)
+        if data.source in KNOWN:  # whose crop belongs to the name
+            there = changed(there, crop=crop_of(data))
+        try:
+            reference = own_reference(there, progress)
+        except ValueError as error:
+            problem = problem or error
+            continue
+        assert reference.store is not None
+        if wanted in (None, reference.store.manifest["sha256"]):
+            return reference, True
+        changed_ones = changed_ones or reference
+    if changed_ones is not None:
+        return changed_ones, False
+    assert problem is not None
+    raise problem
+
+
 def other_reference(name: str, data: Data, from_run: bool, progress: bool) -> Reference:
     """Real images other than those that a model was trained on.
 
@@ -88,7 +123,7 @@ def other_reference(name: str, data: Data, from_run: bool, progress: bool) -> Re
 
     Raises ValueError for a resolution, number of channels or crop other than the samples'.
     """
-    path, shape = Path(name).expanduser(), data.shape
+    path, shape = expanded(name), data.shape
     if holds_statistics(path):
         return _from_statistics(name, path, shape)
     data = changed(data, source=name)

@@ -16,6 +16,7 @@ from torch import nn
 from maskdm.engine import choose_precision, process_state
 from maskdm.evaluation.features import features_folder
 from maskdm.evaluation.shards import in_shards
+from maskdm.files import expanded
 from maskdm.images.joined import Array
 from maskdm.images.open import open_source
 from maskdm.images.store import is_store, load_store, open_store
@@ -104,7 +105,7 @@ def given_samples(name: str, num: int | None, progress: bool) -> Samples:
     """
     if num is not None and num < FEWEST:
         raise ValueError(f"--num {num}: a distance needs at least {FEWEST} images")
-    path, notes = Path(name).expanduser(), []
+    path, notes = expanded(name), []
     if is_store(path):
         shape = tuple(load_store(path).manifest["shape"][1:])
         data = Data(source=name, size=shape[:2], channels=shape[2])

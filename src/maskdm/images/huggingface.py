@@ -10,6 +10,7 @@ from typing import Any
 
 import fsspec
 
+from maskdm.files import expanded
 from maskdm.images.decode import Content
 from maskdm.images.source import Item, Source
 from maskdm.words import one_line
@@ -93,7 +94,7 @@ def _open(path: str, config: str | None, split: str) -> tuple[Any, str]:
     import huggingface_hub
 
     huggingface_hub.logging.set_verbosity_error()  # else a typo prints ten lines
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.DatasetDict):

@@ -7,6 +7,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+from maskdm.files import expanded
 from maskdm.images.archives import TAR_SUFFIXES, TarSource, ZipSource, expand_pattern
 from maskdm.images.arrays import ArraySource
 from maskdm.images.decode import PLACEHOLDERS, foreign_kind
@@ -33,13 +34,32 @@ def open_source(name: str) -> Source:
             return FacesSource(name)
         if name.startswith(PREFIX):
             return HuggingFaceSource(name)
-        path = locate(name) if name in KNOWN else Path(name).expanduser()
+        path = locate(name) if name in KNOWN else expanded(name)
         is_pattern = glob.has_magic(name) or "{" in name
         if "://" in name or (is_pattern and not path.exists()):
             return TarSource(expand_pattern(name))
         return _open_folder(path) if path.is_dir() else _open_file(name, path)
     except PermissionError as error:
         raise ValueError(f"cannot read data.source {name}: {error.strerror or error}") from None
+
+
+def refuse_inside(source: str, path: Path, flag: str) -> None:
+    """Raises ValueError for a place in an image folder: what is written there would become images.
+
+    Args:
+        source: any; only folders of image files are looked at.
+        path: where pictures are to be written.
+        flag: that names another place, for the message.
+    """
+    try:
+        folder = locate(source) if source in KNOWN else expanded(source)
+    except ValueError:  # it is not here, so nothing can be inside
+        return
+    if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{path} lies in the image folder {source}, so that pictures in it would become "
+            f"images: name a place elsewhere with {flag}"
+        )
 
 
 def _open_folder(path: Path) -> Source:

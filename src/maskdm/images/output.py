@@ -8,8 +8,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from maskdm.files import refuse_unwritable
+from maskdm.images.source import IMAGE_SUFFIXES
+
 # Grey levels and least side, in pixels, of the squares behind transparent images.
 CHECKER_DARK, CHECKER_LIGHT, CHECKER_SIDE = 102, 153, 8
+# Suffixes of files that a user may expect, but that are not written. (`samples.v2` is a folder.)
+OTHER_FILES = {f".{name}" for name in "npy tar zip pt safetensors gif mp4 webm avi mov pdf".split()}
+OTHER_FILES |= IMAGE_SUFFIXES - {".png"}
 
 
 def image_grid(images: np.ndarray, min_side: int = 64, gap: int = 2) -> Image.Image:
@@ -80,12 +86,15 @@ def refuse_channels(images: np.ndarray) -> None:
 
 def refuse_output(out: Path) -> None:
     """Raises ValueError where `save_images` cannot or should not write to `out`."""
-    if out.suffix not in (".png", ".npz", ""):
+    suffix = out.suffix.lower()
+    if suffix in OTHER_FILES:
         raise ValueError(f"--out {out}: end it in .png (a grid), .npz, or no suffix (a folder)")
-    if out.suffix == "" and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    is_file = suffix in (".png", ".npz")
+    if not is_file and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists and is not an empty folder: use a new one")
-    if out.suffix and out.is_dir():
+    if is_file and out.is_dir():
         raise ValueError(f"--out {out} is a folder: use the name of a file")
+    refuse_unwritable(out, "--out")
 
 
 def save_images(images: np.ndarray, out: Path, labels: np.ndarray | None = None) -> None:
@@ -94,16 +103,17 @@ def save_images(images: np.ndarray, out: Path, labels: np.ndarray | None = None)
     Args:
         images: uint8 (N, H, W, C); the last axis is grey, grey and alpha, RGB or RGBA.
         out: `.png` = one sheet, transparent images on a checkerboard; `.npz` = the array as
-            `arr_0`; no suffix = a folder of 000000.png, ... with all their channels.
+            `arr_0`; any other name = a folder of 000000.png, ... with all their channels.
         labels: int64 (N,), saved as `arr_1` of an `.npz`.
 
     Raises ValueError for another number of channels, except in an `.npz`.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".png":
+    if out.suffix.lower() == ".png":
         image_grid(images).save(out, "PNG")
-    elif out.suffix == ".npz":
-        np.savez(out, *[images] if labels is None else [images, labels])
+    elif out.suffix.lower() == ".npz":
+        with out.open("wb") as file:  # to a name in capitals NumPy would append .npz
+            np.savez(file, *[images] if labels is None else [images, labels])
     else:
         pictures = to_pil(images)
         out.mkdir(exist_ok=True)

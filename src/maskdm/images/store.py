@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from maskdm.files import expanded
 from maskdm.images.build import FORMAT, build_store, store_key
 from maskdm.images.joined import Array, JoinedArrays
 from maskdm.images.labels import Group, are_partly_labelled, number_groups, split_note
@@ -54,10 +56,18 @@ class Store:
 
 
 def cache_dir() -> Path:
-    """The folder of the stores: $MASKDM_CACHE, or maskdm in $XDG_CACHE_HOME or ~/.cache."""
+    """The folder of the stores: $MASKDM_CACHE, or maskdm in $XDG_CACHE_HOME or ~/.cache.
+
+    For a user without a home folder (a container's, say) it is in the folder of temporary files.
+    """
     if own := os.environ.get("MASKDM_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maskdm"
+        return expanded(own)
+    if own := os.environ.get("XDG_CACHE_HOME"):
+        return Path(own) / "maskdm"
+    try:
+        return Path.home() / ".cache" / "maskdm"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "maskdm"
 
 
 def open_store(data: Data, progress: bool = True) -> Store:
@@ -66,7 +76,7 @@ def open_store(data: Data, progress: bool = True) -> Store:
     Raises ValueError for a source that is missing or empty, or has more unreadable images than
     `on_bad` allows, for a packed store of other settings, and where the disk has no room.
     """
-    packed = Path(data.source).expanduser()
+    packed = expanded(data.source)
     if is_store(packed):
         store = load_store(packed)
         _refuse_other_settings(store, data)

@@ -1,7 +1,8 @@
 """Exact training state on disk: whole or absent, never half.
 
     RUN/checkpoints/step-00012000/    model.safetensors  ema.safetensors  optimizer.safetensors
-                                      progress.json  (counters; sizes of the files; written last)
+                                      progress.json  (counters; sizes and CRC-32 of the files;
+                                      written last)
     RUN/checkpoints/latest            one line: the name of the newest checkpoint
 
 Random numbers need no saving: order, masks, times and noise of a step depend only on the seed,
@@ -13,16 +14,19 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from maskdm.files import whole_folder, write_text
-from maskdm.runs.find import best_line, damage
+from maskdm.runs.find import best_line, crc32_of, incompleteness
+from maskdm.words import one_line
 
 NARROW = "ema-narrow.safetensors"
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -84,7 +88,8 @@ def save_checkpoint(
         for file, content in files.items():
             save_file({name: value.contiguous() for name, value in content.items()}, writing / file)
         sizes = {file: (writing / file).stat().st_size for file in files}
-        content = {**asdict(progress), "is_stage_end": is_stage_end, "files": sizes}
+        sums = {file: crc32_of(writing / file) for file in files}
+        content = {**asdict(progress), "is_stage_end": is_stage_end, "files": sizes, "crc32": sums}
         write_text(writing / "progress.json", json.dumps(content))
     write_text(folder / "latest", path.name + "\n")
     return path
@@ -93,11 +98,26 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Progress:
-    """Loads a whole checkpoint into model, average and optimizer; returns the counters."""
+    """Loads a whole checkpoint into model, average and optimizer; returns the counters.
+
+    Raises ValueError where a file is damaged, or of another model.
+    """
     progress = read_progress(path)
-    model.load_state_dict(load_file(path / "model.safetensors"))
-    ema.load_state_dict(load_file(path / "ema.safetensors"))
-    _load_optimizer_tensors(optimizer, model, load_file(path / "optimizer.safetensors"))
+    load: dict[str, Callable[[dict[str, Tensor]], object]] = {
+        "model.safetensors": model.load_state_dict,
+        "ema.safetensors": ema.load_state_dict,
+        "optimizer.safetensors": lambda tensors: _load_optimizer_tensors(optimizer, model, tensors),
+    }
+    for file in FILES:
+        try:
+            load[file](load_file(path / file))
+        except torch.OutOfMemoryError:
+            raise
+        except (SafetensorError, RuntimeError, KeyError) as error:
+            raise ValueError(
+                f"checkpoint {path}: {file} cannot be loaded ({one_line(error, 120)}): remove this "
+                "checkpoint to go on from the one before"
+            ) from None
     return progress
 
 
@@ -111,10 +131,14 @@ def load_narrow_average(path: Path, ema: ModelT) -> ModelT | None:
 
 
 def read_progress(path: Path) -> Progress:
-    """The counters of a whole checkpoint."""
-    content = json.loads((path / "progress.json").read_text("utf-8"))
-    progress = Progress(**{key: content[key] for key in Progress.__dataclass_fields__})
-    progress.tick = [(loss, norm) for loss, norm in progress.tick]
+    """The counters of a whole checkpoint. Raises ValueError where they are damaged."""
+    try:
+        content = json.loads((path / "progress.json").read_text("utf-8"))
+        progress = Progress(**{key: content[key] for key in Progress.__dataclass_fields__})
+        progress.tick = [(loss, norm) for loss, norm in progress.tick]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = one_line(error)
+        raise ValueError(f"checkpoint {path}: progress.json is damaged: {why}") from None
     return progress
 
 
@@ -128,7 +152,7 @@ def prune_checkpoints(folder: Path, current: Path, keep: int) -> None:
     for leftover in [*folder.glob("writing-*"), *folder.glob("removing-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     checkpoints = sorted(folder.glob("step-*"))
-    whole = [path for path in checkpoints if path.name <= current.name and not damage(path)]
+    whole = [path for path in checkpoints if path.name <= current.name and not incompleteness(path)]
     ends = [p for p in whole if json.loads((p / "progress.json").read_text())["is_stage_end"]]
     best = best_line(folder.parent) if (folder.parent / "recipe.yaml").is_file() else None
     kept = {current, *whole[-keep:], *ends}

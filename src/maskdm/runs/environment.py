@@ -23,6 +23,7 @@ def environment(device: torch.device, num_ranks: int) -> dict[str, Any]:
     return {
         "maskdm": maskdm.__version__,
         "commit": source_commit(),
+        "cwd": str(Path.cwd()),  # to which a relative source belongs
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "python": platform.python_version(),

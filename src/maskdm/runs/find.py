@@ -8,11 +8,15 @@ from __future__ import annotations
 import functools
 import json
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from maskdm.files import expanded
 from maskdm.images.known import KNOWN
 from maskdm.recipe import Recipe, Sampling
 from maskdm.recipe_files import load_recipe, migrated
@@ -22,6 +26,7 @@ from maskdm.words import one_line
 PARTS = ["model_index.json", "denoiser/*", "scheduler/*"]  # of an exported model
 BEST = "best"
 CONTROL = "control.json"  # in the folder of a control: whose it is
+CHUNK = 2**24  # bytes read at a time
 Note = Callable[[str], None]
 
 
@@ -63,7 +68,7 @@ def is_model(name: str) -> bool:
     What does not exist is taken for images if it can only be that (`digits`, `hf:...`, a URL or a
     pattern).
     """
-    path = Path(name)
+    path = expanded(name)
     if not path.exists():
         is_set = name in ("digits", *KNOWN) or re.fullmatch(r"faces(@\d+)?", name)
         return not (is_set or any(mark in name for mark in ":*{"))
@@ -98,9 +103,9 @@ def find_model(name: str | Path, note: Note = print) -> Location:
     Raises:
         ValueError: there is no model of that name.
     """
-    path = Path(name)
-    if not path.exists() and "@" in str(name):
-        run, stage = str(name).rsplit("@", 1)
+    path = expanded(name)
+    if not path.exists() and "@" in str(path):
+        run, stage = str(path).rsplit("@", 1)
         return Location(stage_checkpoint(Path(run), stage), Path(run))
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         path = _download(str(name))
@@ -175,9 +180,10 @@ def find_checkpoint(folder: Path, note: Note = lambda text: None) -> Path | None
     for leftover in [*folder.glob("writing-*"), *folder.glob("removing-*")]:
         note(f"ignored {leftover.name}: a checkpoint that was never finished")
     latest = folder / "latest"
-    named = latest.read_text("utf-8").strip() if latest.is_file() else ""
+    named = latest.read_bytes().strip() if latest.is_file() else b""
     newest_first = sorted((p.name for p in folder.glob("step-*")), reverse=True)
-    for name in dict.fromkeys([*([named] if named else []), *newest_first]):
+    newest_first.sort(key=lambda name: name.encode() != named)  # the one that is named comes first
+    for name in newest_first:
         if problem := damage(folder / name):
             note(f"ignored checkpoint {name}: {problem}")
         else:
@@ -185,17 +191,62 @@ def find_checkpoint(folder: Path, note: Note = lambda text: None) -> Path | None
     return None
 
 
-def damage(path: Path) -> str:
-    """What is wrong with a checkpoint folder; empty if it is whole."""
-    try:
-        sizes = json.loads((path / "progress.json").read_text("utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+def incompleteness(path: Path) -> str:
+    """What a checkpoint folder lacks, by the sizes of its files; empty if nothing."""
+    counters = _counters(path)
+    if counters is None:
         return "it is incomplete (no readable progress.json)"
-    for file, size in sizes.items():
+    for file, size in counters["files"].items():
         actual = (path / file).stat().st_size if (path / file).is_file() else 0
         if actual != size:
             return f"{file} has {actual} of {size} bytes"
     return ""
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a checkpoint folder, whose files are read for it; empty if it is whole.
+
+    Checkpoints of earlier versions have no checksums: of their files only the headers are tried.
+    """
+    if problem := incompleteness(path):
+        return problem
+    counters = _counters(path)
+    assert counters is not None
+    sums = counters.get("crc32") or {}
+    for file in counters["files"]:
+        if not _is_sound(path / file, sums.get(file), (path / file).stat().st_mtime_ns):
+            return f"{file} is damaged, though it has its size"
+    return ""
+
+
+def crc32_of(file: Path) -> int:
+    """CRC-32 of a file, which finds damage by a disk or a power cut at 2 GB/s."""
+    result = 0
+    with file.open("rb") as stream:
+        while part := stream.read(CHUNK):
+            result = zlib.crc32(part, result)
+    return result
+
+
+@functools.lru_cache(maxsize=1024)  # a command looks for its checkpoint more than once
+def _is_sound(file: Path, crc32: int | None, changed_ns: int) -> bool:
+    if crc32 is not None:
+        return crc32_of(file) == crc32
+    try:
+        with safe_open(file, "np"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+def _counters(path: Path) -> dict[str, Any] | None:
+    """What progress.json of a checkpoint holds; None where it is missing or damaged."""
+    try:
+        counters = json.loads((path / "progress.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_whole = isinstance(counters, dict) and isinstance(counters.get("files"), dict)
+    return counters if is_whole else None
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -205,6 +256,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     try:
         index = json.loads((folder / "model_index.json").read_text("utf-8"))
+        if not isinstance(index, dict):
+            raise ValueError("it holds no settings")
     except ValueError as error:
         raise ValueError(f"{folder / 'model_index.json'} is damaged: {error}") from None
     if index.get("_class_name") != "MaskDMPipeline":

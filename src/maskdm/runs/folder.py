@@ -12,6 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from maskdm.files import write_text
+from maskdm.images.huggingface import PREFIX
+from maskdm.images.known import KNOWN
 from maskdm.recipe import Recipe
 from maskdm.recipe_files import Change, differences, load_recipe
 from maskdm.runs.changes import accepted_changes
@@ -109,6 +111,34 @@ def _refuse_other_images(
         )
 
 
+def own_sources(run_dir: Path) -> list[str]:
+    """Where a run's images may be: its source, and that in the folders where it was started.
+
+    A relative source belongs to the folder where the run was started, not to the present one.
+
+    Raises ValueError where recipe.yaml or environment.json is damaged.
+    """
+    source = load_recipe(run_dir / "recipe.yaml").data.source
+    if "://" in source or source.startswith("~"):
+        return [source]
+    prefix = PREFIX if source.startswith(PREFIX) else ""
+    paths = [source.removeprefix(prefix)]
+    if source in KNOWN:
+        paths = [f"data/{source}{suffix}" for suffix in ("", ".zip", ".tar")]
+    folders = [start["cwd"] for start in read_starts(run_dir)[::-1] if "cwd" in start]
+    places = [f"{prefix}{Path(folder, path)}" for folder in folders for path in paths]
+    return list(dict.fromkeys([source, *places]))
+
+
+def images_sha256(run_dir: Path) -> str | None:
+    """SHA-256 of the prepared images that a run was trained on; None = unknown.
+
+    Raises ValueError where environment.json is damaged.
+    """
+    starts = read_starts(run_dir)
+    return starts[-1].get("images_sha256") if starts else None
+
+
 def progress_of(run_dir: Path) -> Progress | None:
     """How far the run in a folder has come; None where it has no whole checkpoint."""
     checkpoint = find_checkpoint(run_dir / "checkpoints")
@@ -143,6 +173,8 @@ def read_class_names(run_dir: Path) -> list[str] | None:
         return None
     try:
         names: list[str] = json.loads(path.read_text("utf-8"))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("it holds no list of names")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it") from None
     return names

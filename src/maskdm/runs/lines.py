@@ -18,13 +18,16 @@ def append_line(path: Path, line: Line) -> None:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Reads all lines; a last one that a kill cut off is left out. No file gives no lines."""
-    lines = []
-    for text in path.read_text("utf-8").splitlines() if path.is_file() else []:
+    """Reads all lines up to one that a kill or the disk has damaged. No file gives no lines."""
+    lines = list[Line]()
+    for text in path.read_text("utf-8", "replace").splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
             break
+        if not isinstance(line, dict) or "step" not in line:
+            break
+        lines.append(line)
     return lines
 
 

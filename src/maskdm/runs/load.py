@@ -19,6 +19,12 @@ from maskdm.runs.find import Location, Note, find_checkpoint, find_model, read_i
 from maskdm.runs.folder import read_class_names
 from maskdm.words import listed, one_line
 
+# What damaged files raise, in our reading of them or in a library's.
+DAMAGE: tuple[type[Exception], ...] = (
+    OSError, SafetensorError, KeyError, RuntimeError, TypeError, AttributeError,
+    json.JSONDecodeError, UnicodeDecodeError,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -63,7 +69,7 @@ def load_model(
             model, diffusion = _load_checkpoint(location, weights)
         if width is not None:
             _average_anew(model, location, width)
-    except (OSError, SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+    except DAMAGE as error:
         raise ValueError(f"the model in {location.folder} is damaged: {one_line(error)}") from None
     for key, tensor in model.named_parameters():
         if not tensor.isfinite().all():

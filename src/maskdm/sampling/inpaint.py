@@ -142,6 +142,8 @@ def with_hole(image: np.ndarray, unknown: np.ndarray) -> np.ndarray:
 def read_image_and_mask(image: Path, mask: Path, data: Data) -> tuple[np.ndarray, np.ndarray]:
     """An image prepared as settings say, and its unknown pixels: the mask's light ones.
 
+    Transparent parts of the mask count as black.
+
     Returns:
         uint8 (H, W, C); bool (H, W), cut and resized like the image.
 
@@ -154,5 +156,5 @@ def read_image_and_mask(image: Path, mask: Path, data: Data) -> tuple[np.ndarray
         raise ValueError(
             f"the mask is {sizes[1]} pixels, but the image {sizes[0]}: make them equal"
         )
-    grey = changed(data, channels=1)
+    grey = changed(data, channels=1, background="black")
     return prepare_image(pictures[0], data), prepare_image(pictures[1], grey)[..., 0] >= 128

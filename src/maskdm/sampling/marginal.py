@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskdm.images.prepare import read_picture
+from maskdm.images.prepare import convert, read_picture
 from maskdm.masks import Grid, draw_visible
 from maskdm.recipe import Mask
 from maskdm.seeds import image_generator
@@ -51,9 +51,11 @@ def patches_of_picture(picture: np.ndarray, patch_size: int) -> Tensor:
 def read_mask(path: Path, height: int, width: int) -> np.ndarray:
     """A black and white picture of exactly that size: bool (H, W), True where it is light.
 
+    Transparent parts count as black: painting programs save white strokes on a transparent layer.
+
     Raises ValueError where it does not exist, is not a picture, or has another size.
     """
-    pixels = np.asarray(read_picture(path).convert("L"))
+    pixels = np.asarray(convert(read_picture(path), 1, "black"))
     if pixels.shape != (height, width):
         raise ValueError(
             f"{path} is {pixels.shape[0]} pixels high and {pixels.shape[1]} wide, but the model's "

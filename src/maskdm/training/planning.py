@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from maskdm.engine import process_state
 from maskdm.families import MODEL_SIZES
-from maskdm.files import write_text
+from maskdm.files import expanded, write_text
 from maskdm.images.order import training_subset
 from maskdm.images.store import Store
 from maskdm.models.build import build_model
@@ -94,9 +94,9 @@ def recipe_and_folder(
     """
     name = "run" if isinstance(recipe, Recipe) else str(recipe)
     if not isinstance(recipe, Recipe):
-        own = Path(recipe) / "recipe.yaml"
+        own = expanded(recipe) / "recipe.yaml"
         recipe = load_recipe(own if own.is_file() else recipe)
-    return recipe, Path(run_dir or named_folder(name, recipe, options.control))
+    return recipe, expanded(run_dir or named_folder(name, recipe, options.control))
 
 
 def named_folder(name: str, recipe: Recipe, control: str = "none") -> Path:
@@ -107,8 +107,9 @@ def named_folder(name: str, recipe: Recipe, control: str = "none") -> Path:
             more. Or a run's folder: itself.
         control: other than `none` = a control, in a folder beside its run's.
     """
-    if (Path(name) / "recipe.yaml").is_file():
-        return Path(name) if control == "none" else Path(f"{Path(name)}-{control}")
+    run = expanded(name)
+    if (run / "recipe.yaml").is_file():
+        return run if control == "none" else Path(f"{run}-{control}")
     source = Path(recipe.data.source.rstrip("/").split("://")[-1]).name
     source = re.sub(r"[^\w-]+", "-", source.split(".")[0]).strip("-")
     stem = Path(name).stem

@@ -11,8 +11,9 @@ from accelerate.utils import broadcast_object_list
 
 from maskdm.diffusion.schedule import schedule_of
 from maskdm.engine import main_first
+from maskdm.files import refuse_unwritable
 from maskdm.images.feed import Feed
-from maskdm.images.known import KNOWN, locate
+from maskdm.images.open import refuse_inside
 from maskdm.images.order import ImageOrder, training_subset
 from maskdm.images.store import Store, open_store
 from maskdm.models.backbone import Backbone
@@ -32,7 +33,8 @@ def refuse_recipe(recipe: Recipe, run_dir: Path, num_ranks: int) -> None:
     """Raises ValueError for a recipe that cannot be trained, or sampled when it is trained."""
     stage_work(recipe)  # masks that the grid cannot have
     refuse_settings(schedule_of(recipe.final_diffusion, recipe.data.size), recipe.sampling)
-    _refuse_run_among_images(recipe.data.source, run_dir)
+    refuse_inside(recipe.data.source, run_dir, "--out")
+    refuse_unwritable(run_dir, "--out", is_folder=True)
     for i, stage in enumerate(recipe.stages):
         if stage.batch_size % num_ranks:
             below = stage.batch_size // num_ranks * num_ranks
@@ -40,16 +42,6 @@ def refuse_recipe(recipe: Recipe, run_dir: Path, num_ranks: int) -> None:
                 f"stages.{i}.batch_size {stage.batch_size} does not divide among {num_ranks} "
                 f"devices: use {f'{below} or ' if below else ''}{below + num_ranks}"
             )
-
-
-def _refuse_run_among_images(source: str, run_dir: Path) -> None:
-    """Raises ValueError for a run's folder inside the images: its previews would become some."""
-    folder = locate(source) if source in KNOWN else Path(source).expanduser()
-    if folder.is_dir() and run_dir.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"{run_dir} lies in the image folder {source}, so its previews would become images: "
-            "name a folder elsewhere with --out"
-        )
 
 
 def open_images(recipe: Recipe, accelerator: Accelerator, show: bool) -> Store:
