@@ -16,6 +16,7 @@ from maskdm.commands.common import (
     is_main_process,
     load,
     quiet,
+    refuse_among_images,
     say_how_long,
 )
 from maskdm.commands.evaluation_text import evaluation_text
