@@ -46,6 +46,11 @@ def tell(line: dict[str, Any]) -> None:
     print(json.dumps(line), flush=True)
 
 
+def results(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of results; none without it."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
 def say(text: str) -> None:
     """Prints a line for people, on stderr."""
     print(text, file=sys.stderr, flush=True)

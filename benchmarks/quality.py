@@ -199,13 +199,13 @@ def main() -> int:
         if args.only and not any(trial.name.startswith(only) for only in args.only):
             continue
         if args.list:
-            done = "done" if is_done(trial, read_lines(args.results)) else "    "
+            done = "done" if is_done(trial, common.results(args.results)) else "    "
             steps = "+".join(str(stage.steps) for stage in trial.recipe.stages)
             print(f"{done} {trial.name}: {steps} steps")
             continue
         try:
             with FileLock(args.work / f"{trial.name}.lock", timeout=0):
-                if is_done(trial, read_lines(args.results)):
+                if is_done(trial, common.results(args.results)):
                     continue
                 common.say(
                     f"{trial.name}: {sum(stage.steps for stage in trial.recipe.stages)} steps"

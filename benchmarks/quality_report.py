@@ -14,12 +14,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
-
-from maskdm.runs.lines import read_lines
 
 HERE = Path(__file__).parent
 DOC = HERE.parent / "docs" / "does-masking-pay.md"
@@ -172,7 +171,7 @@ def main() -> None:
     parser.add_argument("--doc", type=Path, default=DOC)
     parser.add_argument("--images", type=Path, default=IMAGES)
     args = parser.parse_args()
-    groups = by_experiment(read_lines(args.results))
+    groups = by_experiment(common.results(args.results))
     text = args.doc.read_text("utf-8")
     text = replaced(text, "seeds", seeds_table(groups))
     for name, lines in groups.items():
