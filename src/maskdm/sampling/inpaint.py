@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import ImageOps
 from torch import Generator, Tensor
 
+from maskdm.images.decode import upright
 from maskdm.images.prepare import prepare_image, read_picture
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Data, Sampling
@@ -150,7 +150,7 @@ def read_image_and_mask(image: Path, mask: Path, data: Data) -> tuple[np.ndarray
     Raises:
         ValueError: a file that is not a picture, or a mask of another shape than the image's.
     """
-    pictures = [ImageOps.exif_transpose(read_picture(path)) for path in (image, mask)]
+    pictures = [upright(read_picture(path)) for path in (image, mask)]
     if pictures[0].size != pictures[1].size:
         sizes = ["x".join(map(str, picture.size)) for picture in pictures]
         raise ValueError(
