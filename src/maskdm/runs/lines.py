@@ -25,7 +25,7 @@ def read_lines(path: Path) -> list[Line]:
             line = json.loads(text)
         except json.JSONDecodeError:
             break
-        if not isinstance(line, dict) or "step" not in line:
+        if not isinstance(line, dict):
             break
         lines.append(line)
     return lines
