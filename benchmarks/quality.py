@@ -156,6 +156,7 @@ def run_trial(trial: Trial, work: Path, alone: bool) -> dict[str, Any] | None:
     copies = record["memorization"] or {}
     line = {
         **common.facts("quality"),
+        "command": "python benchmarks/quality.py benchmarks/quality.yaml",  # of any folders
         **trial.key,
         "alone": alone,
         "steps": [stage.steps for stage in trial.recipe.stages],
