@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from maskdm.evaluation.evaluate import evaluate_model
 from maskdm.models.build import build_model
 from maskdm.recipe import Recipe
-from maskdm.recipe_files import differences, migrated
+from maskdm.recipe_files import differences, merged, migrated
 from maskdm.runs.lines import read_lines
 from maskdm.runs.load import load_model
 from maskdm.training.trainer import train
@@ -106,7 +106,7 @@ def _trial(
     stages = changes.get("stages", [{"share": 1}])
     rates = tuple(lr) if isinstance(lr, list) else (lr,) * len(stages)
     flops = float(round_.get("flops", content["flops"]))
-    settings = _merged(content["recipe"], {k: v for k, v in changes.items() if k != "stages"})
+    settings = merged(content["recipe"], {k: v for k, v in changes.items() if k != "stages"})
     rows = [
         {"name": f"stage-{i}", "steps": 1, "lr": rate, **content["stage"], **stage}
         for i, (stage, rate) in enumerate(zip(stages, rates, strict=True))
@@ -120,15 +120,6 @@ def _trial(
     recipe = Recipe(**{**recipe.model_dump(), "stages": rows, "checkpoint_every": every,
                        "evaluate_every": every, "keep_checkpoints": 1})  # fmt: skip
     return Trial(experiment, variant, rates, flops, seed, recipe)
-
-
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings, the changes winning."""
-    merged = dict(base)
-    for name, value in changes.items():
-        both = isinstance(value, dict) and isinstance(base.get(name), dict)
-        merged[name] = _merged(base[name], value) if both else value
-    return merged
 
 
 def is_done(trial: Trial, lines: list[dict[str, Any]]) -> bool:

@@ -17,10 +17,12 @@ from maskdm.evaluation.quick import QuickLook
 from maskdm.models.build import build_model
 from maskdm.recipe import Average, Recipe, Stage
 from maskdm.recipe_files import load_recipe, recipe_names
+from maskdm.runs.checkpoint import Progress
 from maskdm.training import budget, planning, speed
 from maskdm.training.budget import scaled
 from maskdm.training.ema import decay_of, make_average, update_average
 from maskdm.training.optim import learning_rate
+from maskdm.training.remaining import Remaining
 from maskdm.training.speed import Speed
 from maskdm.training.work import stage_work, total_flops
 
@@ -336,3 +338,33 @@ def test_set_points_are_each_stages_end_and_the_interval(tiny):
     recipe = scaled(tiny, 10)
     points = budget.set_points(recipe, "25%")
     assert points == {60, 110, *itertools.islice(range(28, 111, 28), 3)}
+
+
+def test_an_open_number_of_samples_is_settled_where_all_stages_have_steps(tiny, tmp_path):
+    settings = tiny.model_dump() | {"evaluation": {"quick_num": "auto", "num_components": 4}}
+    quiet(Recipe(**settings), tmp_path / "run", images=200)
+    assert saved(tmp_path / "run").evaluation.quick_num == 0  # so short a run measures losses alone
+
+
+def test_the_time_left_follows_the_speed_of_the_last_seconds(tiny, monkeypatch):
+    """Steps of a second, then of half a second: soon the estimate forgets the first."""
+    clock = [0.0]
+    monkeypatch.setattr("maskdm.training.remaining.time.perf_counter", lambda: clock[0])
+    recipe = scaled(tiny, 100)
+    model = build_model(recipe)
+    works = stage_work(recipe, model)
+    remaining, progress = Remaining(recipe, works, model, 1797), Progress()
+    remaining.begin(progress)
+    assert remaining.seconds(progress) is None
+    for seconds in [1.0] * 30 + [0.5] * 200:
+        clock[0] += seconds
+        progress.step += 1
+        progress.stage_step += 1
+        progress.images += 8
+        progress.flops += works[0].step_flops
+        remaining.update(progress)
+    assert remaining.images_per_sec == pytest.approx(16, rel=0.05)
+    left = remaining.seconds(progress)
+    assert left is not None and left[1] > left[0]
+    previews = left[0] - (600 - 230) * 0.5
+    assert 0 < previews < 600 * 0.5  # the stage's last preview, at the same FLOPs per second

@@ -453,6 +453,7 @@ def test_a_held_out_loss_that_rises_while_training_gains_is_pointed_out():
     assert text is not None and "from 0.4 at step 10 to 0.42" in text and "memorise" in text
     assert rise_of_loss([*gaining, line_of(15, 0.42, 0.41)]) is None
     assert rise_of_loss([*gaining, line_of(15, 0.404, 0.3)]) is None  # within the noise
+    assert rise_of_loss([*gaining, line_of(15, 0.6, 0.3, "next")]) is None  # not comparable
 
 
 def test_best_names_the_average_with_the_lowest_held_out_loss_and_keeps_it(

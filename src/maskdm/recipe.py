@@ -315,7 +315,7 @@ class Recipe(Settings):
 
     @property
     def is_planned(self) -> bool:
-        """Whether nothing is left to compute from the images and the budget."""
+        """Whether all stages have steps, so that no budget has to be divided."""
         return all(stage.steps for stage in self.stages)
 
     def every(self, interval: int | str) -> int:

@@ -65,13 +65,20 @@ def load(run: str, sampling: Sampling, ema: float | None = None) -> tuple[Loaded
 
 
 def say_how_long(
-    strong: Loaded, settings: Sampling, num: int, weak: Loaded | None, factor: int = 1
+    strong: Loaded,
+    settings: Sampling,
+    num: int,
+    weak: Loaded | None,
+    factor: int = 1,
+    *,
+    is_kept: bool = False,
 ) -> None:
     """Says how long drawing images takes, where it is more than seconds, and what is faster.
 
     Args:
         num: images.
         factor: how often each step of the solver is taken.
+        is_kept: whether images of before may be there already.
     """
     from maskdm.engine import process_state
     from maskdm.sampling.speed import seconds_of_sampling
@@ -82,6 +89,7 @@ def say_how_long(
     if not is_main_process() or seconds < WORTH_SAYING_SEC:
         return
     text = f"drawing {counted(num, 'image')} by {sampling_text(settings)}: {about(seconds)} here"
+    text += ", less what is drawn already" * is_kept
     if seconds > LONG_SEC:
         fewer = int(float(f"{num * LONG_SEC / seconds:.1g}"))
         steps = settings.steps * factor > MANY_STEPS

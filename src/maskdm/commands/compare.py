@@ -79,16 +79,21 @@ def with_control(runs: tuple[str, ...]) -> tuple[str, ...]:
     if len(runs) != 1 or not Path(runs[0]).is_dir():
         return runs
     run = Path(runs[0])
-    if (run / CONTROL).is_file():
-        of = run.with_name(json.loads((run / CONTROL).read_text("utf-8"))["of"])
+    if (name := _controlled_by(run)) is not None:
+        of = run.with_name(name)
         return (str(run), str(of)) if of.is_dir() else runs
-    controls = [
-        path
-        for path in sorted(run.parent.glob(f"{run.name}-*"))
-        if (path / CONTROL).is_file()
-        and json.loads((path / CONTROL).read_text("utf-8"))["of"] == run.name
-    ]
-    return (*map(str, controls), str(run)) if controls else runs
+    beside = sorted(run.parent.glob(f"{run.name}-*"))
+    controls = [str(path) for path in beside if _controlled_by(path) == run.name]
+    return (*controls, str(run))
+
+
+def _controlled_by(run: Path) -> str | None:
+    """The name of the run whose control a run is; None = of none."""
+    path = run / CONTROL
+    try:
+        return str(json.loads(path.read_text("utf-8"))["of"]) if path.is_file() else None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: remove it, and name both runs") from None
 
 
 def _evaluations(

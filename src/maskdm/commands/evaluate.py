@@ -138,7 +138,7 @@ def _of_model(
     wanted = changed(location.recipe.evaluation if location.run else Evaluation(), **changes)
     copied = expanded(run) if location.run is None and expanded(run).is_dir() else None
     folder = None if copied is None else copied / "evaluation"
-    say_how_long(strong, sampling, wanted.num * len(seeds), weak)
+    say_how_long(strong, sampling, wanted.num * len(seeds), weak, is_kept=True)
     result = evaluate_model(strong, wanted, sampling, weak, reference, seeds, folder, True)
     result.record["samples"]["ema"] = width
     return result

@@ -161,18 +161,20 @@ def seconds_of_sampling(
 ) -> float:
     """Seconds that drawing images takes on the model's device: measured for an instant."""
     evaluations = settings.steps * SAMPLERS[settings.sampler].evaluations
-    seconds = seconds_of_answer(trained.model, settings, least_sec=0.2)
+    seconds = seconds_of_answer(trained.model, settings, num, least_sec=0.2)
     each = seconds * GUIDANCE[settings.guidance.kind].evaluations
     if weak is not None and GUIDANCE[settings.guidance.kind].needs_model:
-        each += seconds_of_answer(weak.model, settings, least_sec=0.2)
+        each += seconds_of_answer(weak.model, settings, num, least_sec=0.2)
     return num * evaluations * each
 
 
 @torch.no_grad()
-def seconds_of_answer(model: Backbone, settings: Sampling, least_sec: float = 1.0) -> float:
-    """Seconds of a network evaluation for one of many whole images, on the model's device."""
+def seconds_of_answer(
+    model: Backbone, settings: Sampling, most: int = MOST_AT_A_TIME, least_sec: float = 1.0
+) -> float:
+    """Seconds of a network evaluation for one of `most` whole images, on the model's device."""
     device = next(model.parameters()).device
-    num = images_at_a_time(model, settings)
+    num = min(images_at_a_time(model, settings), most)
     values = model.patch_size**2 * model.image_shape[2]
     patches = torch.zeros(num, model.num_patches, values, device=device)
     positions = torch.arange(model.num_patches, device=device).repeat(num, 1)

@@ -190,7 +190,7 @@ def _of_flops(recipe: Recipe, works: list[StageWork], flops: float) -> Recipe:
     """The recipe with FLOPs for those of its stages whose length is free."""
     if recipe.is_planned:
         planned = scaled(recipe, flops / total_flops(recipe, works))
-        return changed(planned, budget=recipe.budget)
+        return _with_quick_num(changed(planned, budget=recipe.budget), works)
     parts = _parts(recipe, works)
     stages = [
         stage.model_dump()

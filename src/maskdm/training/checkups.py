@@ -82,11 +82,16 @@ class Checkups:
         is_drawn: bool = False,
     ) -> None:
         """Measures and draws what is due at this step, except what is there already."""
+        measuring = self.measures_at(progress) and measured is None
+        drawing = self.draws_at(progress) and not is_drawn
+        if not (measuring or drawing):
+            return
         line = measured or self._start_line(progress)
-        if self.measures_at(progress) and measured is None:
-            line |= self._measured(progress, average, line, monitor)
-        if self.draws_at(progress) and not is_drawn:
-            self._draw(progress, average, line, monitor)
+        with monitor.looking(progress):
+            if measuring:
+                line |= self._measured(progress, average, line, monitor)
+            if drawing:
+                self._draw(progress, average, line, monitor)
 
     def catch_up(self, progress: Progress, average: Backbone, monitor: Monitor) -> None:
         """Does what was due at a checkpoint's step and is missing, because a kill came between."""
@@ -165,7 +170,8 @@ def rise_of_loss(lines: Sequence[Line]) -> str | None:
     Args:
         lines: of quality.jsonl, the newest last.
     """
-    known = [line for line in lines if "dense_loss" in line]
+    # Of one stage: another may have another noise schedule, under which losses differ.
+    known = [one for one in lines if "dense_loss" in one and one["stage"] == lines[-1]["stage"]]
     if len(known) < 2:
         return None
     best, last = min(known, key=lambda line: float(line["dense_loss"])), known[-1]

@@ -30,7 +30,6 @@ from maskdm.training.work import StageWork
 from maskdm.words import about, clock, counted, flops_text, printable
 
 PLAIN_LINE_SEC = 30.0  # without a terminal, a line of progress this often
-LOOK_SEC = 0.05  # shorter, nothing was measured or drawn
 BAR_SEC = 1.0  # the bar moves this often
 MOST_HELD_OUT = 0.25  # part of the images that may be held out without a note
 
@@ -150,8 +149,7 @@ class Monitor:
         """Times a preview or measurement, for the time that is left."""
         start = time.perf_counter()
         yield
-        if (seconds := time.perf_counter() - start) > LOOK_SEC:
-            self._remaining.looked(seconds)
+        self._remaining.looked(time.perf_counter() - start)
         self._remaining.begin(progress)
 
     @property

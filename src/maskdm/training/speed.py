@@ -78,7 +78,7 @@ def measure_speed(
 ) -> Speed:
     """Measures a recipe's speed, or reads what was measured before. To be called on every rank.
 
-    Real steps on random images: below ten seconds a stage, without compiling. What changes no
+    Real steps on random images: below ten seconds a stage, besides compiling. What changes no
     speed (learning rates, the number of steps) may change without a new measurement.
 
     Args:

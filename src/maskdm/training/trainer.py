@@ -242,7 +242,7 @@ def train(
                         averages.keep(run_dir, stage, progress)
 
                 # Save, and leave on request; else measure and draw what is due.
-                with tick.paused(), monitor.looking(progress):
+                with tick.paused():
                     if saving:
                         scaler = accelerator.scaler
                         progress.scaler = scaler.state_dict() if scaler else {}
