@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -30,7 +31,33 @@ OptionalInt = Annotated[int | None, quiet(metavar="INT")]
 OptionalFloat = Annotated[float | None, quiet(metavar="FLOAT")]
 OptionalClass = Annotated[str | None, quiet(metavar="CLASS")]
 JsonFlag = Annotated[bool, quiet(name="json"), tyro.conf.FlagCreatePairsOff]
+Amount = Annotated[str | None, quiet(metavar="N|+N")]
 SamplingFlags = Annotated[Sampling, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class LengthFlags:
+    """How long a run is, for `train` and `plan`."""
+
+    hours: Amount = None
+    """How long the run may take on the machine, with previews and measuring."""
+    minutes: Amount = None
+    """The same in minutes."""
+    flops: Amount = None
+    """Floating-point operations of all training steps."""
+    images: Amount = None
+    """Images seen in all stages together."""
+    epochs: Amount = None
+    """Passes over the training images."""
+    shrink: float = 1.0
+    """Scales all stages, and warm-ups, averages and intervals with them."""
+    control: Literal["none", "dense"] = "none"
+    """dense = the recipe's control instead: its last stage's settings alone, without masks."""
+    control_equal: Literal["flops", "time", "steps"] = "flops"
+    """What the control has in common with the recipe."""
+
+
+NoPrefix = tyro.conf.arg(name="")
 
 
 def say_note(text: str) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
-import tyro
-
-from maskdm.commands.common import DONE, JsonFlag, RecipeName, quiet
-from maskdm.commands.train import Amount
+from maskdm.commands.common import DONE, JsonFlag, LengthFlags, NoPrefix, RecipeName, quiet
+from maskdm.commands.train import AS_THE_RECIPE
 from maskdm.recipe import Recipe
 from maskdm.words import about, duration, flops_text, images_text, size_text, wrapped
 
@@ -22,15 +21,8 @@ def plan(
     gpu: Annotated[str | None, quiet(metavar="GPU")] = None,
     gpus: int = 1,
     share: Annotated[float | None, quiet(metavar="FLOAT")] = None,
-    hours: Amount = None,
-    minutes: Amount = None,
-    flops: Amount = None,
-    images: Amount = None,
-    epochs: Amount = None,
-    shrink: float = 1.0,
-    control: Literal["none", "dense"] = "none",
-    control_equal: Literal["flops", "time", "steps"] = "flops",
-    settings: Annotated[Recipe, tyro.conf.arg(name="")],
+    length: Annotated[LengthFlags, NoPrefix] = AS_THE_RECIPE,
+    settings: Annotated[Recipe, NoPrefix],
     json_output: JsonFlag = False,
 ) -> int:
     """Say what a run will cost, with the flags that `maskdm train` takes; train nothing.
@@ -45,24 +37,14 @@ def plan(
             machine.
         gpus: how many of them.
         share: of the GPU's peak that training reaches. Default: 0.3; the paper's runs had 0.22.
-        hours: how long the run may take there, with previews and measuring.
-        minutes: the same in minutes.
-        flops: floating-point operations of all training steps.
-        images: images seen in all stages together.
-        epochs: passes over the training images.
-        shrink: scales all stages.
-        control: dense = plan the recipe's control.
-        control_equal: what the control has in common with the recipe.
         json_output: print the plan as JSON: seconds, bytes, FLOPs.
     """
     settings = settings.checked()
 
     from maskdm.plan import planned_run
-    from maskdm.training.planning import RunOptions, budget_of
+    from maskdm.training.planning import RunOptions
 
-    budget, more = budget_of(hours, minutes, flops, images, epochs)
-    options = RunOptions(budget, more, shrink, control, control_equal)
-    done = planned_run(settings, options, gpu, gpus, share)
+    done = planned_run(settings, RunOptions.of(**asdict(length)), gpu, gpus, share)
     if json_output:
         print(json.dumps(done.as_json()))
     else:

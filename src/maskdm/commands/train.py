@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from maskdm.commands.common import DONE, STOPPED, RecipeName, quiet
+from maskdm.commands.common import DONE, STOPPED, LengthFlags, NoPrefix, RecipeName, quiet
 from maskdm.recipe import Recipe
 
-Amount = Annotated[str | None, quiet(metavar="N|+N")]
+AS_THE_RECIPE = LengthFlags()
 
 
 def train(
     recipe: RecipeName,
     *,
     out: Annotated[Path | None, quiet(metavar="RUN")] = None,
-    hours: Amount = None,
-    minutes: Amount = None,
-    flops: Amount = None,
-    images: Amount = None,
-    epochs: Amount = None,
-    shrink: float = 1.0,
-    control: Literal["none", "dense"] = "none",
-    control_equal: Literal["flops", "time", "steps"] = "flops",
+    length: Annotated[LengthFlags, NoPrefix] = AS_THE_RECIPE,
     change: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    settings: Annotated[Recipe, tyro.conf.arg(name="")],
+    settings: Annotated[Recipe, NoPrefix],
     resume: Literal["auto", "never"] = "auto",
 ) -> int:
     """Run a recipe's stages. Every setting of the recipe is a flag, and the flag wins.
@@ -40,15 +34,6 @@ def train(
         recipe: name of a packaged recipe (`maskdm recipes`), a YAML file, or the folder of a run
             that goes on.
         out: the run's folder. Default: runs/RECIPE-SOURCE.
-        hours: how long the run may take on this machine, with previews and measuring.
-        minutes: the same in minutes.
-        flops: floating-point operations of all training steps.
-        images: images seen in all stages together.
-        epochs: passes over the training images.
-        shrink: scales all stages, and warm-ups, averages and intervals with them.
-        control: dense = train the recipe's control instead: its last stage's settings alone,
-            without masks.
-        control_equal: what the control has in common with the recipe.
         change: go on with changed learning rates, batch sizes and the like.
         resume: auto continues a run in the folder; never refuses one.
     """
@@ -57,24 +42,8 @@ def train(
     from maskdm.training.planning import named_folder
     from maskdm.training.trainer import train as run
 
-    folder = out or named_folder(recipe, settings, control)
+    folder = out or named_folder(recipe, settings, length.control)
     if out is None:
         print(f"run     {folder}", flush=True)
-    return (
-        DONE
-        if run(
-            settings,
-            folder,
-            resume,
-            hours=hours,
-            minutes=minutes,
-            flops=flops,
-            images=images,
-            epochs=epochs,
-            shrink=shrink,
-            control=control,
-            control_equal=control_equal,
-            change=change,
-        ).finished
-        else STOPPED
-    )
+    result = run(settings, folder, resume, change=change, **asdict(length))
+    return DONE if result.finished else STOPPED

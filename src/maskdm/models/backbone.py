@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from maskdm.models.class_names import refuse_class_names
 from maskdm.tokens import grid_shape, height_and_width
 
 
-class Backbone(ModelMixin, ConfigMixin):
+class Backbone(ModelMixin, ConfigMixin, ABC):
     """A denoiser of any subset of an image's patches, in diffusers' form.
 
     A subclass decorates its constructor with diffusers' `register_to_config` and takes at least
@@ -48,6 +49,7 @@ class Backbone(ModelMixin, ConfigMixin):
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_classes = num_classes
 
+    @abstractmethod
     def forward(
         self, patches: Tensor, positions: Tensor, t: Tensor, labels: Tensor | None = None
     ) -> Tensor:
@@ -62,7 +64,6 @@ class Backbone(ModelMixin, ConfigMixin):
         Returns:
             float (B, V, P): noise, image or velocity, as the diffusion's prediction says.
         """
-        raise NotImplementedError
 
     def forward_flops(self, num_visible: int) -> int:
         """Floating-point operations of a forward pass for one image with V visible patches.

@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
@@ -33,6 +34,9 @@ from maskdm.training.work import stage_work, total_flops
 TOKENS_PER_PARAMETER = 100
 
 
+Amount = float | str | None  # of a budget; "+2" = two more
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """How a recipe is run, besides its settings.
@@ -53,8 +57,22 @@ class RunOptions:
     control_equal: str = "flops"
     change: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        hours: Amount = None,
+        minutes: Amount = None,
+        flops: Amount = None,
+        images: Amount = None,
+        epochs: Amount = None,
+        **others: Any,
+    ) -> RunOptions:
+        """Options with a budget as a user gives it; `others` by their names here.
 
-Amount = float | str | None  # of a budget; "+2" = two more
+        Raises ValueError as `budget_of`.
+        """
+        budget, more = budget_of(hours, minutes, flops, images, epochs)
+        return cls(budget, more, **others)
 
 
 def budget_of(

@@ -27,7 +27,6 @@ from maskdm.training.planning import (
     Amount,
     RunOptions,
     ThisMachine,
-    budget_of,
     link_control,
     planned,
     recipe_and_folder,
@@ -107,8 +106,8 @@ def train(
         >>> result = train("photos64", "runs/mine", hours=8)  # doctest: +SKIP
     """
     # Refuse what cannot work before anything is written.
-    budget, more = budget_of(hours, minutes, flops, images, epochs)
-    options = RunOptions(budget, more, shrink, control, control_equal, change)
+    how = {"shrink": shrink, "control": control, "control_equal": control_equal, "change": change}
+    options = RunOptions.of(hours, minutes, flops, images, epochs, **how)
     recipe, run_dir = recipe_and_folder(recipe, run_dir, options)
     accelerator, precision, reason = make_accelerator(recipe.precision)
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
