@@ -87,7 +87,7 @@ def our_step(
     model = UViT(size.image, size.patch, 3, size.width, num_heads=size.heads).to(device)
     stage = make_stage(rate, batch_size)
     recipe = Recipe(data=Data(size=size.image), model=Model(patch_size=size.patch), stages=(stage,))
-    average, optimizer = make_average(model), make_optimizer(model.parameters(), stage)
+    average, optimizer = make_average(model), make_optimizer(model, stage)
     network = CompiledForward(model)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     schedule = make_schedule("cosine")

@@ -80,7 +80,7 @@ def train(model: UViT, stage: Stage, points: Tensor, seed: int) -> UViT:
     print(f"{stage.name}: {stage.steps:,} steps", flush=True)
     generator = Generator().manual_seed(derive_seed(seed, stage.name))
     schedule, share = make_schedule(DIFFUSION.schedule), Share(stage.batch_size)
-    average, optimizer = make_average(model), make_optimizer(model.parameters(), stage)
+    average, optimizer = make_average(model), make_optimizer(model, stage)
     for step in range(stage.steps):
         # Draw points, keep their visible patches, draw times and noise.
         drawn = torch.randint(len(points), (stage.batch_size,), generator=generator)

@@ -93,8 +93,8 @@ def test_settings_hold_no_members():
 
     names = {
         name
-        for table in vars(families).values()
-        if isinstance(table, dict)
+        for name_of_table, table in vars(families).items()
+        if isinstance(table, dict) and name_of_table.isupper()
         for name in table
         if isinstance(name, str)
         and name not in ("none", "auto", "cosine", "constant")  # also plain words

@@ -216,7 +216,7 @@ def test_a_step_reads_nothing_from_the_device(changed, kind):
     )
     stage = Stage(**{**recipe.stages[0].model_dump(), "mask": {"kind": kind, "rate": 0.5}})
     model, accelerator = build_model(recipe), Accelerator(cpu=True)
-    average, optimizer = make_average(model), make_optimizer(model.parameters(), stage)
+    average, optimizer = make_average(model), make_optimizer(model, stage)
     images = torch.zeros((8, 8, 8, 1), dtype=torch.uint8)
     with Syncs() as syncs:
         schedule, labels = make_schedule("cosine"), torch.zeros(8, dtype=torch.int64)

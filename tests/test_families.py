@@ -130,7 +130,7 @@ def test_a_new_backbone_is_a_row(tiny, changed, tmp_path, monkeypatch, capsys):
     assert type(again.denoiser) is Affine
     maskdm.train(Recipe(**{**recipe.model_dump(), "init": str(tmp_path / "run")}), tmp_path / "b")
     assert "3 of 3 tensors, 100 % of the weights" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="mlp_ratio is for kind uvit, not affine"):
+    with pytest.raises(ValueError, match="mlp_ratio is for kind uvit or vit, not affine"):
         Model(kind="affine", mlp_ratio=2)
 
 

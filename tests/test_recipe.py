@@ -91,7 +91,7 @@ def test_settings_are_frozen():
             },
             "schedule linear has 1000 times, but sampling wants 1500",
         ),
-        ({"model": {"kind": "dit", "mlp_ratio": 2}}, "mlp_ratio is for kind uvit, not dit"),
+        ({"model": {"kind": "dit", "mlp_ratio": 2}}, "mlp_ratio is for kind uvit or vit, not dit"),
         (
             {"sampling": {"guidance": {"kind": "autoguidance"}}},
             "needs two stages, and there is one",

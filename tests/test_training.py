@@ -144,6 +144,29 @@ def test_resume_keeps_each_stages_own_optimizer_settings(tiny, changed, tmp_path
     assert_same_bits(tmp_path / "broken", tmp_path / "unbroken")
 
 
+@pytest.mark.parametrize("kind", ["uvit", "vit"])
+def test_resume_repeats_muon_and_patches_that_pass_by_the_middle(tiny, changed, tmp_path, kind):
+    stages = [{**stage.model_dump(), "optimizer": "muon"} for stage in tiny.stages]
+    stages[0]["mask"]["where"] = "middle"
+    recipe = changed(stages=stages, model={**tiny.model.model_dump(), "kind": kind})
+    train_until(recipe, tmp_path / "broken", 5)
+    for name in ("broken", "unbroken"):
+        quiet(recipe, tmp_path / name)
+    assert_same_bits(tmp_path / "broken", tmp_path / "unbroken")
+    model = build_model(recipe)
+    lines = metrics(tmp_path / "unbroken")
+    assert lines[2]["flops"] == 6 * 3 * 8 * model.forward_flops(16, 8)
+    assert lines[-1]["flops"] == lines[2]["flops"] + 5 * 3 * 8 * model.forward_flops(16)
+
+
+def test_a_network_without_a_middle_refuses_to_route(tiny):
+    stages = [
+        {**tiny.stages[0].model_dump(), "mask": {"kind": "patch", "rate": 0.5, "where": "middle"}}
+    ]
+    with pytest.raises(ValueError, match="where middle is for model.kind uvit or vit, not dit"):
+        Recipe(**{**tiny.model_dump(), "stages": stages, "model": {"kind": "dit", "patch_size": 2}})
+
+
 def test_a_signal_saves_and_the_next_call_continues_to_the_same_bits(tiny, tmp_path):
     def press_ctrl_c(self: Checkups, progress: Progress, *others: object) -> None:
         if progress.step == 4:

@@ -77,6 +77,7 @@ class BackboneKind:
         settings: those of `recipe.Model` that its class takes besides patch_size, num_classes
             and label_dropout; `options` is for arguments that have no setting here.
         masks_save_compute: whether hidden patches cost nothing.
+        takes_middle: whether patches can pass by the blocks in its middle.
         check: raises ValueError for settings (a `recipe.Model`) that do not fit together.
         takes_rectangles: whether height and width may differ.
         pixels_per_token: for networks that compute on pixels, how many cost as much as a token.
@@ -87,6 +88,7 @@ class BackboneKind:
     network: Callable[..., Any]
     settings: tuple[str, ...] = ()
     masks_save_compute: bool = True
+    takes_middle: bool = False
     check: Callable[[Any], None] = lambda model: None
     takes_rectangles: bool = True
     pixels_per_token: int | None = None
@@ -114,13 +116,30 @@ def _check_uvit(model: Any) -> None:
     _check_heads(model)
 
 
+def _check_vit(model: Any) -> None:
+    if model.embed_dim % (4 * model.num_heads):
+        raise ValueError(
+            f"embed_dim {model.embed_dim} is not a multiple of 4 x num_heads "
+            f"= {4 * model.num_heads}"
+        )
+
+
 BACKBONES: dict[str, BackboneKind] = {
     "uvit": BackboneKind(
         "U-ViT",
         "the paper's",
         Later("models.uvit:UViT"),
         ("embed_dim", "depth", "num_heads", "mlp_ratio", "final_conv"),
+        takes_middle=True,
         check=_check_uvit,
+    ),
+    "vit": BackboneKind(
+        "ViT",
+        "a plain transformer of today's parts: RMSNorm, SwiGLU, rotary positions, modulation",
+        Later("models.vit:ViT"),
+        ("embed_dim", "depth", "num_heads", "mlp_ratio", "options"),
+        takes_middle=True,
+        check=_check_vit,
     ),
     "dit": BackboneKind(
         "DiT",

@@ -24,7 +24,7 @@ from maskdm.settings import changed
 from maskdm.training.costs import Costs, costs_of, warnings_of
 from maskdm.training.planning import RunOptions, with_numbers
 from maskdm.training.speed import Machine, Speed, ThisMachine
-from maskdm.training.work import stage_work
+from maskdm.training.work import StageWork, stage_work
 from maskdm.words import size_text
 
 
@@ -244,12 +244,12 @@ def memory_of(
     share = math.ceil(stage.batch_size / num_devices)
     size = stage.micro_batch_size if isinstance(stage.micro_batch_size, int) else share
     (work,) = stage_work(recipe.model_copy(update={"stages": (stage,)}))
-    kept, largest = _saved_bytes(recipe, min(size, share), work.num_visible)
+    kept, largest = _saved_bytes(recipe, min(size, share), work)
     activations = (kept + 2 * largest) * bytes_of_compute // 4
     return Memory(num_bytes, num_bytes, 2 * num_bytes, num_bytes, activations)
 
 
-def _saved_bytes(recipe: Recipe, num: int, num_visible: int) -> tuple[int, int]:
+def _saved_bytes(recipe: Recipe, num: int, work: StageWork) -> tuple[int, int]:
     """Bytes that autograd keeps of a forward pass in fp32, and those of the largest tensor."""
     saved: dict[int, int] = {}
     model = build_model(recipe)
@@ -267,10 +267,13 @@ def _saved_bytes(recipe: Recipe, num: int, num_visible: int) -> tuple[int, int]:
                 saved[storage._cdata] = storage.nbytes()
             return tensor
 
-        patches = torch.empty(num, num_visible, model.patch_size**2 * recipe.data.channels)
-        positions = torch.empty(num, num_visible, dtype=torch.int64)
+        patches = torch.empty(num, work.num_visible, model.patch_size**2 * recipe.data.channels)
+        positions = torch.empty(num, work.num_visible, dtype=torch.int64)
+        more = [] if work.num_middle is None else [positions[:, : work.num_middle]]
         labels = torch.empty(num, dtype=torch.int64) if model.num_classes else None
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            answer = model(patches, positions, torch.empty(num), labels)  # keeps the graph alive
+            answer = model(
+                patches, positions, torch.empty(num), labels, *more
+            )  # keeps the graph alive
         del answer
     return sum(saved.values()), max(saved.values())

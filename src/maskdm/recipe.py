@@ -37,13 +37,13 @@ class Model(Settings):
         ),
     )
     embed_dim: int = Field(512, gt=0)
-    """Width of the tokens (uvit, dit)."""
+    """Width of the tokens (uvit, vit, dit)."""
     depth: int = Field(13, ge=1)
-    """Transformer blocks (uvit, dit); for uvit an odd number: 13 = 6 in + 1 middle + 6 out."""
+    """Transformer blocks (uvit, vit, dit); for uvit an odd number: 13 = 6 in + 1 middle + 6 out."""
     num_heads: int = Field(8, gt=0)
-    """Attention heads (uvit, dit); they divide the width."""
+    """Attention heads (uvit, vit, dit); they divide the width."""
     mlp_ratio: float = Field(4.0, gt=0)
-    """Hidden width of the MLP over the width (uvit; dit has 4)."""
+    """Hidden width of the MLP over the width (uvit, vit; dit has 4)."""
     num_classes: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
     """Classes of a conditional model; 0 = unconditional; auto = as many as the images have."""
     label_dropout: float = Field(0.1, ge=0, lt=1)
@@ -51,7 +51,8 @@ class Model(Settings):
     final_conv: bool = False
     """A 3x3 convolution on the output image (U-ViT has it; the paper drops it; uvit only)."""
     options: dict[str, Any] = {}
-    """Arguments of the network's own class, by their names there (dit, unet2d); set in a file."""
+    """Parts of vit, or arguments of the class of dit and unet2d, by their names there; set in a
+    file."""
 
     @property
     def classes(self) -> int:
@@ -129,6 +130,9 @@ class Mask(Settings):
     """Fraction of the image that is hidden."""
     block: int = Field(2, gt=0)
     """Side of a block, in patches (kind block)."""
+    where: Literal["input", "middle"] = "input"
+    """input = the network does not see what is hidden (the paper); middle = it sees and denoises
+    all, but hidden patches pass by its blocks in the middle (uvit, vit)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Mask:
@@ -180,6 +184,8 @@ class Stage(Settings):
     restarts: tuple[Annotated[int, Field(gt=0)], ...] = ()
     """Steps of the stage at which the learning rate begins anew, with its warm-up; written where a
     run whose rate had decayed is extended."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon for the matrices of the network's blocks, AdamW for all else."""
     betas: tuple[float, float] = (0.99, 0.99)
     """AdamW's moment decays (the paper's)."""
     weight_decay: float = Field(0.03, ge=0)
@@ -327,6 +333,7 @@ class Recipe(Settings):
         self._check_sizes()
         self._check_sampling_steps()
         self._check_guidance()
+        self._check_middle()
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stage names must differ, but they are {', '.join(names)}")
@@ -362,6 +369,15 @@ class Recipe(Settings):
             if num_times is not None and steps > num_times:
                 raise ValueError(
                     f"schedule {schedule} has {num_times} times, but sampling wants {steps} steps"
+                )
+
+    def _check_middle(self) -> None:
+        kinds = [name for name, row in BACKBONES.items() if row.takes_middle]
+        for i, stage in enumerate(self.stages):
+            if stage.mask.where == "middle" and self.model.kind not in kinds:
+                raise ValueError(
+                    f"stages.{i}.mask.where middle is for model.kind {' or '.join(kinds)}, not "
+                    f"{self.model.kind}"
                 )
 
     def _check_guidance(self) -> None:

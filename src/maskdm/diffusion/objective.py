@@ -25,6 +25,7 @@ def masked_denoising_loss(
     schedule: Schedule,
     settings: Diffusion,
     labels: Tensor | None = None,
+    middle: Tensor | None = None,
 ) -> Tensor:
     """Masked denoising score matching on the visible patches (Eq. 2).
 
@@ -40,6 +41,7 @@ def masked_denoising_loss(
         schedule: signal and noise scales over time.
         settings: what the network predicts, the space of the error and its weight over time.
         labels: classes, int64 (B,), or None.
+        middle: the patches that the network's middle works on (`Backbone.forward`); None = all.
 
     Returns:
         float32 (B,): each image's weighted squared error, averaged over its visible values.
@@ -58,7 +60,7 @@ def masked_denoising_loss(
     sigma = schedule.sigma(t)[:, None, None]
     x_t = add_noise(x0, noise, alpha, sigma)  # (B, V, P)
     target = target_from(settings.prediction, x0, noise, alpha, sigma)
-    output = model(x_t, visible, t, labels)  # (B, V, P)
+    output = model(x_t, visible, t, labels, *([] if middle is None else [middle]))  # (B, V, P)
     # The mean over visible values, not the sum: stages with other masks keep the same loss scale.
     # In fp32, since the network may have answered in bf16.
     error = (output.float() - target).square().mean(dim=(1, 2))  # (B,)

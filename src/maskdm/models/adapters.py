@@ -103,13 +103,20 @@ class DiffusersDenoiser(Backbone, ModelMixin):
             _start_as_adaln_zero(self.net)
 
     def forward(
-        self, patches: Tensor, positions: Tensor, t: Tensor, labels: Tensor | None = None
+        self,
+        patches: Tensor,
+        positions: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        middle: Tensor | None = None,
     ) -> Tensor:
-        """Answers for each given patch; takes and gives what `UViT.forward` does."""
+        """Answers for each given patch; takes and gives what `UViT.forward` does, but no middle."""
         self.check_labels(labels)
+        if middle is not None:
+            raise ValueError(f"{self.config.kind} has no middle that patches could pass by")
         return self._run(self.net, patches, positions, t, labels)
 
-    def forward_flops(self, num_visible: int) -> int:
+    def forward_flops(self, num_visible: int, num_middle: int | None = None) -> int:
         """Floating-point operations of a forward pass for one image with V visible patches.
 
         Matrix products and convolutions, two operations a multiply-add, counted by PyTorch on a

@@ -51,7 +51,12 @@ class Backbone(ModelMixin, ConfigMixin, ABC):
 
     @abstractmethod
     def forward(
-        self, patches: Tensor, positions: Tensor, t: Tensor, labels: Tensor | None = None
+        self,
+        patches: Tensor,
+        positions: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        middle: Tensor | None = None,
     ) -> Tensor:
         """Answers for each given patch.
 
@@ -60,19 +65,27 @@ class Backbone(ModelMixin, ConfigMixin, ABC):
             positions: their indices in the row-major grid, int64 (B, V).
             t: times, float (B,) in [0, 1].
             labels: classes, int64 (B,); needed if and only if the model has classes.
+            middle: which of the given patches the blocks in the middle work on, int64 (B, M),
+                indices into V; the others pass them by. None = all. Only for networks whose row in
+                `BACKBONES` says so.
 
         Returns:
             float (B, V, P): noise, image or velocity, as the diffusion's prediction says.
         """
 
-    def forward_flops(self, num_visible: int) -> int:
+    def forward_flops(self, num_visible: int, num_middle: int | None = None) -> int:
         """Floating-point operations of a forward pass for one image with V visible patches.
 
         Matrix products and convolutions, two operations a multiply-add; a training step is three
         times it. Counted by PyTorch on a copy without memory; a subclass may know a formula.
+
+        Args:
+            num_visible: V.
+            num_middle: patches that the middle blocks work on; None = all.
         """
+        settings = {name: value for name, value in self.config.items() if name[0] != "_"}
         with torch.device("meta"):
-            return _count_flops(type(self).from_config(self.config), num_visible)
+            return _count_flops(type(self)(**settings), num_visible, num_middle)
 
     @property
     def kind(self) -> str:
@@ -90,11 +103,12 @@ class Backbone(ModelMixin, ConfigMixin, ABC):
             )
 
 
-def _count_flops(model: Backbone, num_visible: int) -> int:
+def _count_flops(model: Backbone, num_visible: int, num_middle: int | None) -> int:
     """Counts on the device of the model's weights, or of the `torch.device` block around."""
     patches = torch.zeros(1, num_visible, model.patch_size**2 * model.image_shape[2])
     positions = torch.zeros(1, num_visible, dtype=torch.int64)
     labels = torch.zeros(1, dtype=torch.int64) if model.config.num_classes else None
+    more = () if num_middle is None else (positions[:, :num_middle],)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(patches, positions, torch.zeros(1), labels)
+        model(patches, positions, torch.zeros(1), labels, *more)
     return counter.get_total_flops()

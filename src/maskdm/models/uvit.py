@@ -17,6 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from maskdm.models.backbone import Backbone
+from maskdm.models.route import Route, num_ends
 from maskdm.tokens import gather_patches, patchify, scatter_patches, unpatchify
 
 TIME_SCALE = 999.0  # t in [0, 1] is embedded as the step number 0..999
@@ -102,7 +103,12 @@ class UViT(Backbone, ModelMixin):
             nn.init.dirac_(self.output_conv.weight)
 
     def forward(
-        self, patches: Tensor, positions: Tensor, t: Tensor, labels: Tensor | None = None
+        self,
+        patches: Tensor,
+        positions: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        middle: Tensor | None = None,
     ) -> Tensor:
         """Answers for each given patch: see `Backbone.forward`."""
         self.check_labels(labels)
@@ -116,13 +122,17 @@ class UViT(Backbone, ModelMixin):
         )
         x = torch.cat([x.to(tokens.dtype), tokens], dim=1)  # (B, L, D), L = extras + V
 
-        skips = []
-        for block in self.in_blocks:
-            x = self._run(block, x)
-            skips.append(x)
-        x = self._run(self.mid_block, x)
-        for block in self.out_blocks:
-            x = self._run(block, x, skips.pop())
+        route = None if middle is None else Route(middle, self.num_extras)
+        first, half = num_ends(self.config.depth), len(self.in_blocks)
+        skips = list[Tensor]()
+        for i, block in enumerate((*self.in_blocks, self.mid_block, *self.out_blocks)):
+            if route is not None and i == first:
+                x = route.enter(x)
+            if route is not None and i == self.config.depth - first:
+                x = route.leave(x)
+            x = self._run(block, x, *([skips.pop()] if i > half else []))
+            if i < half:
+                skips.append(x)
 
         x = self.head(self.norm(x[:, self.num_extras :]))  # (B, V, P)
         if self.output_conv is not None:
@@ -138,8 +148,8 @@ class UViT(Backbone, ModelMixin):
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
 
-    def forward_flops(self, num_visible: int) -> int:
-        """Floating-point operations of a forward pass for one image with V visible patches.
+    def forward_flops(self, num_visible: int, num_middle: int | None = None) -> int:
+        """Floating-point operations of a forward pass for one image: see `Backbone`.
 
         Matrix products only, two operations a multiply-add; a training step is three times it.
         """
@@ -148,12 +158,16 @@ class UViT(Backbone, ModelMixin):
         dim, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
         values = config.patch_size**2 * channels
         tokens = self.num_extras + num_visible
-        per_token = config.depth * (4 * dim * dim + 2 * dim * hidden)
-        per_token += config.depth // 2 * 2 * dim * dim  # skip connections
-        attention = config.depth * 2 * tokens * tokens * dim
+        fewer = tokens if num_middle is None else self.num_extras + num_middle
+        half, dense = config.depth // 2, 2 * num_ends(config.depth)
+        blocks = sum(
+            num * (length * (4 * dim * dim + 2 * dim * hidden) + 2 * length * length * dim)
+            for num, length in ((dense, tokens), (config.depth - dense, fewer))
+        )
+        skips = (dense // 2 * tokens + (half - dense // 2) * fewer) * 2 * dim * dim
         ends = num_visible * 2 * dim * values
         conv = 9 * channels**2 * height * width if config.final_conv else 0
-        return 2 * (tokens * per_token + attention + ends + conv)
+        return 2 * (blocks + skips + ends + conv)
 
 
 def timestep_embedding(step: Tensor, dim: int) -> Tensor:

@@ -14,7 +14,7 @@ FREE = (
     "preview_steps evaluate_every sampling evaluation"
 ).split()
 # Settings of a stage that is not over, which change its weights: on request.
-ON_REQUEST = "batch_size lr lr_schedule warmup betas weight_decay clip ema".split()
+ON_REQUEST = "batch_size optimizer lr lr_schedule warmup betas weight_decay clip ema".split()
 LONGER = ("steps", "restarts", "warmup", "share")  # what `extended` changes
 
 

@@ -73,7 +73,7 @@ def save_checkpoint(
     Args:
         folder: RUN/checkpoints.
         model: the raw model, as trained; `ema` its average, of equal structure.
-        optimizer: over the parameters of `model`, in their order.
+        optimizer: over the parameters of `model`.
         narrow: a second, narrower average, where there is one.
 
     Raises:
@@ -165,8 +165,8 @@ def prune_checkpoints(folder: Path, current: Path, keep: int) -> None:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """AdamW's state as `parameter.key` tensors (key: step, exp_avg, exp_avg_sq)."""
-    names = [name for name, _ in model.named_parameters()]
+    """The state as `parameter.key` tensors (key: step, exp_avg, exp_avg_sq; Muon: momentum)."""
+    names = _names(optimizer, model)
     state = optimizer.state_dict()["state"]
     return {
         f"{names[index]}.{key}": value
@@ -175,10 +175,17 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> di
     }
 
 
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Names of the parameters in the optimizer's own order: group by group."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = optimizer.param_groups
+    return [names[id(parameter)] for group in groups for parameter in group["params"]]
+
+
 def _load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    index = {name: i for i, (name, _) in enumerate(model.named_parameters())}
+    index = {name: i for i, name in enumerate(_names(optimizer, model))}
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter, key = name.rsplit(".", 1)

@@ -215,7 +215,8 @@ class Monitor:
         if work.hidden:
             rate = f" ({100 * stage.mask.rate:.4g} % in the recipe)"
             is_exact = abs(work.hidden - stage.mask.rate) < 5e-4
-            what = f"{100 * work.hidden:.4g} % hidden{'' if is_exact else rate}, "
+            how = "hidden" if work.num_middle is None else "not in the middle"
+            what = f"{100 * work.hidden:.4g} % {how}{'' if is_exact else rate}, "
             what += mask_text(stage.mask)
         schedule = f", schedule {stage.schedule}" if stage.schedule else ""
         self.say(

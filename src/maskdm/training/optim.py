@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
@@ -12,15 +11,78 @@ from torch import Tensor, nn
 from maskdm.recipe import Stage
 from maskdm.recipe_length import steps_of
 
-
-def make_optimizer(parameters: Iterable[nn.Parameter], stage: Stage) -> torch.optim.AdamW:
-    """A fresh AdamW with the stage's settings (Section 4.1; decoupled weight decay)."""
-    return torch.optim.AdamW(
-        parameters, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
-    )
+MOMENTUM = 0.95  # Muon's
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # coefficients that rise steeply at 0
 
 
-def enter_stage(optimizer: torch.optim.AdamW, stage: Stage) -> None:
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW (Section 4.1; decoupled weight decay), or Muon for the matrices of groups that say so.
+
+    Muon (Jordan et al. 2024) follows the momentum's nearest orthogonal matrix. Its steps are as
+    large as AdamW's (Liu et al. 2025, Section 2.2), so that both share learning rate and weight
+    decay. Where no group has `muon` it is torch's AdamW.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Changes all parameters that have gradients."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        try:
+            super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["muon"]:
+                for parameter in group["params"]:
+                    self._step_matrix(parameter, group["lr"], group["weight_decay"])
+
+    def _step_matrix(self, matrix: nn.Parameter, lr: float, weight_decay: float) -> None:
+        if matrix.grad is None:
+            return
+        state = self.state[matrix]
+        if "momentum" not in state:  # AdamW wants a step of all parameters that have a state
+            state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(matrix)}
+        state["step"] += 1
+        momentum = state["momentum"].lerp_(matrix.grad, 1 - MOMENTUM)
+        update = orthogonalized(matrix.grad.lerp(momentum, MOMENTUM))  # Nesterov's
+        matrix.mul_(1 - lr * weight_decay)
+        matrix.add_(update, alpha=-0.2 * math.sqrt(max(matrix.shape)) * lr)
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """Roughly the nearest orthogonal matrix, by five steps of Newton and Schulz: (A, B) -> (A, B).
+
+    Its singular values come near 1, within about 0.3.
+    """
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = x / x.norm().clamp(min=1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+def make_optimizer(model: nn.Module, stage: Stage) -> MuonAdamW:
+    """A fresh optimizer with the stage's settings.
+
+    Its groups are the matrices of the network's blocks, which Muon is for, and all else.
+    """
+    matrices, others = list[nn.Parameter](), list[nn.Parameter]()
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.ndim == 2 and "block" in name else others).append(parameter)
+    groups = [
+        {"params": params, "is_matrices": params is matrices, "muon": False}
+        for params in (matrices, others)
+        if params
+    ]
+    optimizer = MuonAdamW(groups, lr=stage.lr, fused=True)
+    enter_stage(optimizer, stage)
+    return optimizer
+
+
+def enter_stage(optimizer: torch.optim.Optimizer, stage: Stage) -> None:
     """Gives an optimizer the stage's settings; clearing its moments is left to the caller.
 
     A run has one optimizer: the engine keeps every one that it prepared, and its loss scaler
@@ -28,6 +90,7 @@ def enter_stage(optimizer: torch.optim.AdamW, stage: Stage) -> None:
     """
     for group in optimizer.param_groups:
         group.update(lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay)
+        group["muon"] = stage.optimizer == "muon" and group["is_matrices"]
 
 
 def learning_rate(stage: Stage, stage_step: int) -> float:

@@ -142,7 +142,8 @@ def _try_step(model: Backbone, batch: Batch) -> None:
 
 def forward_and_backward(model: Backbone, batch: Batch) -> None:
     """Runs the network forward and backward, as a step does; changes nothing."""
-    answer = model(batch.x0, batch.visible, batch.t, batch.labels)
+    more = [] if batch.middle is None else [batch.middle]
+    answer = model(batch.x0, batch.visible, batch.t, batch.labels, *more)
     parameters = [p for p in model.parameters() if p.requires_grad]
     torch.autograd.grad(answer.float().square().sum(), parameters, allow_unused=True)
 

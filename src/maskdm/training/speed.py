@@ -120,7 +120,13 @@ def _key(recipe: Recipe, accelerator: Accelerator) -> str:
     stages = [
         stage.model_dump(
             mode="json",
-            include={"mask", "batch_size", "micro_batch_size", "activation_checkpointing"},
+            include={
+                "mask",
+                "optimizer",
+                "batch_size",
+                "micro_batch_size",
+                "activation_checkpointing",
+            },
         )
         for stage in recipe.stages
     ]
@@ -151,7 +157,7 @@ def _step_sec(recipe: Recipe, stage: Stage, accelerator: Accelerator) -> float:
     """Seconds of a training step: batch, gradients, optimizer and average."""
     device, num_ranks = accelerator.device, accelerator.num_processes
     model = build_model(recipe).to(device)
-    average, optimizer = make_average(model), make_optimizer(model.parameters(), stage)
+    average, optimizer = make_average(model), make_optimizer(model, stage)
     network = CompiledForward(model)
     ready = make_ready(network, model, recipe, stage, accelerator, lambda text: None)
     share = stage.batch_size // num_ranks

@@ -13,7 +13,7 @@ from maskdm.diffusion.objective import masked_denoising_loss
 from maskdm.diffusion.schedule import Schedule
 from maskdm.diffusion.times import Share, draw_times
 from maskdm.masks import draw_visible
-from maskdm.recipe import Diffusion, Recipe, Stage
+from maskdm.recipe import Diffusion, Mask, Recipe, Stage
 from maskdm.seeds import derive_seed
 from maskdm.tokens import gather_patches, grid_shape, patchify
 
@@ -28,6 +28,7 @@ class Batch:
         t: times, float32 (B,).
         noise: float32 (B, V, P).
         labels: classes, int64 (B,), num_classes where dropped; or None.
+        middle: the patches that the network's middle works on, int64 (B, M); None = all.
     """
 
     x0: Tensor
@@ -35,6 +36,7 @@ class Batch:
     t: Tensor
     noise: Tensor
     labels: Tensor | None
+    middle: Tensor | None = None
 
 
 def step_generator(seed: int, rank: int, step: int, device: torch.device) -> Generator:
@@ -80,7 +82,9 @@ def draw_batch(
     grid = grid_shape(images.shape[1], images.shape[2], patch_size)
     # Patches are chosen while they are still bytes, so that hidden ones cost nothing: they are
     # never converted, noised or embedded. V is fixed for a stage: shapes are static.
-    visible = draw_visible(stage.mask, grid, num, own)
+    visible, middle = draw_visible(stage.mask, grid, num, own), None
+    if stage.mask.where == "middle":  # all patches are seen, these by all blocks
+        visible, middle = draw_visible(Mask(), grid, num, own), visible
     patches = gather_patches(patchify(images, patch_size), visible)  # uint8 (B, V, P)
     x0 = patches.float().div_(127.5).sub_(1)
     # Stratified times spread over the whole batch: ranks agree on them by a generator of the step.
@@ -92,7 +96,7 @@ def draw_batch(
     if labels is not None and recipe.model.label_dropout:
         dropped = torch.rand(num, generator=own, device=device) < recipe.model.label_dropout
         labels = torch.where(dropped, recipe.model.classes, labels)
-    return Batch(x0, visible, t, noise, labels)
+    return Batch(x0, visible, t, noise, labels, middle)
 
 
 def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
@@ -144,6 +148,7 @@ def backward(
                 schedule,
                 diffusion,
                 None if batch.labels is None else batch.labels[part],
+                None if batch.middle is None else batch.middle[part],
             )
             loss = losses.sum() / num  # so the micro-batches' losses add up to the batch's mean
             accelerator.backward(loss)

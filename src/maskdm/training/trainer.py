@@ -137,7 +137,7 @@ def train(
         model = model.to(accelerator.device)
         averages = Averages(model)
         average = averages.main
-        optimizer = make_optimizer(model.parameters(), recipe.stages[0])
+        optimizer = make_optimizer(model, recipe.stages[0])
         progress, folder = Progress(), run_dir / "checkpoints"
         checkpoint = newest_checkpoint(accelerator, folder, monitor)
         if checkpoint is not None:

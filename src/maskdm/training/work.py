@@ -15,8 +15,10 @@ class StageWork:
     """A stage's mask on the grid, and the compute of a step.
 
     Attributes:
-        num_visible: patches that the mask leaves, of `num_patches`.
-        hidden: the fraction really hidden, after rounding to whole patches or blocks.
+        num_visible: patches that the network sees, of `num_patches`.
+        num_middle: those that the blocks in its middle work on; None = all of them.
+        hidden: the fraction really hidden, after rounding to whole patches or blocks; or the
+            fraction that passes the middle by.
         step_flops: floating-point operations of a step, over all devices; 0 without a model.
     """
 
@@ -24,6 +26,7 @@ class StageWork:
     num_patches: int
     hidden: float
     step_flops: int = 0
+    num_middle: int | None = None
 
 
 def stage_work(recipe: Recipe, model: Backbone | None = None) -> list[StageWork]:
@@ -32,9 +35,12 @@ def stage_work(recipe: Recipe, model: Backbone | None = None) -> list[StageWork]
     works, num_patches = [], grid[0] * grid[1]
     for stage in recipe.stages:
         count = num_visible(stage.mask, grid)
+        hidden, middle = 1 - count / num_patches, list[int]()
+        if stage.mask.where == "middle":
+            count, middle = num_patches, [count]
         # A step is a forward pass, and twice that for the gradients of inputs and weights.
-        flops = 3 * model.forward_flops(count) * stage.batch_size if model is not None else 0
-        works.append(StageWork(count, num_patches, 1 - count / num_patches, flops))
+        flops = 0 if model is None else 3 * model.forward_flops(count, *middle) * stage.batch_size
+        works.append(StageWork(count, num_patches, hidden, flops, *middle))
     return works
 
 
