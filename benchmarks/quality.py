@@ -173,12 +173,18 @@ def run_trial(trial: Trial, work: Path, alone: bool) -> dict[str, Any] | None:
     return line
 
 
+def _chosen(trials: list[Trial], only: list[str]) -> list[Trial]:
+    """The trials whose names begin so, in the order of these beginnings; all without any."""
+    named = {t.name: t for start in only for t in trials if t.name.startswith(start)}
+    return list(named.values()) if only else trials
+
+
 def main() -> int:
     """Runs what is missing; gives 3 where a signal stopped it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("table", type=Path, help="YAML file of experiments")
     parser.add_argument(
-        "--only", nargs="+", default=[], help="experiments, or trials' first letters"
+        "--only", nargs="+", default=[], help="experiments, or trials' first letters, in order"
     )
     parser.add_argument("--list", action="store_true", help="list the trials, and which are done")
     parser.add_argument("--alone", action="store_true", help="nothing else runs on this machine")
@@ -187,9 +193,7 @@ def main() -> int:
     args = parser.parse_args()
     table = yaml.safe_load(args.table.read_text("utf-8"))
     args.work.mkdir(parents=True, exist_ok=True)
-    for trial in trials_of(table):
-        if args.only and not any(trial.name.startswith(only) for only in args.only):
-            continue
+    for trial in _chosen(list(trials_of(table)), args.only):
         if args.list:
             done = "done" if is_done(trial, common.results(args.results)) else "    "
             steps = "+".join(str(stage.steps) for stage in trial.recipe.stages)

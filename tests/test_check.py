@@ -272,7 +272,11 @@ def test_what_cannot_be_checked_is_refused(arguments, message, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     picture(0).save(tmp_path / "images" / "a.png")
+    capsys.readouterr()
     assert main(["pack", "images", "store", "--size", "4"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "next    maskdm train photos32 --data.source store --data.size 4"
+    )
     capsys.readouterr()
     assert main(["check", *arguments.split()]) == 2
     assert message in capsys.readouterr().err

@@ -7,6 +7,7 @@ import os
 import re
 import select
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -128,6 +129,20 @@ def test_evaluation_is_written_and_printed(run, capsys):
     assert main(["evaluate", str(run), "--num", "12"]) == 0
     text = capsys.readouterr().out
     assert "Frechet distance" in text and "ema, step 11" in " ".join(text.split())
+    # The next command: train the control; when it lies beside the run, compare with it.
+    assert text.splitlines()[-1] == f"next      maskdm train {run} --control dense"
+    control = run.with_name(f"{run.name}-dense")
+    shutil.copytree(run, control)
+    (control / "control.json").write_text(json.dumps({"of": run.name}))
+    assert main(["evaluate", str(control), "--num", "12"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"next      maskdm compare {control}"
+    assert main(["compare", str(run)]) == 0
+    assert "next" not in capsys.readouterr().out  # no quality was measured in training
+    for one in (run, control):
+        (one / "quality.jsonl").write_text("{}\n")
+    assert main(["compare", str(run)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"next      maskdm compare {control} {run} --x flops"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

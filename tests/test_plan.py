@@ -143,6 +143,11 @@ def test_the_command_prints_a_table_or_json(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert text.startswith("stage") and "pre-train" in text and "30 s" in text
     assert all(len(line) <= 80 for line in text.splitlines())
+    assert text.splitlines()[-1] == "next      maskdm train digits"
+    flags = ["--shrink", "0.5", "--data.source", "digits", "--stages.all.lr", "1e-3"]
+    assert main(["plan", "digits", *flags[:2], "--gpu", "h200", "--gpus=2", *flags[2:]]) == 0
+    text = capsys.readouterr().out
+    assert text.splitlines()[-1] == f"next      maskdm train digits {' '.join(flags)}"
     assert main(["plan", "digits", "--flops", "1e12", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["costs"]["flops"] == pytest.approx(1e12, rel=0.01)

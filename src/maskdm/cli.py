@@ -97,6 +97,7 @@ OTHER_NAMES = {
     "--mask-ratio": "--stages.0.mask.rate",
 }
 OF_SAMPLING, SAMPLES = ("--batch-size",), ("sample", "inpaint", "evaluate")
+OF_PLAN = ("--gpu", "--gpus", "--share", "--json")  # flags that train does not have
 NEEDS_NO_RUN = ("recipes", "check", "pack", "plan", "compare")
 
 
@@ -139,6 +140,8 @@ def _run(name: str, arguments: list[str]) -> int:
         arguments = ["--help" if one == "--help-all" else one for one in arguments]
         recipe = _named_recipe(arguments)
         command = functools.partial(command, settings=recipe)
+        if name == "plan":
+            command = functools.partial(command, training=_for_training(arguments))
         arguments = _for_all_stages(arguments, len(recipe.stages))
     elif name not in NEEDS_NO_RUN:
         command = functools.partial(command, settings=_named_run(name, arguments))
@@ -194,6 +197,12 @@ def _for_all_stages(arguments: list[str], num_stages: int) -> list[str]:
         for number in range(num_stages if flag.startswith("--stages.all.") else 1):
             written += [flag.replace("--stages.all.", f"--stages.{number}.", 1), *values]
     return written
+
+
+def _for_training(arguments: list[str]) -> tuple[str, ...]:
+    """The arguments of `plan` that `train` takes, too."""
+    groups = [group for group in _flags(arguments) if group[0].split("=")[0] not in OF_PLAN]
+    return tuple(one for group in groups for one in group)
 
 
 def _flags(arguments: list[str]) -> list[list[str]]:

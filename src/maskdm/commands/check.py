@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from maskdm.choices import helped
-from maskdm.commands.common import DONE, WRONG_USAGE, JsonFlag, Source, quiet
+from maskdm.commands.common import (
+    DONE,
+    PHOTOS,
+    WRONG_USAGE,
+    JsonFlag,
+    Source,
+    photos_size,
+    quiet,
+)
 from maskdm.families import CROPS, MODEL_SIZES, CropName
 from maskdm.files import expanded, refuse_unwritable
 from maskdm.recipe_files import load_recipe
@@ -23,7 +31,6 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 NUM_ON_SHEET = 36
-SIZES = (32, 64, 128, 256)  # of the photos recipes
 UNBROKEN = "\u00a0"  # a space at which no line is broken
 CROP_HELP = f"{helped('how images come to the size.', CROPS)} Default: the recipe's."
 
@@ -99,8 +106,7 @@ def recommendation(report: Report) -> list[str]:
     """The recipe, budget and command for these images, and how large a model they can teach."""
     width, height = report.width, report.height
     assert width is not None and height is not None  # usable: there are images
-    side = min(width[1], height[1])
-    size = max([one for one in SIZES if one <= side], default=SIZES[0])
+    size = photos_size(min(width[1], height[1]))
     num, values = report.num_readable, 3 * size**2
     taught = [name for name, row in MODEL_SIZES.items() if row.num_params <= num * values]
     model = taught[-1] if taught else next(iter(MODEL_SIZES))
@@ -108,7 +114,7 @@ def recommendation(report: Report) -> list[str]:
     larger = [name for name in MODEL_SIZES if name not in taught]
     lines = [
         f"next    maskdm train photos{size} --data.source {shlex.quote(report.source)} --hours 8",
-        f"        (a GPU; on a CPU photos{SIZES[0]} and --minutes 20 give a first look)",
+        f"        (a GPU; on a CPU photos{PHOTOS[0]} and --minutes 20 give a first look)",
     ]
     images = f"{counted(num, 'image')} of {size}x{size}"
     if taught:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 WORTH_SAYING_SEC, LONG_SEC = 10, 300  # of drawing images
 MANY_STEPS = 100  # of a solver
 DONE, FAILED, WRONG_USAGE, STOPPED = 0, 1, 2, 3  # exit codes
+PHOTOS = (32, 64, 128, 256)  # sizes of the photos recipes
 
 # How arguments read in the help. Where None means "as the recipe says", the text says so.
 quiet = functools.partial(tyro.conf.arg, help_behavior_hint="")
@@ -58,6 +59,11 @@ class LengthFlags:
 
 
 NoPrefix = tyro.conf.arg(name="")
+
+
+def photos_size(side: int) -> int:
+    """The size of the largest photos recipe whose images are not enlarged ones of that side."""
+    return max([size for size in PHOTOS if size <= side], default=PHOTOS[0])
 
 
 def say_note(text: str) -> None:

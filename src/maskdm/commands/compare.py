@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,7 +72,14 @@ def compare(
                 raise ValueError(f"{flag} is for the table: leave it out, or leave out --x")
         result, text = _curves(runs, x, y, target, out or Path(f"quality-against-{x}.png"))
     print(json.dumps(result) if json_output else text)
+    if x is None and not json_output and all(map(_has_curve, runs)):
+        print(f"next      maskdm compare {shlex.join(runs)} --x flops")
     return DONE
+
+
+def _has_curve(run: str) -> bool:
+    """Whether quality was measured in a run's training."""
+    return (expanded(run) / "quality.jsonl").is_file()
 
 
 def with_control(runs: tuple[str, ...]) -> tuple[str, ...]:

@@ -19,11 +19,13 @@ from maskdm.commands.common import (
     refuse_among_images,
     say_how_long,
 )
+from maskdm.commands.compare import with_control
 from maskdm.commands.evaluation_text import evaluation_text
 from maskdm.families import MetricName
 from maskdm.files import expanded, refuse_unwritable
 from maskdm.recipe import Evaluation, Sampling
-from maskdm.runs.find import is_model
+from maskdm.recipe_files import load_recipe
+from maskdm.runs.find import find_model, is_model
 from maskdm.settings import changed
 from maskdm.words import size_text
 
@@ -92,6 +94,7 @@ def evaluate(
     path = out or (records_file(run) if is_model(run) else None) or Path("evaluation.json")
     read_records(path)  # a damaged one is refused now
     refuse_unwritable(path, "--out")
+    own = None  # the run's folder
     changes: dict[str, Any] = {
         "features": features,
         "weights": None if weights is None else str(weights),
@@ -108,6 +111,7 @@ def evaluate(
         refuse_among_images(run, path)  # a sheet is saved beside it
         how = (sampling, {**changes, "num": num}, reference, range(seed, seed + seeds))
         results = [_of_model(run, width, *how) for width in ema or (None,)]
+        own = find_model(run, note=lambda text: None).run
     if not is_main_process():
         return DONE
     for result in results:
@@ -119,7 +123,18 @@ def evaluate(
         from maskdm.evaluation import statistics
 
         statistics.save_statistics(results[0].statistics, save_statistics)
+    if own is not None and not json_output:
+        print(f"next      {_next(own)}")
     return DONE
+
+
+def _next(run: Path) -> str:
+    """The command to go on with: the control without masks, or what it shows."""
+    if len(with_control((str(run),))) > 1:
+        return f"maskdm compare {run}"
+    if any(stage.mask.rate for stage in load_recipe(run / "recipe.yaml").stages):
+        return f"maskdm train {run} --control dense"
+    return f"maskdm sample {run} --num 64 --out grid.png"
 
 
 def _of_model(

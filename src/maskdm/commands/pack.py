@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from maskdm.choices import helped
-from maskdm.commands.common import DONE, JsonFlag, Source, quiet
+from maskdm.commands.common import DONE, JsonFlag, Source, photos_size, quiet
 from maskdm.families import CROPS, CropName
 from maskdm.files import expanded, refuse_unwritable
 from maskdm.recipe import Data
@@ -78,4 +79,10 @@ def pack(
     if manifest["left_out"]:
         print(f"{len(manifest['left_out']):,} unreadable, skipped: see {out}/manifest.json")
     print(f"-> {out}" + (f", part {shard}" if shard else ""))
+    if not shard:
+        name = photos_size(min(height, width))
+        flags = "" if height == width == name else f" --data.size {height}"
+        flags += "" if height == width else f" {width}"
+        flags += "" if channels == Data().channels else f" --data.channels {channels}"
+        print(f"next    maskdm train photos{name} --data.source {shlex.quote(str(out))}{flags}")
     return DONE

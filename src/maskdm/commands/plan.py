@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
+
+import tyro
 
 from maskdm.commands.common import DONE, JsonFlag, LengthFlags, NoPrefix, RecipeName, quiet
 from maskdm.commands.train import AS_THE_RECIPE
@@ -24,6 +27,7 @@ def plan(
     length: Annotated[LengthFlags, NoPrefix] = AS_THE_RECIPE,
     settings: Annotated[Recipe, NoPrefix],
     json_output: JsonFlag = False,
+    training: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
 ) -> int:
     """Say what a run will cost, with the flags that `maskdm train` takes; train nothing.
 
@@ -38,6 +42,7 @@ def plan(
         gpus: how many of them.
         share: of the GPU's peak that training reaches. Default: 0.3; the paper's runs had 0.22.
         json_output: print the plan as JSON: seconds, bytes, FLOPs.
+        training: the arguments that train it.
     """
     settings = settings.checked()
 
@@ -49,6 +54,8 @@ def plan(
         print(json.dumps(done.as_json()))
     else:
         print("\n".join(plan_text(done)))
+        if training:
+            print(f"next      maskdm train {shlex.join(training)}")
     return DONE
 
 
