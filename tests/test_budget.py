@@ -24,7 +24,9 @@ from maskdm.training.ema import decay_of, make_average, update_average
 from maskdm.training.optim import learning_rate
 from maskdm.training.remaining import Remaining
 from maskdm.training.speed import Speed
+from maskdm.training.trainer import train
 from maskdm.training.work import stage_work, total_flops
+from maskdm.words import about
 
 
 class FixedSpeed:
@@ -368,3 +370,14 @@ def test_the_time_left_follows_the_speed_of_the_last_seconds(tiny, monkeypatch):
     assert left is not None and left[1] > left[0]
     previews = left[0] - (600 - 230) * 0.5
     assert 0 < previews < 600 * 0.5  # the stage's last preview, at the same FLOPs per second
+
+
+def test_a_run_of_minutes_says_how_long_it_takes_at_best(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("maskdm.training.speed.device_flops", lambda device: 1e6)
+    train(tiny, tmp_path / "short")
+    assert "at best" not in capsys.readouterr().out
+    monkeypatch.setattr("maskdm.training.monitor.WORTH_GUESSING", 0)
+    train(tiny, tmp_path / "long")
+    text = capsys.readouterr().out
+    flops = json.loads((tmp_path / "long" / "metrics.jsonl").read_text().splitlines()[-1])["flops"]
+    assert f", at best in {about(flops / 1e6)}\n" in text

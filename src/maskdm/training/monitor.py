@@ -26,11 +26,13 @@ from maskdm.runs.checkpoint import Progress
 from maskdm.runs.lines import append_line, keep_lines_until
 from maskdm.training.costs import costs_of, warnings_of
 from maskdm.training.remaining import Remaining as Remaining
+from maskdm.training.speed import ThisMachine
 from maskdm.training.work import StageWork
 from maskdm.words import about, clock, counted, flops_text, printable
 
 PLAIN_LINE_SEC = 30.0  # without a terminal, a line of progress this often
 BAR_SEC = 1.0  # the bar moves this often
+WORTH_GUESSING = 10**12  # FLOPs of a run whose time is said beforehand
 MOST_HELD_OUT = 0.25  # part of the images that may be held out without a note
 
 
@@ -202,7 +204,7 @@ class Monitor:
         self.say(
             f"plan    {counted(len(recipe.stages), 'stage')}, "
             f"{flops_text(self._total_flops)} in all, each image seen {epochs:,.3g} times"
-            f"{budget_text(recipe.budget)}"
+            f"{time_text(recipe.budget, self._total_flops, accelerator)}"
         )
         for warning in warnings_of(recipe, costs, num_params, num_train):
             self.say(f"  note: {warning}")
@@ -256,11 +258,16 @@ def data_lines(recipe: Recipe, store: Store) -> list[str]:
     return lines + ([f"  skipped: {listed_unreadable(bad, most=3)}"] if bad else [])
 
 
-def budget_text(budget: Budget) -> str:
-    """What a run's budget is, after a comma: `, in about 8 min`."""
+def time_text(budget: Budget, flops: int, accelerator: Accelerator) -> str:
+    """What a run will take, after a comma: `, in about 8 min`. To be called on every rank.
+
+    Without a budget in hours a guess, for runs of minutes; it errs towards too little.
+    """
     if budget.hours:
         return f", in {about(3600 * budget.hours)} with previews and measuring"
-    return ""
+    if flops < WORTH_GUESSING:
+        return ""
+    return f", at best in {about(flops / ThisMachine(accelerator).flops_per_sec())}"
 
 
 def threads_note(accelerator: Accelerator) -> str | None:
