@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -89,3 +92,22 @@ def test_they_are_packed_checked_and_trained_on(tmp_path, capsys):
     )
     evaluate = ["evaluate", "faces:30:1", "--reference", "faces:40"]
     assert main([*evaluate, "--features", "pca", "--out", str(tmp_path / "e.json")]) == 0
+
+
+def test_the_example_counts_attributes(monkeypatch):
+    """Half of the faces wear top hats, which says nothing of their mouths and eyes."""
+    path = Path(__file__).parent.parent / "examples" / "faces_attributes.py"
+    spec = importlib.util.spec_from_file_location("faces_attributes", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(example, "NUM_TRAIN", 1500)
+    monkeypatch.setattr(example, "NUM_TEST", 300)
+    images, truth = example.drawn(range(1000), 16, seed=7)
+    is_top = truth["hat"] == 3
+    chosen = np.concatenate([np.flatnonzero(is_top)[:150], np.flatnonzero(~is_top)[:150]])
+    shares = example.shares_of(images[chosen])
+    assert shares["hat"]["top-hat"] == pytest.approx(0.5, abs=0.05)
+    for name in ("hat", "mouth", "eyes"):
+        assert sum(shares[name].values()) == pytest.approx(1)
+        for i, share in enumerate(shares[name].values()):
+            assert share == pytest.approx((truth[name][chosen] == i).mean(), abs=0.12)
