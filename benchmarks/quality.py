@@ -30,6 +30,7 @@ from maskdm.recipe import Recipe
 from maskdm.recipe_files import differences, merged, migrated
 from maskdm.runs.lines import read_lines
 from maskdm.runs.load import load_model
+from maskdm.settings import changed
 from maskdm.training.trainer import train
 from maskdm.training.work import stage_work
 
@@ -136,10 +137,14 @@ def is_done(trial: Trial, lines: list[dict[str, Any]]) -> bool:
     return False
 
 
-def run_trial(trial: Trial, work: Path, alone: bool) -> dict[str, Any] | None:
+def run_trial(trial: Trial, work: Path, data: Path, alone: bool) -> dict[str, Any] | None:
     """Trains and measures a trial; None = stopped by a signal after saving."""
-    folder = work / trial.name
-    if not train(trial.recipe, folder, show=False).finished:
+    folder, recipe = work / trial.name, trial.recipe
+    if recipe.init is not None:  # another trial's name
+        recipe = changed(recipe, init=str(work / recipe.init))
+    if (path := data / recipe.data.source).exists():
+        recipe = changed(recipe, data=changed(recipe.data, source=str(path)))
+    if not train(recipe, folder, show=False).finished:
         return None
     evaluated = evaluate_model(load_model(folder))
     record, quality = evaluated.record, read_lines(folder / "quality.jsonl")
@@ -189,6 +194,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="list the trials, and which are done")
     parser.add_argument("--alone", action="store_true", help="nothing else runs on this machine")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines")
+    parser.add_argument("--data", type=Path, default=Path(), help="folder of the images' files")
     parser.add_argument("--work", type=Path, default=WORK, help="folder for the runs")
     args = parser.parse_args()
     table = yaml.safe_load(args.table.read_text("utf-8"))
@@ -206,7 +212,7 @@ def main() -> int:
                 common.say(
                     f"{trial.name}: {sum(stage.steps for stage in trial.recipe.stages)} steps"
                 )
-                line = run_trial(trial, args.work, args.alone)
+                line = run_trial(trial, args.work, args.data, args.alone)
                 if line is None:
                     common.say("stopped after saving: the same command goes on")
                     return 3
