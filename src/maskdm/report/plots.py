@@ -53,6 +53,7 @@ def loss_figure(run_dir: Path) -> Figure:
         stage_start = rows[-1]["images"]
     _log_scale(axes, [line["loss"] for line in lines])
     _cost_axis(axes, "images")
+    axes.set_xlim(0, stage_start)
     axes.set_ylabel("denoising loss")
     axes.set_title(run_dir.resolve().name, loc="left")
     axes.legend(frameon=False)

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from maskdm.files import expanded
+from maskdm.images.faces import is_faces
 from maskdm.images.known import KNOWN
 from maskdm.recipe import Recipe, Sampling
 from maskdm.recipe_files import load_recipe, migrated
@@ -70,7 +71,7 @@ def is_model(name: str) -> bool:
     """
     path = expanded(name)
     if not path.exists():
-        is_set = name in ("digits", *KNOWN) or re.fullmatch(r"faces(@\d+)?", name)
+        is_set = name in ("digits", *KNOWN) or is_faces(name)
         return not (is_set or any(mark in name for mark in ":*{"))
     marks = ("recipe.yaml", "model_index.json", "model/model_index.json", "progress.json")
     return any((path / mark).is_file() for mark in marks)
