@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from maskdm.images.prepare import center_crop, convert, open_image, prepare_contents, prepare_image
+from maskdm.images.store import open_store
 from maskdm.recipe import Data
 
 MODES = "1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV I I;16".split()
@@ -517,7 +518,6 @@ def with_tag(tiff: bytes, tag: int, value: int) -> bytes:
         (b"\xef\xbb\xbf\r\n<!DOCTYPE html>\n<html>", "a web page"),
         (b"<html><body>404", "a web page"),
         (b'<?xml version="1.0"?>\n<Error><Code>AccessDenied', "an XML file"),
-        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg">', "vector graphics"),
         (b"%PDF-1.7", "a PDF file"),
         (b"8BPS\0\1", "a Photoshop file"),
         (b"\xff\x0a\xfa", "JPEG XL"),
@@ -563,6 +563,31 @@ print(peak() - before)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert int(result.stdout) < 100  # MiB; a gigabyte where the whole was enlarged first
+
+
+SVG = """<?xml version="1.0"?><!-- drawn by hand -->
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 4">
+<rect width="4" height="4" fill="#c00000"/>%s</svg>"""
+
+
+def test_svg_is_drawn_where_its_renderer_is_installed(tmp_path, monkeypatch):
+    pytest.importorskip("resvg_py")
+    folder = tmp_path / "drawings"
+    folder.mkdir()
+    (folder / "a.svg").write_text(SVG % "")
+    (folder / "b.SVG").write_bytes(b"\xef\xbb\xbf" + (SVG % "").encode())
+    store = open_store(Data(source=str(folder), size=(4, 8)))
+    assert len(store) == 2
+    expected = np.full((4, 8, 3), 255, dtype=np.uint8)
+    expected[:, :4] = (0xC0, 0, 0)
+    assert (np.asarray(store.images) == expected).all()
+    image = '<image href="/etc/other.png" width="8" height="4"/>'
+    contents = [(SVG % image).encode(), (SVG % "<rect")[:-8].encode()]
+    _, bad = prepare_contents(contents, Data(size=16))
+    assert bad[0].startswith("SVG that shows another file") and bad[1].startswith("damaged SVG")
+    monkeypatch.setattr("maskdm.images.decode.HAS_SVG", False)
+    _, bad = prepare_contents([(SVG % "").encode()], Data(size=16))
+    assert re.match("not an image, but vector graphics .*: render it to PNG", bad[0])
 
 
 def test_heic_is_read_where_its_reader_is_installed():

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
+from maskdm.images.vector import HAS_SVG, SVG_START, is_svg, rendered
+
 Content = Path | bytes | np.ndarray | Exception
 """An image as a source holds it: a file, an encoded file's bytes, uint8 or uint16 pixels (H, W) or
 (H, W, C), or the error that reading it raised."""
@@ -35,8 +37,8 @@ PLACEHOLDERS = {
     rb"version https://git-lfs": "a Git LFS pointer, not the file itself: git lfs pull",
     rb"\s*(<!doctype html|<html|<head|<body)": "a web page (an error message of a server?): "
     "download the file again",
-    rb"\s*(<\?xml[^>]*>\s*)?(<!--[^>]*-->\s*)?(<!doctype svg[^>]*>\s*)?<svg": "vector graphics "
-    "(SVG): render it to PNG, for example with rsvg-convert",
+    SVG_START: "vector graphics "
+    "(SVG): render it to PNG, for example with rsvg-convert, or pip install resvg-py",
     rb"\s*<(\?xml|error)": "an XML file (an error message of a server?): download the file again",
 }
 HEIF_BRANDS = b"heic|heix|heim|heis|hevc|hevx|mif1|msf1"
@@ -71,11 +73,14 @@ def opened(content: Content) -> Iterator[Image.Image]:
     file = content if isinstance(content, Path) else io.BytesIO(content)
     with _long_texts():
         try:
-            image = Image.open(file, formats=_formats())
+            image: Image.Image = Image.open(file, formats=_formats())
         except UnidentifiedImageError:
-            if kind := foreign_kind(content):
+            if HAS_SVG and is_svg(content):
+                image = rendered(content)
+            elif kind := foreign_kind(content):
                 raise ValueError(f"not an image, but {kind}") from None
-            raise
+            else:
+                raise
         with image:
             yield image
 

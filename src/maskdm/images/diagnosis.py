@@ -80,7 +80,8 @@ UNREADABLE_FORMATS = {
     ),
     ".avif": "AVIF: install a newer Pillow, or convert them to PNG",
     ".jxl": "JPEG XL: convert them to PNG, for example with djxl",
-    ".svg": "vector graphics: render them to PNG, for example with rsvg-convert",
+    ".svg": "vector graphics: render them to PNG, for example with rsvg-convert, or pip install "
+    "resvg-py",
     ".psd": "Photoshop files: export them as PNG",
     **dict.fromkeys(
         ".cr2 .cr3 .nef .arw .dng .raf .orf .rw2".split(),

@@ -24,6 +24,7 @@ from maskdm.images.labels import (
     labels_of,
     notes_key,
 )
+from maskdm.images.vector import HAS_SVG
 
 T = TypeVar("T")
 IMAGE_SUFFIXES = frozenset(
@@ -35,6 +36,8 @@ if features.check("avif"):
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 if HAS_HEIF:
     IMAGE_SUFFIXES |= HEIF_SUFFIXES
+if HAS_SVG:
+    IMAGE_SUFFIXES |= {".svg"}
 # Folders of network disks, recycle bins and file systems, in small letters.
 LITTER_FOLDERS = frozenset(
     "@eadir @recycle #recycle @recently-snapshot #snapshot @tmp $recycle.bin recycler "
