@@ -27,6 +27,7 @@ from maskdm.images.order import training_subset
 from maskdm.models.build import build_model
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Data, Evaluation, Recipe
+from maskdm.settings import changed
 from maskdm.words import figure
 
 DIGITS = np.round(load_digits().images * 255 / 16).astype(np.uint8)[..., None]  # (1797, 8, 8, 1)
@@ -79,6 +80,25 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 # Runs
+
+
+def test_missing_inception_weights_are_reported_before_anything_is_drawn(
+    run, tiny, monkeypatch, tmp_path, capsys
+):
+    """A recipe of the paper's names them; the line has both ways to get them."""
+    recipe = changed(tiny, evaluation=changed(tiny.evaluation, features="inception"))
+    (run / "recipe.yaml").write_text(recipe.to_yaml())
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    text = failure(capsys, run)
+    place = tmp_path / "torch" / "hub" / "checkpoints"
+    assert "features inception need weights" in text and f"put it at {place}" in text
+    assert "--weights FILE" in text and "evaluation.weights" in text
+    assert not (run / "evaluation").exists() and not (run / "evaluation.json").exists()
 
 
 def test_the_record_has_all_that_the_figures_depend_on(run, tiny):

@@ -269,7 +269,10 @@ def test_dinov2_weights_come_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "url"),
     [
-        ("inception", "https://github.com/toshas/torch-fidelity/.*6726825d.pth and name the file"),
+        (
+            "inception",
+            "https://github.com/toshas/torch-fidelity/.*6726825d.pth and put it at .*or name the",
+        ),
         (
             "dinov2",
             "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",

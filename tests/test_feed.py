@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maskdm.diffusion.schedule import make_schedule
 from maskdm.images import feed as feed_module
 from maskdm.images.feed import Feed, residence
 from maskdm.images.joined import JoinedArrays
@@ -16,7 +17,7 @@ from maskdm.images.order import ImageOrder, training_subset
 from maskdm.images.store import Store, open_store
 from maskdm.recipe import Data
 from maskdm.training import tick
-from maskdm.training.step import mirror
+from maskdm.training.step import draw_batch, mirror
 from maskdm.training.trainer import train
 
 CPU = torch.device("cpu")
@@ -182,6 +183,21 @@ def test_resident_and_mapped_images_train_the_same_model(changed, tmp_path):
         result = train(recipe, tmp_path / resident, show=False)
         weights.append(torch.cat([value.flatten() for value in result.ema.state_dict().values()]))
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("data_flip", [False, True])
+def test_each_stage_mirrors_as_it_says_or_as_the_data_do(changed, data_flip):
+    """About half of 64 images where it does, none where it doesn't; the same noise for both."""
+    images = torch.arange(8, dtype=torch.uint8).expand(64, 8, 8)[..., None].contiguous()
+    left = {}
+    for flip in (None, False, True):
+        recipe = changed(data={"source": "digits", "size": 8, "channels": 1, "flip": data_flip})
+        stage = recipe.stages[1].model_copy(update={"flip": flip})
+        batch = draw_batch(images, None, recipe, stage, make_schedule("cosine"), step=3)
+        is_mirrored = batch.x0[:, 0, 0] > batch.x0[:, 0, 1]  # the first patch's first two pixels
+        left[flip] = int(is_mirrored.sum())
+    assert left[False] == 0 and 16 < left[True] < 48
+    assert left[None] == left[data_flip]
 
 
 def test_every_pass_of_a_packed_store_is_the_folders(image_folder, tmp_path, feeds):

@@ -80,6 +80,29 @@ def test_the_rate_is_rounded_to_whole_blocks():
     assert num_visible(mask, (16, 16)) == 32
 
 
+@given(st.integers(0, 99), st.sampled_from([8, 16, 32, 64]), st.sampled_from([1, 2, 4]))
+def test_floor_hides_as_many_as_the_authors_code(percent, side, block):
+    """Their int(rate x patches) // block^2 blocks, in whole numbers."""
+    hidden = percent * side**2 // 100 // block**2
+    mask = Mask(kind="block", rate=percent / 100, block=block, rounding="floor")
+    assume(hidden > 0 or percent == 0)
+    assert side**2 - num_visible(mask, (side, side)) == hidden * block**2
+    if block == 1:
+        patches = Mask(kind="patch", rate=percent / 100, rounding="floor")
+        assert num_visible(patches, (side, side)) == num_visible(mask, (side, side))
+
+
+def test_rounding_decides_at_90_percent_of_4x4_blocks_on_the_papers_grids():
+    """14.4 of 16 blocks at 64 pixels, 57.6 of 64 at 128."""
+    for side, nearest, floor in ((16, 14, 14), (32, 58, 57)):
+        for rounding, hidden in (("nearest", nearest), ("floor", floor)):
+            mask = Mask(kind="block", rate=0.9, block=4, rounding=rounding)
+            assert side**2 - num_visible(mask, (side, side)) == 16 * hidden
+    crop = Mask(kind="crop", rate=0.55, rounding="floor")  # a side of 10.73 patches
+    assert num_visible(crop, (16, 16)) == 10**2
+    assert num_visible(Mask(kind="crop", rate=0.55), (16, 16)) == 11**2
+
+
 @pytest.mark.parametrize(
     ("mask", "grid", "message"),
     [

@@ -88,7 +88,8 @@ def test_every_sampler_reproduces_a_mixture(sampler):
 
 @pytest.mark.parametrize("schedule", ["vp-sde", "flow"])
 @pytest.mark.parametrize(
-    ("sampler", "order"), [("ddim", 1), ("dpm-solver", 2), ("unipc", 2), ("heun", 2)]
+    ("sampler", "order"),
+    [("ddim", 1), ("dpm-solver", 2), ("dpm-solver-eps", 3), ("unipc", 2), ("heun", 2)],
 )
 def test_solvers_converge_at_their_order(sampler, order, schedule):
     """To where the ODE leads from the first to the last level, and the denoiser from there."""
@@ -107,6 +108,31 @@ def test_solvers_converge_at_their_order(sampler, order, schedule):
     rates = [math.log2(errors[0] / errors[1]), math.log2(errors[1] / errors[2])]
     assert errors[-1] < (0.04 if order == 1 else 0.004)
     assert min(rates) > order - 0.35, (errors, rates)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.filterwarnings("ignore:.*dpmsolver and sde-dpmsolver:FutureWarning")
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+def test_dpm_solver_in_the_noise_goes_where_diffusers_own_goes(order):
+    """Theirs extrapolates otherwise, to the same end: it nears ours as the steps grow in number."""
+    model = trained(Normal, SIDE, schedule="linear", prediction="eps")
+    apart = []
+    for steps in (100, 200):
+        ours = solve(model, Sampling(sampler="dpm-solver-eps", steps=steps))
+        generators = [torch.Generator().manual_seed(i) for i in range(NUM)]
+        x = torch.stack([torch.randn(SIDE**2, 1, generator=g) for g in generators])
+        theirs = DPMSolverMultistepScheduler(
+            1000, 1e-4, 0.02, "linear", algorithm_type="dpmsolver", solver_order=order,
+            final_sigmas_type="sigma_min", timestep_spacing="trailing",
+        )  # fmt: skip
+        theirs.set_timesteps(steps)
+        positions = torch.arange(SIDE**2).expand(NUM, -1)
+        with torch.no_grad():
+            for step in theirs.timesteps:
+                eps = model.model(x, positions, torch.full((NUM,), step.item() / 999), None)
+                x = theirs.step(eps.float(), step, x).prev_sample
+        apart.append((x - ours).abs().max().item())
+    assert apart[1] < apart[0] / 2 and apart[1] < 0.02, apart
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,24 @@ def test_counted_flops_equal_those_that_torch_counts(changes, num_visible):
     assert model.forward_flops(num_visible) == counter.get_total_flops()
 
 
+def test_patch_init_changes_the_patch_embedding_alone_to_a_convolutions_default():
+    """As Conv2d(3, dim, 4, 4): uniform within 1 / sqrt(48), of a standard deviation of 0.083."""
+    settings = dict(image_size=16, patch_size=4, embed_dim=256, depth=3)
+    normal, uniform = small(**settings), small(**settings, patch_init="conv")
+    bound = 48**-0.5
+    embed = uniform.patch_embed
+    assert embed.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert bound * 0.99 < embed.weight.abs().max() <= bound
+    assert embed.bias.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+    assert normal.patch_embed.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert not normal.patch_embed.bias.any()
+    for name, value in uniform.state_dict().items():
+        same = torch.equal(value, normal.state_dict()[name])
+        assert same != name.startswith("patch_embed"), name
+    with pytest.raises(ValueError, match="unknown patch_init 'xavier': normal or conv"):
+        small(patch_init="xavier")
+
+
 def test_a_patch_is_known_by_its_position_not_by_its_place_in_the_sequence():
     model = small()
     patches, visible, t = inputs(model)

@@ -129,7 +129,7 @@ BACKBONES: dict[str, BackboneKind] = {
         "U-ViT",
         "the paper's",
         Later("models.uvit:UViT"),
-        ("embed_dim", "depth", "num_heads", "mlp_ratio", "final_conv"),
+        ("embed_dim", "depth", "num_heads", "mlp_ratio", "final_conv", "patch_init"),
         takes_middle=True,
         check=_check_uvit,
     ),
@@ -276,6 +276,7 @@ class SamplerKind:
         run: (denoise, noise, levels, settings, generators) -> patches; see `sampling.samplers`.
         evaluations: of the network, a step.
         takes_eta: whether the setting eta means something to it.
+        t_end: last time of spacings `log-snr` and `karras` on schedules in continuous time.
         refuse: (levels) raises ValueError where it cannot take these steps.
     """
 
@@ -283,6 +284,7 @@ class SamplerKind:
     run: Callable[..., Any]
     evaluations: int = 1
     takes_eta: bool = False
+    t_end: float = 1e-3
     refuse: Callable[[Any], None] | None = None
 
 
@@ -292,6 +294,11 @@ SAMPLERS: dict[str, SamplerKind] = {
     "ddpm": SamplerKind("ancestral, hundreds of steps", _solver("ddpm")),
     "ddim": SamplerKind("deterministic, or noisy by eta", _solver("ddim"), takes_eta=True),
     "dpm-solver": SamplerKind("DPM-Solver++ 2M, 10 to 25 steps", _solver("dpm_solver")),
+    "dpm-solver-eps": SamplerKind(
+        "DPM-Solver 3M in the noise, as first published; to t 1e-4 with spacing log-snr",
+        _solver("dpm_solver_eps"),
+        t_end=1e-4,
+    ),
     "unipc": SamplerKind("UniPC, 10 to 25 steps", _solver("unipc")),
     "heun": SamplerKind("two evaluations a step", _solver("heun"), evaluations=2),
     "euler-maruyama": SamplerKind(

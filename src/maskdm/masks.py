@@ -83,9 +83,9 @@ def mask_text(mask: Mask) -> str:
 
 
 def count_patches(mask: Mask, grid: Grid) -> Count:
-    """Single patches: the number nearest to what the rate leaves."""
+    """Single patches: the number hidden is the nearest to the rate, or the next below."""
     total = grid[0] * grid[1]
-    return total - _round(mask.rate * total), list(range(total))
+    return total - _whole(mask.rate * total, mask), list(range(total))
 
 
 def draw_patches(mask: Mask, grid: Grid, batch_size: int, generator: Generator) -> Tensor:
@@ -104,7 +104,7 @@ def count_blocks(mask: Mask, grid: Grid) -> Count:
             f"use block {', '.join(map(str, fitting))}"
         )
     num_blocks = (rows // block) * (columns // block)
-    visible = num_blocks - _round(mask.rate * num_blocks)
+    visible = num_blocks - _whole(mask.rate * num_blocks, mask)
     return visible * block**2, [n * block**2 for n in range(num_blocks)]
 
 
@@ -122,28 +122,31 @@ def draw_blocks(mask: Mask, grid: Grid, batch_size: int, generator: Generator) -
 
 
 def count_crop(mask: Mask, grid: Grid) -> Count:
-    """A square, whose side is the nearest to the root of the area that the rate leaves."""
-    side = _crop_side(mask.rate, grid)
+    """A square, whose side is the root of the area that the rate leaves, to a whole number."""
+    side = _crop_side(mask, grid)
     return side * side, [n * n for n in range(1, min(grid) + 1)]
 
 
 def draw_crop(mask: Mask, grid: Grid, batch_size: int, generator: Generator) -> Tensor:
     """A square, each place equally likely."""
     rows, columns = grid
-    side = _crop_side(mask.rate, grid)
+    side = _crop_side(mask, grid)
     device = generator.device
     top = torch.randint(rows - side + 1, (batch_size, 1), generator=generator, device=device)
     left = torch.randint(columns - side + 1, (batch_size, 1), generator=generator, device=device)
     return top * columns + left + _square(side, columns, device)  # (B, side*side), sorted
 
 
-def _round(value: float) -> int:
-    """Nearest integer, halves up (Python's round takes them to the even neighbour)."""
-    return math.floor(value + 0.5)
+def _whole(value: float, mask: Mask) -> int:
+    """The nearest integer, halves up (Python's round takes them to the even neighbour), or below.
+
+    A rate such as 0.29 is a little off in binary: of 100 patches it hides 29, not 28.
+    """
+    return math.floor(value + (0.5 if mask.rounding == "nearest" else 1e-9))
 
 
-def _crop_side(rate: float, grid: Grid) -> int:
-    side = _round(math.sqrt((1 - rate) * grid[0] * grid[1]))
+def _crop_side(mask: Mask, grid: Grid) -> int:
+    side = _whole(math.sqrt((1 - mask.rate) * grid[0] * grid[1]), mask)
     return min(max(side, 1), *grid)
 
 

@@ -50,6 +50,9 @@ class Model(Settings):
     """Chance that training hides an image's class: classifier-free guidance needs it above 0."""
     final_conv: bool = False
     """A 3x3 convolution on the output image (U-ViT has it; the paper drops it; uvit only)."""
+    patch_init: Literal["normal", "conv"] = "normal"
+    """Initial weights of the patch embedding (uvit): normal = as all others, 0.02; conv =
+    PyTorch's default, with a standard deviation of 0.083 at patch 4, as in the authors' code."""
     options: dict[str, Any] = {}
     """Parts of vit, or arguments of the class of dit and unet2d, by their names there; set in a
     file."""
@@ -63,7 +66,7 @@ class Model(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Model:
         kind = BACKBONES[self.kind]
-        for name in ("final_conv", "mlp_ratio", "options"):
+        for name in ("final_conv", "patch_init", "mlp_ratio", "options"):
             default = Model.model_fields[name].default
             if name not in kind.settings and getattr(self, name) != default:
                 takers = [one for one, row in BACKBONES.items() if name in row.settings]
@@ -133,6 +136,9 @@ class Mask(Settings):
     where: Literal["input", "middle"] = "input"
     """input = the network does not see what is hidden (the paper); middle = it sees and denoises
     all, but hidden patches pass by its blocks in the middle (uvit, vit)."""
+    rounding: Literal["nearest", "floor"] = "nearest"
+    """How the number of hidden patches or blocks, or the side of a crop, becomes whole; floor as in
+    the authors' code."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Mask:
@@ -164,6 +170,8 @@ class Stage(Settings):
     mask: Mask = Mask()
     schedule: families.ScheduleName | None = None
     """Noise schedule of this stage; None = the recipe's (Table 2 pre-trains under another)."""
+    flip: bool | None = None
+    """Whether this stage mirrors images; None = as data.flip says."""
     steps: int = Field(0, ge=0)
     """Optimizer steps; 0 = as many as its share of the budget allows."""
     share: float = Field(1.0, gt=0)
@@ -304,6 +312,9 @@ class Recipe(Settings):
     """Minutes after which a checkpoint is saved in any case."""
     keep_checkpoints: int = Field(2, gt=0)
     """Latest checkpoints kept, besides each stage's end."""
+    keep_every: Steps = 0
+    """Steps between two averages that are kept for a curve of quality (`evaluate RUN --curve`), or
+    a part of the run; each stage's end is kept, too. 0 = none."""
     preview_every: SomeSteps = 5000
     """Steps between two preview grids, or a part of the run; each stage's end always draws one."""
     num_previews: int = Field(36, ge=0)
@@ -394,6 +405,10 @@ class Recipe(Settings):
                 "autoguidance by the primer needs two stages, and there is one: name another "
                 "model with sampling.guidance.weak"
             )
+
+    def flips(self, stage: Stage) -> bool:
+        """Whether a stage mirrors images, each with probability 1/2."""
+        return self.data.flip if stage.flip is None else stage.flip
 
     def diffusion_of(self, stage: Stage) -> Diffusion:
         """The diffusion that a stage trains under: the recipe's, on the stage's schedule."""

@@ -47,14 +47,15 @@ def compare(
     several seeds are grouped.
 
     With --x: curves of the quality measured in training (RUN/quality.jsonl) against its cost, and
-    how many times less each run cost to be as good as the first.
+    how many times less each run cost to be as good as the first. With --x and --metric: curves of
+    that metric in the evaluations of averages that were kept (maskdm evaluate RUN --curve).
 
     Args:
         runs: run folders, RUN@STAGE, or files of evaluations; with --x the first is the baseline. A
             single run is compared with its control, which train --control has put beside it.
         features: only evaluations in these features.
         x: draw curves against images seen, FLOPs or time of training.
-        y: quality of the curves; default: the first of these that all runs have.
+        y: quality of the curves in training; default: the first of these that all runs have.
         target: the quality to reach; default: the last of the first run.
         out: file for the curves; default: quality-against-X.png.
         json_output: print everything as JSON instead.
@@ -67,10 +68,12 @@ def compare(
         result, text = _evaluations(runs, metric, features)
     else:
         named(x, COSTS, "cost")
-        for flag, value in (("--metric", metric), ("--features", features)):
-            if value is not None:
-                raise ValueError(f"{flag} is for the table: leave it out, or leave out --x")
-        result, text = _curves(runs, x, y, target, out or Path(f"quality-against-{x}.png"))
+        if metric is not None and y is not None:
+            raise ValueError("--y is of the training, --metric of evaluations: give one of them")
+        if features is not None and metric is None:
+            raise ValueError("--features are of evaluations: add --metric, or leave out --x")
+        out = out or Path(f"quality-against-{x}.png")
+        result, text = _curves(runs, x, y, target, out, metric, features)
     print(json.dumps(result) if json_output else text)
     if x is None and not json_output and all(map(_has_curve, runs)):
         print(f"next      maskdm compare {shlex.join(runs)} --x flops")
@@ -122,31 +125,47 @@ def _evaluations(
 
 
 def _curves(
-    runs: Sequence[str], x: str, y: str | None, target: float | None, path: Path
+    runs: Sequence[str],
+    x: str,
+    y: str | None,
+    target: float | None,
+    path: Path,
+    metric: str | None,
+    features: str | None,
 ) -> tuple[dict[str, Any], str]:
     """Compares costs and plots the curves; returns as `_evaluations` does."""
     if not runs:
         raise ValueError("name the runs, the baseline first: maskdm compare RUN RUN ... --x flops")
-    files = _by_name(runs, _quality_file)
+    metric = None if metric is None else metric.replace("-", "_")
+    if metric is not None:
+        named(metric, FIGURES, "metric")
+    files = _by_name(runs, _quality_file if metric is None else _evaluation_file)
     if path.suffix not in (".png", ".pdf", ".svg") or path.is_dir():
         raise ValueError(f"--out {path}: name a file that ends in .png, .pdf or .svg")
     refuse_unwritable(path, "--out")
 
     from maskdm.commands.compare_text import notes_text, reached_text
+    from maskdm.evaluation.curve_points import points_of, title_of
     from maskdm.evaluation.curves import choose_quality, costs_to_quality, curves_of, read_facts
+    from maskdm.evaluation.records import read_records
     from maskdm.report.plots import plot_quality
     from maskdm.runs.lines import read_lines
 
-    lines = {name: read_lines(file) for name, file in files.items()}
     facts = {name: read_facts(file.parent) for name, file in files.items()}
-    y = choose_quality(lines, y.replace("-", "_") if y else None)
-    curves, notes = curves_of(lines, facts, x, y)
+    if metric is None:
+        lines = {name: read_lines(file) for name, file in files.items()}
+        y = title = choose_quality(lines, y.replace("-", "_") if y else None)
+    else:
+        records = {name: read_records(file) for name, file in files.items()}
+        lines = points_of(records, metric, features)
+        y, title = metric, title_of(metric, lines)
+    curves, notes = curves_of(lines, facts, x, y, in_training=metric is None)
     goal, reached = costs_to_quality(curves, target)
-    plot_quality(curves, x, y, goal, path)
+    plot_quality(curves, x, y, goal, path, None if metric is None else title)
     result = {"x": x, "y": y, "target": goal, "notes": notes, "figure": str(path)}
     result["curves"] = {curve.name: curve.as_json() for curve in curves}
     result["reached"] = [dataclasses.asdict(one) for one in reached]
-    text = reached_text(reached, goal, target is not None, x, y)
+    text = reached_text(reached, goal, target is not None, x, title)
     return result, "\n".join([text, *notes_text(notes), f"-> {path}"])
 
 

@@ -66,13 +66,19 @@ def reached_text(reached: Sequence[Reached], target: float, named: bool, x: str,
     costs = ["-" if one.cost is None else COSTS[x].text(one.cost) for one in reached]
     noise = [_within(one, x) for one in reached]
     ratios = [_ratio_text(one, reached[0], x) for one in reached]
-    columns = [costs, *(_padded(one) for one in (noise, ratios) if any(one))]
+    intervals = [_ratio_interval_text(one) for one in reached]
+    columns = [costs, *(_padded(one) for one in (noise, ratios, intervals) if any(one))]
     lines = [f"{y} {figure(target)}{whose} is reached after:"]
     lines += _table([[f"  {name}" for name in names], *columns])
     if any(noise):
         lines.append(
             "(in brackets: within the 95 % interval of a single measurement; the target is exact)"
         )
+    if any(intervals):
+        lines += [
+            "[in square brackets: 95 % interval, over samples, of the baseline's cost divided by",
+            " this run's: above 1 = this run is cheaper; 0 = it may never be as good]",
+        ]
     if bound := [name for name, one in zip(names, reached, strict=True) if one.is_bound]:
         lines.append(
             f"(at their first measurement, so possibly at a lower cost: {', '.join(bound)})"
@@ -175,6 +181,13 @@ def _ratio_text(one: Reached, base: Reached, x: str) -> str:
     if one.ratio > 1:
         return f"{least}{_times(one.ratio)} {less} {unit}"
     return f"{most}{_times(1 / one.ratio)} more {unit}"
+
+
+def _ratio_interval_text(one: Reached) -> str:
+    if one.ratio_interval is None:
+        return ""
+    low, high = one.ratio_interval
+    return f"[{low:.3g} or more]" if high is None else f"[{low:.3g} to {high:.3g}]"
 
 
 def _times(ratio: float) -> str:

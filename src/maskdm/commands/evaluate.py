@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,12 +21,12 @@ from maskdm.commands.common import (
     say_how_long,
 )
 from maskdm.commands.compare import with_control
-from maskdm.commands.evaluation_text import evaluation_text
+from maskdm.commands.evaluation_text import evaluation_text, figures_text
 from maskdm.families import MetricName
 from maskdm.files import expanded, refuse_unwritable
 from maskdm.recipe import Evaluation, Sampling
 from maskdm.recipe_files import load_recipe
-from maskdm.runs.find import find_model, is_model
+from maskdm.runs.find import find_model, is_model, kept_averages
 from maskdm.settings import changed
 from maskdm.words import size_text
 
@@ -51,6 +52,7 @@ def evaluate(
     seed: int = 0,
     seeds: int = 1,
     ema: Annotated[tuple[float, ...], quiet(metavar="FLOAT ...")] = (),
+    curve: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     save_statistics: Annotated[Path | None, quiet(metavar="NPZ")] = None,
     out: OptionalFile = None,
     json_output: JsonFlag = False,
@@ -79,6 +81,9 @@ def evaluate(
         seeds: draw so many times, with seeds from --seed up; gives means, and the spread.
         ema: relative widths of other averages of the weights, each evaluated by itself: a sweep for
             runs with ema.kind power. Default: the run's own.
+        curve: evaluate the averages that RUN has kept (keep_every) instead, each once, without
+            keeping images; compare RUN RUN --x flops --metric frechet draws them. --metrics is
+            frechet unless given.
         save_statistics: write the reference's mean and covariance there (mu, sigma).
         out: write the record there instead.
         json_output: print the whole record as JSON instead of a table.
@@ -101,7 +106,7 @@ def evaluate(
         "metrics": metrics or None,
     }
     if not is_model(run):
-        if sampling != Sampling() or (seed, seeds, ema) != (0, 1, ()):
+        if sampling != Sampling() or (seed, seeds, ema, curve) != (0, 1, (), False):
             raise ValueError(f"{run} holds images, not a model: flags for sampling have no effect")
         if reference is None:
             raise ValueError(f"{run} holds images: name the real ones with --reference SOURCE")
@@ -110,6 +115,9 @@ def evaluate(
     else:
         refuse_among_images(run, path)  # a sheet is saved beside it
         how = (sampling, {**changes, "num": num}, reference, range(seed, seed + seeds))
+        if curve:
+            _refuse_with_curve(ema, save_statistics, json_output)
+            return _measure_curve(run, path, *how)
         results = [_of_model(run, width, *how) for width in ema or (None,)]
         own = find_model(run, note=lambda text: None).run
     if not is_main_process():
@@ -157,6 +165,65 @@ def _of_model(
     result = evaluate_model(strong, wanted, sampling, weak, reference, seeds, folder, True)
     result.record["samples"]["ema"] = width
     return result
+
+
+def _measure_curve(
+    run: str,
+    path: Path,
+    sampling: Sampling,
+    changes: dict[str, Any],
+    reference: str | None,
+    seeds: range,
+) -> int:
+    """Evaluates the averages that a run has kept, except those that were evaluated so before."""
+    from maskdm.evaluation.evaluate import evaluate_model
+    from maskdm.evaluation.records import add_record, is_recorded, read_records
+    from maskdm.evaluation.samples import weights_sha256
+
+    folder = expanded(run)
+    kept = kept_averages(folder) if folder.is_dir() else []
+    if not kept:
+        raise ValueError(
+            f"{run} has kept no averages for a curve: train with --keep-every 10000, say, which a "
+            "run that goes on takes, too"
+        )
+    changes = {**changes, "metrics": changes["metrics"] or ("frechet",)}
+    records = read_records(path)  # as all ranks see them, before the first one writes
+    for place in kept:
+        strong, weak = load(str(place), sampling)
+        recipe = strong.location.recipe
+        wanted = changed(recipe.evaluation, **changes)
+        sha256, source = weights_sha256(strong.trained.model), reference or recipe.data.source
+        if is_recorded(records, sha256, sampling, wanted, seeds, source):
+            _say_point(place, "evaluated before")
+            continue
+        say_how_long(strong, sampling, wanted.num * len(seeds), weak, is_kept=True)
+        # A folder for each: the first rank removes it while others may draw for the next.
+        drawn = folder / "evaluation" / "curve" / place.name
+        result = evaluate_model(strong, wanted, sampling, weak, reference, seeds, drawn, True)
+        result.record["samples"]["ema"] = None
+        if is_main_process():
+            add_record(path, result.record)
+            shutil.rmtree(drawn, ignore_errors=True)
+            _say_point(place, figures_text(result.record))
+    if is_main_process():
+        shutil.rmtree(folder / "evaluation" / "curve", ignore_errors=True)
+        print(f"written to {path}")
+        first = changes["metrics"][0].replace("_", "-")
+        print(f"next    maskdm compare {run} OTHER --x flops --metric {first}")
+    return DONE
+
+
+def _say_point(place: Path, text: str) -> None:
+    if is_main_process():
+        print(f"step {int(place.name.removeprefix('step-')):>9,}  {text}", flush=True)
+
+
+def _refuse_with_curve(ema: tuple[float, ...], statistics: Path | None, json_output: bool) -> None:
+    """Raises ValueError for flags that mean nothing beside --curve."""
+    flags = {"--ema": bool(ema), "--save-statistics": statistics is not None, "--json": json_output}
+    if useless := [flag for flag, is_given in flags.items() if is_given]:
+        raise ValueError(f"{useless[0]} has no effect with --curve: leave it out")
 
 
 def _refuse_places(out: Path | None, statistics: Path | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from maskdm.commands.common import sampling_text
 from maskdm.families import METRICS
 from maskdm.recipe import Sampling
-from maskdm.words import counted, figure, wrapped
+from maskdm.words import counted, figure, with_error, wrapped
 
 
 def evaluation_text(record: dict[str, Any]) -> str:
@@ -42,6 +42,18 @@ def evaluation_text(record: dict[str, Any]) -> str:
         *(("note", note) for note in notes),
     ]
     return "\n".join([*lines, *(line for t, text in parts for line in wrapped(text, f"{t:10}"))])
+
+
+def figures_text(record: dict[str, Any]) -> str:
+    """The metrics of a record in a line, each with half of its 95 % interval where known."""
+    from maskdm.evaluation.measure import NORMAL_95
+
+    features = record["features"]["name"]
+    return ", ".join(
+        f"{METRICS[name].title_in(features, short=True)} "
+        + with_error(one["value"], one["error"] and NORMAL_95 * one["error"])
+        for name, one in record["metrics"].items()
+    )
 
 
 def _samples(record: dict[str, Any]) -> str:

@@ -31,10 +31,10 @@ def comparable(
 
     Raises ValueError where there are none; it says what differs, or that a run has no records.
     """
-    named = {run: _in_features(run, rs, features) for run, rs in records_of_runs.items()}
+    named = {run: in_features(run, rs, features) for run, rs in records_of_runs.items()}
     sets = []
-    for equal in _shared(named, _properties):
-        alike = _shared(equal, how_drawn) or [equal]
+    for equal in shared(named, properties_of):
+        alike = shared(equal, how_drawn) or [equal]
         sets.append(max(({run: rs[-1] for run, rs in one.items()} for one in alike), key=_dates))
     if not sets:
         raise ValueError(_refusal({run: rs[-1] for run, rs in named.items()}))
@@ -107,7 +107,7 @@ def differing_in(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [f"{name} {text}" for name, text in texts.items() if text]
 
 
-def _in_features(run: str, records: Sequence[Record], features: str | None) -> list[Record]:
+def in_features(run: str, records: Sequence[Record], features: str | None) -> list[Record]:
     """A run's records in features of that name. Raises ValueError if there are none."""
     named = [record for record in records if features in (None, record["features"]["name"])]
     if named:
@@ -121,7 +121,7 @@ def _in_features(run: str, records: Sequence[Record], features: str | None) -> l
     )
 
 
-def _shared(
+def shared(
     records_of_runs: RecordsOfRuns, key: Callable[[Record], Any]
 ) -> list[dict[str, list[Record]]]:
     """The records for each key that all runs have."""
@@ -133,7 +133,7 @@ def _shared(
     return [one for _, one in sorted(keyed.items()) if len(one) == len(records_of_runs)]
 
 
-def _properties(record: Record) -> list[Any]:
+def properties_of(record: Record) -> list[Any]:
     """What must be equal for the figures of two records to be comparable."""
     reference = record["reference"]
     images = reference.get("sha256")  # the prepared pixels': it depends on crop and shape
@@ -157,7 +157,7 @@ def _refusal(newest: Mapping[str, Record]) -> str:
             "crop": one.get("crop"),
             "fingerprint": one.get("sha256") or one.get("fingerprint"),
         }
-    images = [_properties(record)[2] for record in newest.values()]
+    images = [properties_of(record)[2] for record in newest.values()]
     parts = {"features": differing(features), "number of samples": differing(nums)}
     if any(one != images[0] for one in images):
         parts["reference"] = ", ".join(differing_in(references))

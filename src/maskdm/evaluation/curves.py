@@ -19,6 +19,8 @@ from maskdm.runs.folder import images_sha256, read_starts
 from maskdm.runs.lines import Line
 from maskdm.words import COSTS, listed, suggestion
 
+NUM_DRAWS = 1000  # of both curves, for the interval of a ratio
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -63,6 +65,9 @@ class Reached:
     # The costs at which the quality was reached within a measurement's noise, and beyond it;
     # None = unknown, the second None = never.
     within: tuple[float, float | None] | None
+    # 95 % interval of the ratio over samples; None = unknown. A first 0: perhaps this one never
+    # reaches the quality. A second None: perhaps the baseline never does.
+    ratio_interval: tuple[float, float | None] | None = None
 
 
 def read_facts(run: Path) -> Facts:
@@ -92,7 +97,11 @@ def choose_quality(lines: Mapping[str, Sequence[Line]], wanted: str | None) -> s
 
 
 def curves_of(
-    lines: Mapping[str, Sequence[Line]], facts: Mapping[str, Facts], x: str, y: str
+    lines: Mapping[str, Sequence[Line]],
+    facts: Mapping[str, Facts],
+    x: str,
+    y: str,
+    in_training: bool = True,
 ) -> tuple[list[Curve], list[str]]:
     """The curves of runs with comparable qualities, and notes about what a reader should know.
 
@@ -100,7 +109,8 @@ def curves_of(
         lines: name of a run -> lines of its quality.jsonl; lines without y are skipped.
         facts: name of a run -> what is known of its training.
         x: a key of `COSTS`.
-        y: one of `families.qualities`, measured in every run.
+        y: one of `families.qualities`, measured in every run; or any metric of evaluations.
+        in_training: whether y was measured in training, else by evaluations (`points_of`).
 
     Raises ValueError for qualities that are not comparable; it says what differs.
     """
@@ -125,7 +135,7 @@ def curves_of(
     groups, alone = retrainings(trainings, "another seed alone changes the cost, too")
     group_of = {run: name for name, runs in groups.items() for run in runs}
     curves = [_curve(run, kept[run], x, y, group_of[run]) for run in kept]
-    return curves, notes + alone + _notes(facts, x, y)
+    return curves, notes + alone + _notes(facts, x, y, in_training)
 
 
 def costs_to_quality(curves: Sequence[Curve], target: float | None) -> tuple[float, list[Reached]]:
@@ -152,8 +162,37 @@ def costs_to_quality(curves: Sequence[Curve], target: float | None) -> tuple[flo
             assert early is not None  # the stricter target was reached
             within = early, first_reaching(curve.cost, quality, sign * goal - half)
         is_bound = bool(quality[0] <= sign * goal)
-        reached.append(Reached(curve.name, cost, is_bound, ratio, within))
+        interval = None if curve is curves[0] else _ratio_interval(curves[0], curve, target)
+        reached.append(Reached(curve.name, cost, is_bound, ratio, within, interval))
     return goal, reached
+
+
+def _ratio_interval(
+    base: Curve, curve: Curve, target: float | None
+) -> tuple[float, float | None] | None:
+    """The 95 % interval of the ratio of costs to equal quality, over samples.
+
+    Both curves are drawn anew with independent normal errors of their points; a target that is the
+    baseline's last value moves with it. None where errors are unknown, or too few draws have a
+    ratio.
+    """
+    if base.error is None or curve.error is None:
+        return None
+    sign = -1 if curve.higher_is_better else 1
+    rng, ratios = np.random.default_rng(0), []
+    for _ in range(NUM_DRAWS):
+        first = sign * rng.normal(base.quality, base.error)
+        other = sign * rng.normal(curve.quality, curve.error)
+        goal = first[-1] if target is None else sign * target
+        costs = first_reaching(base.cost, first, goal), first_reaching(curve.cost, other, goal)
+        if costs[1] is None:
+            ratios += [] if costs[0] is None else [0.0]
+        else:
+            ratios.append(math.inf if costs[0] is None else costs[0] / costs[1])
+    if len(ratios) < NUM_DRAWS / 2:
+        return None
+    low, high = np.quantile(ratios, [0.025, 0.975], method="inverted_cdf").tolist()
+    return (low, high if math.isfinite(high) else None) if math.isfinite(low) else None
 
 
 def first_reaching(cost: np.ndarray, quality: np.ndarray, target: float) -> float | None:
@@ -223,7 +262,7 @@ def _properties(run: str, lines: Sequence[Line], facts: Facts, y: str) -> dict[s
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _notes(facts: Mapping[str, Facts], x: str, y: str) -> list[str]:
+def _notes(facts: Mapping[str, Facts], x: str, y: str, in_training: bool) -> list[str]:
     notes = []
     if unknown := [run for run, one in facts.items() if one.images_sha256 is None]:
         notes.append(f"the training images of {listed(unknown)} are unknown")
@@ -232,7 +271,7 @@ def _notes(facts: Mapping[str, Facts], x: str, y: str) -> list[str]:
         if recipe["init"] is not None:
             notes.append(f"{run} began from {recipe['init']}, whose cost is not counted")
     steps = differing({run: recipe["preview_steps"] for run, recipe in recipes.items()})
-    if steps and not _is_loss(y):
+    if steps and in_training and not _is_loss(y):
         notes.append(f"sampling differs: preview_steps {steps}")
     devices = {run: ", ".join(one.devices) for run, one in facts.items() if one.devices}
     if x == "time" and (names := differing(devices)):

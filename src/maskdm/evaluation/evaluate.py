@@ -243,7 +243,8 @@ def _real_images(
         if is_unchanged:
             num = len(real.store)
             rows = training_subset(num, data), held_out_subset(num, data)
-            return real, TrainedOn(*rows, data.flip)
+            recipe = location.recipe
+            return real, TrainedOn(*rows, any(recipe.flips(stage) for stage in recipe.stages))
         if name is None:
             raise ValueError(
                 f"the images of {real.name} are not those that the run in {run} was trained on "

@@ -53,7 +53,8 @@ def load_named(name: str, weights: Path | None, device: torch.device) -> tuple[N
         except (OSError, RuntimeError) as error:  # no network; a wrong hash
             raise ValueError(
                 f"features {name} need weights that could not be downloaded ({one_line(error, 90)})"
-                f": get {url} and name the file with --weights FILE, or put it at {path}"
+                f": get {url} and put it at {path}, or name the file with --weights FILE (in a "
+                "recipe evaluation.weights)"
             ) from None
     try:
         with warnings.catch_warnings():

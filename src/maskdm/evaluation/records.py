@@ -23,10 +23,12 @@ samples, features and reference. A record contains:
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from maskdm.files import expanded, write_text
+from maskdm.recipe import Evaluation, Sampling
 from maskdm.recipe_files import migrated
 
 Record = dict[str, Any]
@@ -60,6 +62,34 @@ def add_record(path: Path, record: Record) -> None:
     """Appends a record, in place of one with equal samples, features and reference."""
     kept = [other for other in read_records(path) if _subject(other) != _subject(record)]
     write_text(path, json.dumps([*kept, record], indent=1) + "\n")
+
+
+def is_recorded(
+    records: Sequence[Record],
+    weights_sha256: str,
+    sampling: Sampling,
+    settings: Evaluation,
+    seeds: Sequence[int],
+    source: str,
+) -> bool:
+    """Whether a model was evaluated so before: there is a record of it with all wanted metrics.
+
+    Args:
+        records: those that there are.
+        weights_sha256: of the model.
+        sampling, settings, seeds: how it is to be evaluated.
+        source: the name of the real images.
+    """
+    how = sampling.model_dump(mode="json", exclude=set(Sampling.HOW_FAST))
+    wanted = {"weights_sha256": weights_sha256, "sampling": how, "num": settings.num}
+    wanted["seeds"] = [*seeds]
+    return any(
+        all(record["samples"].get(name) == value for name, value in wanted.items())
+        and record["features"]["name"] == settings.features
+        and record["reference"]["source"] == source
+        and all(record["metrics"].get(name) or record.get(name) for name in settings.metrics)
+        for record in records
+    )
 
 
 def _is_record(value: Any) -> bool:

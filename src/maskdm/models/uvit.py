@@ -39,6 +39,8 @@ class UViT(Backbone, ModelMixin):
             class", label num_classes; hiding it is the training's work, not done here.
         final_conv: 3x3 convolution over the predicted image (hidden patches count as zeros).
         class_names: name of each class, in the order of their numbers; None = unknown.
+        patch_init: initial weights of the patch embedding, `normal` as all others, or `conv`,
+            PyTorch's default for a convolution of that patch, as in U-ViT.
 
     The paper's MaskDM-S: UViT(image_size=64) with the defaults, 44.29 M parameters.
     MaskDM-B: image_size=256, embed_dim=768, num_heads=12, 102.42 M parameters.
@@ -62,6 +64,7 @@ class UViT(Backbone, ModelMixin):
         label_dropout: float = 0.1,
         final_conv: bool = False,
         class_names: list[str] | None = None,
+        patch_init: str = "normal",
     ):
         super().__init__()
         self.set_grid(image_size, patch_size, channels, num_classes, class_names)
@@ -69,6 +72,8 @@ class UViT(Backbone, ModelMixin):
             raise ValueError(f"depth {depth} is even: use {depth - 1} or {depth + 1}")
         if embed_dim % (2 * num_heads):
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of 2 x {num_heads} heads")
+        if patch_init not in ("normal", "conv"):
+            raise ValueError(f"unknown patch_init {patch_init!r}: normal or conv")
         self.num_extras = 2 if num_classes else 1  # tokens before the patches
         self.gradient_checkpointing = False
 
@@ -85,13 +90,17 @@ class UViT(Backbone, ModelMixin):
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, patch_values)
         self.output_conv = nn.Conv2d(channels, channels, 3, padding=1) if final_conv else None
+        uniform = {name: value.clone() for name, value in self.patch_embed.state_dict().items()}
         self._init_weights()
+        if patch_init == "conv":
+            self.patch_embed.load_state_dict(uniform)
 
     def _init_weights(self) -> None:
         """Normal(0, 0.02), cut at 2, for matrices and positions; zero biases.
 
         As in U-ViT, except for the patch embedding: there it is a Conv2d that keeps PyTorch's
-        default, uniform with a standard deviation of 0.083 for patches of 4x4x3 values.
+        default, which for P values a patch is that of a Linear: weights and biases uniform within
+        1 / sqrt(P), a standard deviation of 0.083 for patches of 4x4x3 values.
         """
         nn.init.trunc_normal_(self.pos_embed, std=0.02, a=-2, b=2)
         for module in self.modules():

@@ -60,14 +60,23 @@ def loss_figure(run_dir: Path) -> Figure:
     return figure
 
 
-def plot_quality(curves: Sequence[Curve], x: str, y: str, target: float | None, path: Path) -> Path:
+def plot_quality(
+    curves: Sequence[Curve],
+    x: str,
+    y: str,
+    target: float | None,
+    path: Path,
+    title: str | None = None,
+) -> Path:
     """Saves `quality_figure` to a file, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    quality_figure(curves, x, y, target).savefig(path, dpi=120)
+    quality_figure(curves, x, y, target, title).savefig(path, dpi=120)
     return path
 
 
-def quality_figure(curves: Sequence[Curve], x: str, y: str, target: float | None) -> Figure:
+def quality_figure(
+    curves: Sequence[Curve], x: str, y: str, target: float | None, title: str | None = None
+) -> Figure:
     """Plots quality over cost: a line for each run, its 95 % band, a dot at each stage's end.
 
     Retrainings of one recipe share a colour. Where they were measured at the same steps, they are
@@ -78,6 +87,7 @@ def quality_figure(curves: Sequence[Curve], x: str, y: str, target: float | None
         x: a key of `COSTS`; the unit of time is seconds, minutes or hours.
         y: a key of `METRICS`; its axis is logarithmic if lower is better and all are above 0.
         target: the value of a dotted line; None = no line.
+        title: of the quality; None = the metric's own.
     """
     figure, axes = _empty()
     longest = max(float(curve.cost[-1]) for curve in curves)
@@ -102,7 +112,8 @@ def quality_figure(curves: Sequence[Curve], x: str, y: str, target: float | None
         axes.axhline(target, color="0.4", linestyle=":", linewidth=1.2, label=label)
     _cost_axis(axes, x, unit_name)
     direction = "higher is better" if METRICS[y].higher_is_better else ""
-    axes.set_ylabel("\n".join(filter(None, (METRICS[y].title, METRICS[y].unit, direction))))
+    parts = (title or METRICS[y].title, METRICS[y].unit, direction)
+    axes.set_ylabel("\n".join(filter(None, parts)))
     axes.legend(frameon=False)
     return figure
 

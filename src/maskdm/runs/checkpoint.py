@@ -4,6 +4,7 @@
                                       progress.json  (counters; sizes and CRC-32 of the files;
                                       written last)
     RUN/checkpoints/latest            one line: the name of the newest checkpoint
+    RUN/kept/step-00012000/           ema.safetensors and progress.json alone (`keep_every`)
 
 Random numbers need no saving: order, masks, times and noise of a step depend only on the seed,
 the rank and the step. Nothing is unpickled.
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from maskdm.files import whole_folder, write_text
-from maskdm.runs.find import best_line, crc32_of, incompleteness
+from maskdm.runs.find import KEPT, best_line, crc32_of, incompleteness
 from maskdm.words import one_line
 
 NARROW = "ema-narrow.safetensors"
@@ -84,15 +85,30 @@ def save_checkpoint(
     files = dict(zip(FILES, tensors, strict=True))
     if narrow is not None:
         files[NARROW] = narrow.state_dict()
+    _write(path, files, {**asdict(progress), "is_stage_end": is_stage_end})
+    write_text(folder / "latest", path.name + "\n")
+    return path
+
+
+def keep_average(run_dir: Path, progress: Progress, ema: nn.Module) -> Path:
+    """Writes an average alone, RUN/kept/step-..., whole or not at all.
+
+    Raises OSError where the disk refuses.
+    """
+    path = run_dir / KEPT / f"step-{progress.step:08d}"
+    _write(path, {"ema.safetensors": ema.state_dict()}, {**asdict(progress), "tick": []})
+    return path
+
+
+def _write(path: Path, files: dict[str, dict[str, Tensor]], counters: dict[str, Any]) -> None:
+    """Writes files of tensors, and last the counters with the files' sizes and checksums."""
     with whole_folder(path) as writing:
         for file, content in files.items():
             save_file({name: value.contiguous() for name, value in content.items()}, writing / file)
         sizes = {file: (writing / file).stat().st_size for file in files}
         sums = {file: crc32_of(writing / file) for file in files}
-        content = {**asdict(progress), "is_stage_end": is_stage_end, "files": sizes, "crc32": sums}
-        write_text(writing / "progress.json", json.dumps(content))
-    write_text(folder / "latest", path.name + "\n")
-    return path
+        text = json.dumps({**counters, "files": sizes, "crc32": sums})
+        write_text(writing / "progress.json", text)
 
 
 def load_checkpoint(

@@ -26,6 +26,7 @@ from maskdm.words import one_line
 
 PARTS = ["model_index.json", "denoiser/*", "scheduler/*"]  # of an exported model
 BEST = "best"
+KEPT = "kept"  # RUN/kept/step-...: averages alone, for curves of quality
 CONTROL = "control.json"  # in the folder of a control: whose it is
 CHUNK = 2**24  # bytes read at a time
 Note = Callable[[str], None]
@@ -192,6 +193,18 @@ def find_checkpoint(folder: Path, note: Note = lambda text: None) -> Path | None
     return None
 
 
+def kept_averages(run: Path) -> list[Path]:
+    """The whole folders of RUN/kept, by their steps, none beyond the newest checkpoint.
+
+    Averages beyond it are of steps that a continued run takes anew.
+    """
+    newest = find_checkpoint(run / "checkpoints")
+    paths = sorted((run / KEPT).glob("step-*"))
+    return [
+        path for path in paths if not damage(path) and (newest is None or path.name <= newest.name)
+    ]
+
+
 def incompleteness(path: Path) -> str:
     """What a checkpoint folder lacks, by the sizes of its files; empty if nothing."""
     counters = _counters(path)
@@ -284,11 +297,11 @@ def grouped_index(index: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_around(folder: Path) -> Path | None:
-    """The run's folder around RUN/model or RUN/checkpoints/step-...; None for any other folder."""
+    """The run's folder around RUN/model, RUN/checkpoints/step-... or RUN/kept/step-...; or None."""
     place = folder.resolve()
     if place.name == "model":
         around = place.parent
-    elif place.parent.name == "checkpoints":
+    elif place.parent.name in ("checkpoints", KEPT):
         around = place.parent.parent
     else:
         return None

@@ -58,7 +58,8 @@ def load_model(
     other = weights == "raw" or width is not None
     if other and location.is_exported and location.run is not None:
         location = _newest_checkpoint(location, note)
-    if weights == "raw" and location.is_exported:
+    has_raw = not location.is_exported and (location.folder / "model.safetensors").is_file()
+    if weights == "raw" and not has_raw:
         raise ValueError(f"{location.folder} has averaged weights only: use init_weights ema")
     if width is not None and location.is_exported:
         raise ValueError(f"{location.folder} has one average only: name its run's folder")

@@ -33,16 +33,14 @@ from maskdm.recipe import Sampling
 Denoise = Callable[[Tensor, float], Tensor]
 """The clean image x0 (B, N, P) for x_t (B, N, P), alpha^2 + sigma^2 = 1, and its log-SNR."""
 
-T_END = 1e-3  # last time of log-snr and karras spacing, and of Euler-Maruyama in 1,000 steps
-
 
 def sampling_levels(schedule: Schedule, settings: Sampling) -> Tensor:
     """Log-SNR of the levels at which the network is evaluated, rising: float64 (steps,).
 
     From t = 1 on. After the last one comes the clean image itself, as the denoiser sees it there.
     `uniform` times are 1, 1 - 1/steps, ..., 1/steps (for a discrete schedule the table's entries
-    that diffusers calls trailing). `log-snr` and `karras` go to t = 0.001, or to the table's
-    first entry; Karras et al. 2022, Eq. 5 with rho = 7.
+    that diffusers calls trailing). `log-snr` and `karras` go to t = 0.001 (dpm-solver-eps to
+    0.0001), or to the table's first entry; Karras et al. 2022, Eq. 5 with rho = 7.
 
     Raises ValueError where a discrete schedule has fewer times than there are steps.
     """
@@ -54,7 +52,8 @@ def sampling_levels(schedule: Schedule, settings: Sampling) -> Tensor:
         if schedule.num_times:
             t = ((t * schedule.num_times).round() - 1) / (schedule.num_times - 1)
         return schedule.log_snr(t)
-    ends = torch.tensor([1.0, 0.0 if schedule.num_times else T_END], dtype=torch.float64)
+    t_end = 0.0 if schedule.num_times else SAMPLERS[settings.sampler].t_end
+    ends = torch.tensor([1.0, t_end], dtype=torch.float64)
     first, last = schedule.log_snr(ends).tolist()
     way = torch.linspace(0, 1, num, dtype=torch.float64)
     if settings.spacing == "log-snr":
@@ -96,6 +95,42 @@ def dpm_solver(
 ) -> Tensor:
     """DPM-Solver++ (2M): second order, one evaluation a step (Lu et al. 2022b, Algorithm 2)."""
     return _follow(on_levels(DPMSolverMultistepScheduler, levels), denoise, noise, levels)
+
+
+def dpm_solver_eps(
+    denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
+) -> Tensor:
+    """DPM-Solver in the noise, multistep of third order (Lu et al. 2022, Eq. 3.7 with k = 3).
+
+    With lambda = ln(alpha / sigma) and h its step, exactly
+
+        x_t = alpha_t / alpha_s x_s - alpha_t int exp(-lambda) eps(lambda) d lambda.
+
+    eps is taken as the parabola through the last three answers (through fewer at first), whose
+    integrals are in closed form. It keeps as many steps as answers: singlestep DPM-Solver-3, as
+    the paper's lineage runs it, spends three on each step. The last step gives the denoiser's
+    answer, where theirs ends with the noise that is left at t = 0.0001 (0.4 grey levels of 255).
+    """
+    halves = (levels / 2).tolist()  # lambda
+    answers: list[Tensor] = []  # the noise at the last three levels, the newest first
+    x = noise
+    for i, h in enumerate((levels / 2).diff().tolist()):
+        alpha, sigma = math.sqrt(_sigmoid(2 * halves[i])), math.sqrt(_sigmoid(-2 * halves[i]))
+        answers = [(x - alpha * denoise(x, levels[i].item())) / sigma, *answers[:2]]
+        ahead = math.sqrt(_sigmoid(2 * halves[i + 1])), math.sqrt(_sigmoid(-2 * halves[i + 1]))
+        x = ahead[0] / alpha * x
+        # Newton's divided differences of eps, each with the integral of its polynomial.
+        grown = math.expm1(h)
+        x = x - ahead[1] * grown * answers[0]
+        if i >= 1:
+            before = halves[i] - halves[i - 1]
+            first = (answers[0] - answers[1]) / before
+            x = x - ahead[1] * (grown - h) * first
+        if i >= 2:
+            earlier = halves[i - 1] - halves[i - 2]
+            second = (first - (answers[1] - answers[2]) / earlier) / (before + earlier)
+            x = x - ahead[1] * (2 * (grown - h) - h**2 + before * (grown - h)) * second
+    return denoise(x, levels[-1].item())
 
 
 def unipc(

@@ -19,7 +19,7 @@ FEWEST_SAMPLES, MOST_SAMPLES = 100, 1000  # for a measurement that says somethin
 MOST_BESIDES = 0.5  # part of a budget that may go to what is not its stages' training
 FEWEST_STEPS = 10  # of a stage
 MANY_IMAGES = 100_000  # stand for an unknown number: more than a measurement takes
-INTERVALS = ("log_every", "checkpoint_every", "preview_every", "evaluate_every")
+INTERVALS = ("log_every", "checkpoint_every", "keep_every", "preview_every", "evaluate_every")
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from maskdm.families import AVERAGES
 from maskdm.models.power_average import gamma_of_width
-from maskdm.recipe import Average, Stage
+from maskdm.recipe import Average, Recipe, Stage
 from maskdm.runs.averages import is_snapshot_due, save_snapshot
-from maskdm.runs.checkpoint import Progress
+from maskdm.runs.checkpoint import Progress, keep_average
 from maskdm.settings import changed
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -76,8 +76,11 @@ class Averages(Generic[ModelT]):
         if self.narrow is not None:
             update_average(self.narrow, model, decay_of(narrower(stage.ema), stage_step + 1))
 
-    def keep(self, run_dir: Path, stage: Stage, progress: Progress) -> None:
-        """Writes a snapshot where one is due: see `runs.averages`."""
+    def keep(self, run_dir: Path, recipe: Recipe, stage: Stage, progress: Progress) -> None:
+        """Writes what is due: a snapshot (see `runs.averages`), the average for a curve."""
+        every, is_end = recipe.every(recipe.keep_every), progress.stage_step == stage.steps
+        if every and (is_end or progress.step % every == 0):
+            keep_average(run_dir, progress, self.main)
         if is_snapshot_due(stage, progress.stage_step):
             where = (run_dir, stage, progress.step, progress.stage_step)
             save_snapshot(*where, self.by_width(stage))

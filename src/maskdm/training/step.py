@@ -69,14 +69,14 @@ def draw_batch(
         images: this rank's, uint8 (B, H, W, C) on the device to use.
         labels: their classes, int64 (B,), or None.
         recipe: seed, mirroring, time sampling, label dropout.
-        stage: the mask.
+        stage: the mask, and its own mirroring.
         schedule: the stage's.
         step: number of the step in the run.
         rank, num_ranks: which share of the batch the images are.
     """
     num, device = len(images), images.device
     own = step_generator(recipe.seed, rank, step, device)
-    if recipe.data.flip:
+    if recipe.flips(stage):
         images = mirror(images, torch.rand(num, generator=own, device=device) < 0.5)
     patch_size = recipe.model.patch_size
     grid = grid_shape(images.shape[1], images.shape[2], patch_size)

@@ -235,10 +235,10 @@ def train(
                 if showing:
                     monitor.advance(progress, stage, tick.recent_loss)
 
-                # Keep averages, of which others are made after training.
+                # Keep averages, to be measured after training, or to make others of.
                 if accelerator.is_main_process:
                     with tick.paused():
-                        averages.keep(run_dir, stage, progress)
+                        averages.keep(run_dir, recipe, stage, progress)
 
                 # Save, and leave on request; else measure and draw what is due.
                 with tick.paused():
