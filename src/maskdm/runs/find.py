@@ -26,6 +26,7 @@ from maskdm.words import one_line
 PARTS = ["model_index.json", "denoiser/*", "scheduler/*"]  # of an exported model
 BEST = "best"
 CONTROL = "control.json"  # in the folder of a control: whose it is
+REPORT = "report.html"  # in a run's folder
 CHUNK = 2**24  # bytes read at a time
 Note = Callable[[str], None]
 

@@ -132,6 +132,7 @@ def train(
             monitor.say(text)
         if accelerator.is_main_process:
             link_control(run_dir, options)
+        checkups.begin(model, monitor)
 
         # Give the model its device and its average, and take up the newest whole checkpoint.
         model = model.to(accelerator.device)
