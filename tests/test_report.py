@@ -112,7 +112,7 @@ def test_training_and_evaluating_leave_a_report_with_the_figures_of_the_files(ru
         assert line["value"] == [figure(loss) for loss in losses]
         images = [line["images"] for line in lines if line["stage"] == name]
         np.testing.assert_allclose(line["x"], 100 * np.array(images) / 88, atol=0.01)
-        title = "hide: 2x2 blocks" if name == "hide" else "show: whole images"
+        title = "hide: 50 % hidden, 2x2 blocks" if name == "hide" else "show: whole images"
         assert report.row(title)[:2] == [f"{num} of {num}", f"{8 * num} of {8 * num}"]
     assert (
         report.row("in all")[2]
@@ -186,7 +186,7 @@ def test_runs_without_measurements_and_unfinished_ones_are_reported(tiny, tmp_pa
     assert main(["report", str(folder), "--out", str(tmp_path / "half.html")]) == 0
     half = read(tmp_path / "half.html")
     assert "unfinished: step 4 of 11" in half.text and "Samples beside" not in half.text
-    assert half.row("hide: 2x2 blocks")[:2] == ["4 of 6", "32 of 48"]
+    assert half.row("hide: 50 % hidden, 2x2 blocks")[:2] == ["4 of 6", "32 of 48"]
     assert half.row("in all")[2] == flops_text(lines[-1]["flops"])  # nothing was planned
     (folder / "metrics.jsonl").unlink()
     assert main(["report", str(folder)]) == 0

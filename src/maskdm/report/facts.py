@@ -213,7 +213,7 @@ def stage_rows(run: Run) -> list[dict[str, str]]:
         sums = {key: sums[key] + spent[key] for key in sums}
         plan = planned.get(stage.name, {"images": stage.steps * stage.batch_size})
         plan = {**plan, "steps": stage.steps}
-        name = f"{stage.name}: {mask_text(stage.mask) if stage.mask.rate else 'whole images'}"
+        name = f"{stage.name}: {_hidden_text(stage, planned.get(stage.name))}"
         rows.append(_row(name, plan, spent))
     whole = {key: (run.plan or {}).get(key) for key in ("flops", "seconds")}
     whole |= {"steps": run.recipe.num_steps}
@@ -369,6 +369,14 @@ def _spent_in(run: Run, stage: Stage) -> dict[str, float]:
             before = {key: float(line[key]) for key in keys}
     spent = {key: float(now[key]) - before[key] if now else 0.0 for key in keys}
     return {"steps": spent.pop("step"), **spent}
+
+
+def _hidden_text(stage: Stage, plan: dict[str, Any] | None) -> str:
+    """What a stage hides: `50 % hidden, patches`, as it was rounded where that is known."""
+    if not stage.mask.rate:
+        return "whole images"
+    hidden = stage.mask.rate if plan is None else plan["hidden"]
+    return f"{100 * hidden:.3g} % hidden, {mask_text(stage.mask)}"
 
 
 def _row(name: str, plan: dict[str, Any], spent: dict[str, float]) -> dict[str, str]:

@@ -187,7 +187,9 @@ class Checkups:
             file = self._preview_file(progress.step)
             file.parent.mkdir(parents=True, exist_ok=True)
             parts = [part.replace("+-", "±") for part in quality_parts(line)]
-            preview_sheet(images, title, parts).save(file)
+            sheet = preview_sheet(images, title, parts)
+            sheet.save(file)
+            monitor.log_preview(sheet, progress.step)
 
     def _draw_neighbours(self, samples: np.ndarray) -> None:
         """Draws samples of the finished model beside the training images most like them."""

@@ -154,7 +154,7 @@ def train(
         monitor.say(f"feed    {feed.how}")
         stop, timer = stack.enter_context(StopRequest()), SaveTimer(recipe.checkpoint_minutes)
         log_every, checkpoint_every = map(recipe.every, (recipe.log_every, recipe.checkpoint_every))
-        monitor.start(progress)
+        monitor.start(progress, recipe)
         if checkpoint is not None:  # a kill may have come between saving and looking
             checkups.catch_up(progress, average, monitor)
 
@@ -229,7 +229,8 @@ def train(
                 if is_tick:
                     line = {"step": progress.step, "stage": stage.name, **tick.line()}
                     line |= {"lr": learning_rate(stage, progress.stage_step - 1)}
-                    monitor.log({**line, "hidden": work.hidden})
+                    with tick.paused():
+                        monitor.log({**line, "hidden": work.hidden})
                     if note := feed.note_waiting(line["data_wait"]):
                         monitor.say(f"  {note}")
 
