@@ -18,6 +18,7 @@ from maskdm.cli import main
 from maskdm.diffusion.schedule import make_schedule
 from maskdm.evaluation import features, quick
 from maskdm.evaluation.dense_loss import dense_loss
+from maskdm.evaluation.overfitting import rise_of_loss
 from maskdm.evaluation.quick import QuickLook
 from maskdm.images.order import held_out_subset, training_subset
 from maskdm.images.store import open_store
@@ -30,7 +31,7 @@ from maskdm.runs.find import find_model
 from maskdm.runs.lines import read_lines
 from maskdm.runs.load import load_model
 from maskdm.training import trainer
-from maskdm.training.checkups import Checkups, quality_parts, rise_of_loss
+from maskdm.training.checkups import Checkups, quality_parts
 from maskdm.training.step import draw_batch
 from maskdm.training.trainer import train
 

@@ -21,6 +21,7 @@ from maskdm.commands.inpaint import inpaint
 from maskdm.commands.pack import pack
 from maskdm.commands.plan import plan
 from maskdm.commands.recipes import recipes
+from maskdm.commands.report import report
 from maskdm.commands.sample import sample
 from maskdm.commands.short_help import short_help
 from maskdm.commands.train import train
@@ -48,6 +49,7 @@ Train raw-pixel diffusion models cheaply: masked pre-training, then denoising fi
   inpaint RUN IMAGE --mask M  draw the missing parts of an image
   evaluate RUN                measure how far generated (or any) images are from real ones
   compare RUN RUN ...         which run is better, and is it more than noise; curves
+  report RUN [RUN ...]        all of it on one page, an HTML file without a network
 
 `maskdm COMMAND --help` explains a command. A first try, five minutes on a laptop:
 
@@ -65,6 +67,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "inpaint": inpaint,
     "evaluate": evaluate,
     "compare": compare,
+    "report": report,
 }
 
 
@@ -98,7 +101,7 @@ OTHER_NAMES = {
 }
 OF_SAMPLING, SAMPLES = ("--batch-size",), ("sample", "inpaint", "evaluate")
 OF_PLAN = ("--gpu", "--gpus", "--share", "--json")  # flags that train does not have
-NEEDS_NO_RUN = ("recipes", "check", "pack", "plan", "compare")
+NEEDS_NO_RUN = ("recipes", "check", "pack", "plan", "compare", "report")
 
 
 def main(argv: list[str] | None = None) -> int:

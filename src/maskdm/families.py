@@ -264,6 +264,62 @@ AVERAGES: dict[str, Choice] = {
 AverageName = Annotated[str, known(AVERAGES, "kind of average"), shown(AVERAGES)]
 
 
+# Training: where its figures are sent, besides the run's own files.
+
+
+@dataclass(frozen=True)
+class TrackerKind:
+    """An experiment tracker.
+
+    Attributes:
+        help: what it is, for `--help`.
+        packages: that it imports; the extra of this package that installs them bears its name.
+        open: (place: `training.trackers.Place`) -> one of Accelerate's trackers.
+        log_picture: (tracker, title, picture, step) sends an RGB image.
+        configure: (tracker, settings) sends the recipe, a flat dict.
+    """
+
+    help: str
+    packages: tuple[str, ...]
+    open: Callable[..., Any]
+    log_picture: Callable[..., Any]
+    configure: Callable[..., Any]
+
+
+_tracker = functions_of("training.trackers")
+TRACKERS: dict[str, TrackerKind] = {
+    "tensorboard": TrackerKind(
+        "files in RUN/tensorboard",
+        ("tensorboard",),
+        _tracker("open_tensorboard"),
+        _tracker("picture_to_tensorboard"),
+        _tracker("configure_tensorboard"),
+    ),
+    "wandb": TrackerKind(
+        "Weights & Biases",
+        ("wandb",),
+        _tracker("open_wandb"),
+        _tracker("picture_to_wandb"),
+        _tracker("configure"),
+    ),
+    "trackio": TrackerKind(
+        "a dashboard on this machine",
+        ("trackio",),
+        _tracker("open_trackio"),
+        _tracker("picture_to_trackio"),
+        _tracker("configure"),
+    ),
+    "mlflow": TrackerKind(
+        "MLflow",
+        ("mlflow",),
+        _tracker("open_mlflow"),
+        _tracker("picture_to_mlflow"),
+        _tracker("configure"),
+    ),
+}
+TrackerName = Annotated[str, known(TRACKERS, "tracker"), shown(TRACKERS)]
+
+
 # Sampling: solvers, spacing of their steps, guidance.
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from maskdm import families
 from maskdm.choices import choice, helped
@@ -324,6 +324,22 @@ class Recipe(Settings):
     evaluate_every: Steps = 10_000
     """Steps between two lines of quality.jsonl, each after a checkpoint, or a part of the run; each
     stage's end always makes one. 0 = none at all."""
+    log_to: tuple[families.TrackerName, ...] = Field(
+        (),
+        description=helped(
+            "Trackers that get all figures and previews too, beside metrics.jsonl; one or several, "
+            "with commas or spaces between.",
+            families.TRACKERS,
+        ),
+    )
+
+    @field_validator("log_to", mode="before")
+    @classmethod
+    def _with_commas(cls, names: object) -> object:
+        words = [names] if isinstance(names, str) else names
+        if not isinstance(words, (list, tuple)) or not all(isinstance(one, str) for one in words):
+            return names
+        return [name.strip() for one in words for name in one.split(",") if name.strip()]
 
     @property
     def num_steps(self) -> int:

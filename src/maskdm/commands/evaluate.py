@@ -19,6 +19,7 @@ from maskdm.commands.common import (
     quiet,
     refuse_among_images,
     say_how_long,
+    say_note,
 )
 from maskdm.commands.compare import with_control
 from maskdm.commands.evaluation_text import evaluation_text, figures_text
@@ -94,9 +95,9 @@ def evaluate(
     _refuse_places(out, save_statistics)
 
     from maskdm.evaluation.evaluate import evaluate_images
-    from maskdm.evaluation.records import add_record, read_records, records_file
+    from maskdm.evaluation.records import RECORDS, add_record, read_records, records_file
 
-    path = out or (records_file(run) if is_model(run) else None) or Path("evaluation.json")
+    path = out or (records_file(run) if is_model(run) else None) or Path(RECORDS)
     read_records(path)  # a damaged one is refused now
     refuse_unwritable(path, "--out")
     own = None  # the run's folder
@@ -127,6 +128,10 @@ def evaluate(
         if ema and not json_output:
             print(f"average of relative width {result.record['samples']['ema']:g}")
         _report(result, path, json_output)
+    if path == expanded(run) / RECORDS and (path.parent / "recipe.yaml").is_file():
+        from maskdm.report.page import update_report
+
+        update_report(path.parent, say_note)
     if save_statistics is not None:
         from maskdm.evaluation import statistics
 

@@ -21,6 +21,7 @@ SETTINGS: dict[str, tuple[type[Settings], str]] = {
     "--init": (Recipe, "init"),
     "--seed": (Recipe, "seed"),
     "--precision": (Recipe, "precision"),
+    "--log-to": (Recipe, "log_to"),
 }
 _BOTH = {
     "--hours N": "How long the run may take here, with previews and measuring. Also --minutes, "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from maskdm.evaluation.statistics import finite
-from maskdm.images.joined import Array
+from maskdm.images.joined import Array, JoinedArrays
 
 BLOCK_VALUES = 2**25  # numbers in a block of the base
 PAIR_VALUES = 2**22  # numbers in the differences that are computed together
@@ -77,3 +79,42 @@ def _squared(queries: np.ndarray, base: Array, indices: np.ndarray) -> np.ndarra
         gaps = queries[part, None].astype(np.float64) - rows  # (n, k, D)
         squared[part] = np.einsum("nkd,nkd->nk", gaps, gaps)
     return squared
+
+
+class NearInPixels(NamedTuple):
+    """The image nearest to each of n samples by the difference of their pixels."""
+
+    images: np.ndarray  # uint8 (n, H, W, C), mirrored where that was nearer
+    difference: np.ndarray  # root of the mean squared difference, levels of 0 to 255, float64 (n,)
+
+
+def nearest_in_pixels(samples: np.ndarray, images: Array, flip: bool) -> NearInPixels:
+    """Finds the image that is most like each sample, pixel by pixel.
+
+    Args:
+        samples: uint8 (n, H, W, C), n at least 1.
+        images: uint8 (N, H, W, C), N at least 1, read block by block.
+        flip: whether their mirror images count too.
+    """
+    num, values = len(samples), samples[0].size
+    turned = [samples, samples[:, :, ::-1]] if flip else [samples]
+    queries = np.concatenate(turned).reshape(-1, values).astype(np.float32)
+    distances, indices = nearest(queries, _Flat(images))
+    nearer = distances[:, 0].reshape(-1, num).argmin(0)  # 0 = as it is, 1 = mirrored; (n,)
+    rows = nearer * num + np.arange(num)
+    found = images[indices[rows, 0]]
+    found = np.where(nearer[:, None, None, None] == 1, found[:, :, ::-1], found)
+    return NearInPixels(found, distances[rows, 0] / np.sqrt(values))
+
+
+class _Flat(JoinedArrays):
+    """Images (N, H, W, C) as vectors (N, H * W * C), each read when it is indexed."""
+
+    def __init__(self, images: Array):
+        self.images = images
+        self.shape, self.dtype = (len(images), int(np.prod(images.shape[1:]))), images.dtype
+
+    def __getitem__(self, where: int | slice | np.ndarray) -> np.ndarray:
+        """A copy: (n, H * W * C), or without the first axis for a single index."""
+        found = self.images[where]
+        return found.reshape(-1) if found.ndim == 3 else found.reshape(len(found), -1)

@@ -32,13 +32,14 @@ from maskdm.recipe import Evaluation, Sampling
 from maskdm.recipe_files import migrated
 
 Record = dict[str, Any]
+RECORDS = "evaluation.json"  # in a run's folder
 
 
 def records_file(run: str) -> Path | None:
     """The file for the records of RUN or RUN@STAGE; None for names of other things."""
     path = expanded(run)
     if path.is_dir():
-        return path / "evaluation.json"
+        return path / RECORDS
     if "@" in path.name and not path.exists():
         folder, stage = str(path).rsplit("@", 1)
         return Path(folder) / f"evaluation-{stage}.json"

@@ -15,7 +15,7 @@ from maskdm.words import listed
 # Settings in which two trainings of one recipe may differ: the seed, and what changes no weight.
 NOT_TRAINED = (
     "seed sampling evaluation log_every checkpoint_every keep_checkpoints keep_every "
-    "evaluate_every preview_every num_previews preview_steps"
+    "evaluate_every preview_every num_previews preview_steps log_to"
 ).split()
 
 Training = tuple[str, int]  # what was trained, as text, and the seed

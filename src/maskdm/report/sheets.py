@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, features
 
+from maskdm.evaluation.neighbours import NearInPixels
 from maskdm.evaluation.records import Record
 from maskdm.images.known import crop_of
 from maskdm.images.output import image_grid, on_grey
@@ -109,11 +110,25 @@ def pairs_sheet(samples: np.ndarray, train: np.ndarray, record: Record) -> Image
         text = ", ".join([f"{pair['distance'] / unit:.2f}", *notes])
         is_close = bool(record["threshold"]) and pair["distance"] < unit
         tiles.append(_pair(sample, near, text, RED if is_close else BLACK))
-    widest = max(tile.width for tile in tiles)
-    fitting = max(1, (PAIRS_WIDTH - PAIR_GAP) // (widest + PAIR_GAP))
-    columns = min(PAIR_COLUMNS, fitting, len(tiles))
     title = "Left: sample. Right: training image nearest to it."
-    return sheet_of([Part(title, [below], tiles, columns)], PAIR_GAP)
+    return sheet_of([Part(title, [below], tiles, _pair_columns(tiles))], PAIR_GAP)
+
+
+def neighbours_sheet(samples: np.ndarray, near: NearInPixels) -> Image.Image:
+    """Samples left, the training images nearest to them by their pixels right.
+
+    Args:
+        samples: uint8 (n, H, W, C), C = 1 to 4; transparent parts are mid-grey.
+        near: what `nearest_in_pixels` gave for these.
+    """
+    shown = (_visible(on_grey(images)) for images in (samples, near.images))
+    tiles = [
+        _pair(sample, image, f"{difference:.3g}", BLACK)
+        for sample, image, difference in zip(*shown, near.difference, strict=True)
+    ]
+    title = "Left: sample. Right: training image most like it, pixel by pixel."
+    below = "Below: difference of their pixels, of 255."
+    return sheet_of([Part(title, [below], tiles, _pair_columns(tiles))], PAIR_GAP)
 
 
 def sheet_of(parts: Sequence[Part], gap: int = GAP) -> Image.Image:
@@ -160,6 +175,13 @@ def hide(images: np.ndarray, mask: Mask, patch_size: int, generator: torch.Gener
     patches = gather_patches(patchify(difference, patch_size), visible)  # (n, V, P)
     patches = scatter_patches(patches, visible, grid[0] * grid[1])  # (n, N, P)
     return (unpatchify(patches, patch_size, grid).numpy() + HIDDEN).astype(np.uint8)
+
+
+def _pair_columns(tiles: Sequence[Image.Image]) -> int:
+    """How many pairs stand beside each other."""
+    widest = max(tile.width for tile in tiles)
+    fitting = max(1, (PAIRS_WIDTH - PAIR_GAP) // (widest + PAIR_GAP))
+    return min(PAIR_COLUMNS, fitting, len(tiles))
 
 
 def _pair(

@@ -11,7 +11,7 @@ from maskdm.settings import changed
 # Settings that change no weight: they may change whenever a run is continued.
 FREE = (
     "log_every checkpoint_every checkpoint_minutes keep_checkpoints keep_every preview_every "
-    "num_previews preview_steps evaluate_every sampling evaluation"
+    "num_previews preview_steps evaluate_every log_to sampling evaluation"
 ).split()
 # Settings of a stage that is not over, which change its weights: on request.
 ON_REQUEST = "batch_size optimizer lr lr_schedule warmup betas weight_decay clip ema".split()

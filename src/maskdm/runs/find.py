@@ -28,6 +28,7 @@ PARTS = ["model_index.json", "denoiser/*", "scheduler/*"]  # of an exported mode
 BEST = "best"
 KEPT = "kept"  # RUN/kept/step-...: averages alone, for curves of quality
 CONTROL = "control.json"  # in the folder of a control: whose it is
+REPORT = "report.html"  # in a run's folder
 CHUNK = 2**24  # bytes read at a time
 Note = Callable[[str], None]
 

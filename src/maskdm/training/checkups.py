@@ -1,4 +1,7 @@
-"""Looks at the averaged model at set points of a run: measures it, draws previews, exports it."""
+"""Looks at the averaged model at set points of a run: measures it, draws previews, exports it.
+
+What they show is in the run's report, which is written anew each time.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from maskdm.evaluation.neighbours import nearest_in_pixels
+from maskdm.evaluation.overfitting import rise_of_loss
 from maskdm.evaluation.quick import QuickLook
 from maskdm.export.pipeline import pipeline_of_run, save_pipeline
 from maskdm.families import METRICS
+from maskdm.images.joined import SelectedRows
+from maskdm.images.order import training_subset
 from maskdm.images.store import Store
 from maskdm.models.backbone import Backbone
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Recipe
+from maskdm.report.page import update_report
+from maskdm.report.pictures import spread
 from maskdm.report.plots import plot_loss
-from maskdm.report.sheets import preview_sheet
+from maskdm.report.sheets import draw_sheet, neighbours_sheet, preview_sheet
 from maskdm.runs.checkpoint import Progress
+from maskdm.runs.find import REPORT
 from maskdm.runs.lines import Line, read_lines
+from maskdm.runs.plan_file import write_plan
 from maskdm.sampling.generate import generate_on_all_ranks
+from maskdm.training.costs import plan_of
 from maskdm.training.monitor import Monitor
 from maskdm.training.work import StageWork
 from maskdm.words import clock, with_error
 
-RISE = 1.02  # of the held-out loss, before it is called one
+NUM_SHOWN = 12  # images on the sheets of a report
+MOST_COMPARED = 50_000  # training images among which the nearest to a sample is looked for
 
 
 class Checkups:
@@ -54,10 +68,26 @@ class Checkups:
         accelerator: Accelerator,
     ):
         self._recipe, self._run_dir, self._works = recipe, run_dir, works
+        self._store, self._accelerator = store, accelerator
         self._is_main = accelerator.is_main_process
         self._measure = (
             QuickLook(recipe, store, recipe.for_previews) if recipe.evaluate_every else None
         )
+
+    def begin(self, model: Backbone, monitor: Monitor) -> None:
+        """Writes what the report shows before the first step: plan, images and masks.
+
+        Args:
+            model: only its sizes matter.
+        """
+        if not self._is_main:
+            return
+        write_plan(self._run_dir, plan_of(self._recipe, model, self._store, self._accelerator))
+        sheet = self._run_dir / "data.png"
+        if not sheet.exists():
+            images = self._store.images[self._training_images(NUM_SHOWN)]
+            draw_sheet(list(images), self._recipe).save(sheet)
+        update_report(self._run_dir, monitor.say)
 
     def measures_at(self, progress: Progress) -> bool:
         """Whether the model is measured at this step."""
@@ -92,6 +122,8 @@ class Checkups:
                 line |= self._measured(progress, average, line, monitor)
             if drawing:
                 self._draw(progress, average, line, monitor)
+            if self._is_main:
+                update_report(self._run_dir, monitor.say)
 
     def catch_up(self, progress: Progress, average: Backbone, monitor: Monitor) -> None:
         """Does what was due at a checkpoint's step and is missing, because a kill came between."""
@@ -102,7 +134,7 @@ class Checkups:
         self.look(progress, average, monitor, *seen)
 
     def finish(self, average: Backbone, monitor: Monitor) -> None:
-        """Exports the finished model and plots its loss."""
+        """Exports the finished model, plots its loss and completes the report."""
         if not self._is_main:
             return
         run = self._run_dir
@@ -111,6 +143,8 @@ class Checkups:
         monitor.say(f"loss    {plot_loss(run)}")
         for file in sorted((run / "samples").glob("step-*.png"))[-1:]:
             monitor.say(f"preview {file}")
+        update_report(run, monitor.say)
+        monitor.say(f"report  {run / REPORT}")
         monitor.say(f"next    maskdm sample {run} --num 64 --out grid.png")
 
     def _start_line(self, progress: Progress) -> Line:
@@ -147,11 +181,26 @@ class Checkups:
             progress=monitor.shows_bars,
         )
         if self._is_main:
+            if progress.step == self._recipe.num_steps:
+                self._draw_neighbours(images[:NUM_SHOWN])
             title = f"{line['stage']}, step {progress.step:,}"
             file = self._preview_file(progress.step)
             file.parent.mkdir(parents=True, exist_ok=True)
             parts = [part.replace("+-", "±") for part in quality_parts(line)]
-            preview_sheet(images, title, parts).save(file)
+            sheet = preview_sheet(images, title, parts)
+            sheet.save(file)
+            monitor.log_preview(sheet, progress.step)
+
+    def _draw_neighbours(self, samples: np.ndarray) -> None:
+        """Draws samples of the finished model beside the training images most like them."""
+        train = SelectedRows(self._store.images, self._training_images(MOST_COMPARED))
+        near = nearest_in_pixels(samples, train, self._recipe.data.flip)
+        neighbours_sheet(samples, near).save(self._run_dir / "neighbours.png")
+
+    def _training_images(self, most: int) -> np.ndarray:
+        """Indices of at most so many images that are trained on, evenly spread: int64 (n,)."""
+        subset = training_subset(len(self._store), self._recipe.data)
+        return subset[np.array(spread(range(len(subset)), most))]
 
     def _trained(self, progress: Progress, average: Backbone) -> TrainedModel:
         stage = self._recipe.stages[progress.stage]
@@ -162,27 +211,6 @@ class Checkups:
 
     def _preview_file(self, step: int) -> Path:
         return self._run_dir / "samples" / f"step-{step:08d}.png"
-
-
-def rise_of_loss(lines: Sequence[Line]) -> str | None:
-    """What to know where held-out images lose what training images gain; None where they don't.
-
-    Args:
-        lines: of quality.jsonl, the newest last.
-    """
-    # Of one stage: another may have another noise schedule, under which losses differ.
-    known = [one for one in lines if "dense_loss" in one and one["stage"] == lines[-1]["stage"]]
-    if len(known) < 2:
-        return None
-    best, last = min(known, key=lambda line: float(line["dense_loss"])), known[-1]
-    rises = last["dense_loss"] > RISE * best["dense_loss"]
-    if not rises or last["dense_loss_train"] >= best["dense_loss_train"]:
-        return None
-    return (
-        f"the loss on held-out images has risen from {best['dense_loss']:.4g} at step "
-        f"{best['step']:,} to {last['dense_loss']:.4g}, while that on training images fell: the "
-        "model begins to memorise"
-    )
 
 
 def quality_parts(line: dict[str, Any]) -> list[str]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from accelerate import Accelerator
 
 from maskdm.families import GUIDANCE, SAMPLERS
+from maskdm.images.order import num_held_out, training_subset
+from maskdm.images.store import Store
 from maskdm.models.backbone import Backbone
 from maskdm.recipe import Recipe, Stage
 from maskdm.training.budget import MANY_IMAGES, besides
 from maskdm.training.ema import share_of_first
-from maskdm.training.speed import Speed
+from maskdm.training.speed import Speed, known_speed
 from maskdm.training.work import stage_work, total_flops
 from maskdm.words import counted
 
@@ -132,6 +137,35 @@ def costs_of(
         drawn * one,
         time(drawn),
     )
+
+
+def plan_of(
+    recipe: Recipe, model: Backbone, store: Store, accelerator: Accelerator
+) -> dict[str, Any]:
+    """What a run is expected to cost, for plan.json; times where they were measured before.
+
+    Args:
+        recipe: planned.
+        model: the recipe's; only its sizes matter.
+        store: all images of its source.
+        accelerator: of this machine.
+    """
+    num, data = len(store), recipe.data
+    num_train = len(training_subset(num, data))
+    costs = costs_of(recipe, model, known_speed(recipe, accelerator), num, num_train)
+    num_params = sum(p.numel() for p in model.parameters())
+    return {
+        "num_params": num_params,
+        "num_patches": model.num_patches,
+        "num_images": num,
+        "num_train": num_train,
+        "num_held_out": num_held_out(num, data),
+        "num_classes": len(store.manifest["class_names"]),
+        "stages": [asdict(stage) for stage in costs.stages],
+        "flops": costs.flops,
+        "seconds": costs.seconds,
+        "warnings": warnings_of(recipe, costs, num_params, num_train),
+    }
 
 
 def warnings_of(recipe: Recipe, costs: Costs, num_params: int, num_train: int | None) -> list[str]:

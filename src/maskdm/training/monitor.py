@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from PIL import Image
 from tqdm import tqdm
 
 from maskdm.engine import device_name
@@ -27,6 +28,7 @@ from maskdm.runs.lines import append_line, keep_lines_until
 from maskdm.training.costs import costs_of, warnings_of
 from maskdm.training.remaining import Remaining as Remaining
 from maskdm.training.speed import ThisMachine
+from maskdm.training.trackers import Trackers
 from maskdm.training.work import StageWork
 from maskdm.words import about, clock, counted, flops_text, printable
 
@@ -71,21 +73,24 @@ class Monitor:
     """
 
     def __init__(self, run_dir: Path, remaining: Remaining, active: bool, show: bool):
-        self._path = run_dir / "metrics.jsonl"
+        self._run_dir, self._path = run_dir, run_dir / "metrics.jsonl"
         self.quality_path = run_dir / "quality.jsonl"
         self._active = active
         self._show = active and show
         self._remaining, self._total_flops = remaining, remaining.total_flops
         self._bar: tqdm[Any] | None = None
+        self._trackers: Trackers | None = None
         self._last_sec = self._last_line_sec = time.monotonic()
         self._unsaid = ""  # the newest line, if it came too soon after another
 
-    def start(self, progress: Progress) -> None:
-        """Drops lines of later steps (a kill left them) and opens the bar."""
+    def start(self, progress: Progress, recipe: Recipe) -> None:
+        """Drops lines of later steps (a kill left them) and opens trackers and the bar."""
         self._remaining.begin(progress)
         if self._active:
             keep_lines_until(self._path, progress.step)
             keep_lines_until(self.quality_path, progress.step)
+            if progress.step < recipe.num_steps:
+                self._trackers = Trackers(recipe, self._run_dir, progress.step, self.say)
         if self._show and sys.stderr.isatty():
             self._bar = tqdm(
                 total=self._total_flops,
@@ -115,6 +120,8 @@ class Monitor:
         if not self._active:
             return
         append_line(self._path, line)
+        if self._trackers is not None:
+            self._trackers.log("train", line)
 
     @property
     def is_due(self) -> bool:
@@ -168,9 +175,19 @@ class Monitor:
         """Appends a line to quality.jsonl. Raises OSError on a full disk."""
         if self._active:
             append_line(self.quality_path, line)
+        if self._trackers is not None:
+            self._trackers.log("quality", line)
+
+    def log_preview(self, picture: Image.Image, step: int) -> None:
+        """Sends a preview, RGB, to the trackers."""
+        if self._trackers is not None:
+            self._trackers.log_picture("previews", picture, step)
 
     def close(self) -> None:
-        """Closes the bar."""
+        """Closes trackers and the bar."""
+        if self._trackers is not None:
+            self._trackers.close()
+            self._trackers = None
         if self._bar is not None:
             with readers_may_leave():
                 self._bar.close()

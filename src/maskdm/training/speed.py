@@ -86,11 +86,11 @@ def measure_speed(
         accelerator: device and precision.
         say: is told before seconds are spent.
     """
-    file = cache_dir() / "speed" / f"{_key(recipe, accelerator)}.json"
-    known = [_read(file)] if accelerator.is_main_process else []
+    known = [known_speed(recipe, accelerator)] if accelerator.is_main_process else []
     (speed,) = gather_object(known)
     if speed is not None:
-        return Speed(tuple(speed["step_sec"]), speed["forward_sec"])
+        found: Speed = speed
+        return found
     say("measuring the speed of this machine (a few seconds a stage)")
     steps = [_step_sec(recipe, stage, accelerator) for stage in recipe.stages]
     model = build_model(recipe).to(accelerator.device).eval()
@@ -99,9 +99,16 @@ def measure_speed(
     step_sec = tuple(max(one[0][i] for one in every) for i in range(len(steps)))
     found = Speed(step_sec, max(one[1] for one in every))
     if accelerator.is_main_process:
+        file = _file(recipe, accelerator)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(asdict(found)))
     return found
+
+
+def known_speed(recipe: Recipe, accelerator: Accelerator) -> Speed | None:
+    """A recipe's speed where it was measured on this machine before; else None."""
+    known = _read(_file(recipe, accelerator))
+    return None if known is None else Speed(tuple(known["step_sec"]), known["forward_sec"])
 
 
 def device_flops(device: torch.device) -> float:
@@ -113,6 +120,10 @@ def device_flops(device: torch.device) -> float:
     side = 1024 if device.type == "cpu" else 8192
     a = torch.ones(side, side, device=device, dtype=dtype)
     return 2 * side**3 / seconds_of_call(lambda number: a @ a, device, 0.3) / 2
+
+
+def _file(recipe: Recipe, accelerator: Accelerator) -> Path:
+    return cache_dir() / "speed" / f"{_key(recipe, accelerator)}.json"
 
 
 def _key(recipe: Recipe, accelerator: Accelerator) -> str:

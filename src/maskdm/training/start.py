@@ -25,6 +25,7 @@ from maskdm.runs.folder import claimed_run_folder
 from maskdm.runs.load import load_model
 from maskdm.sampling.samplers import refuse_settings
 from maskdm.training.monitor import Monitor
+from maskdm.training.trackers import refuse_trackers
 from maskdm.training.transfer import transfer_weights
 from maskdm.training.work import stage_work
 
@@ -35,6 +36,7 @@ def refuse_recipe(recipe: Recipe, run_dir: Path, num_ranks: int) -> None:
     refuse_settings(schedule_of(recipe.final_diffusion, recipe.data.size), recipe.sampling)
     refuse_inside(recipe.data.source, run_dir, "--out")
     refuse_unwritable(run_dir, "--out", is_folder=True)
+    refuse_trackers(recipe.log_to)
     for i, stage in enumerate(recipe.stages):
         if stage.batch_size % num_ranks:
             below = stage.batch_size // num_ranks * num_ranks

@@ -132,6 +132,7 @@ def train(
             monitor.say(text)
         if accelerator.is_main_process:
             link_control(run_dir, options)
+        checkups.begin(model, monitor)
 
         # Give the model its device and its average, and take up the newest whole checkpoint.
         model = model.to(accelerator.device)
@@ -153,7 +154,7 @@ def train(
         monitor.say(f"feed    {feed.how}")
         stop, timer = stack.enter_context(StopRequest()), SaveTimer(recipe.checkpoint_minutes)
         log_every, checkpoint_every = map(recipe.every, (recipe.log_every, recipe.checkpoint_every))
-        monitor.start(progress)
+        monitor.start(progress, recipe)
         if checkpoint is not None:  # a kill may have come between saving and looking
             checkups.catch_up(progress, average, monitor)
 
@@ -228,7 +229,8 @@ def train(
                 if is_tick:
                     line = {"step": progress.step, "stage": stage.name, **tick.line()}
                     line |= {"lr": learning_rate(stage, progress.stage_step - 1)}
-                    monitor.log({**line, "hidden": work.hidden})
+                    with tick.paused():
+                        monitor.log({**line, "hidden": work.hidden})
                     if note := feed.note_waiting(line["data_wait"]):
                         monitor.say(f"  {note}")
 
