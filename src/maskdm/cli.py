@@ -17,6 +17,7 @@ from maskdm.commands.check import check
 from maskdm.commands.common import DONE, FAILED, WRONG_USAGE
 from maskdm.commands.compare import compare
 from maskdm.commands.evaluate import evaluate
+from maskdm.commands.import_model import import_model
 from maskdm.commands.inpaint import inpaint
 from maskdm.commands.pack import pack
 from maskdm.commands.plan import plan
@@ -48,6 +49,7 @@ Train raw-pixel diffusion models cheaply: masked pre-training, then denoising fi
   inpaint RUN IMAGE --mask M  draw the missing parts of an image
   evaluate RUN                measure how far generated (or any) images are from real ones
   compare RUN RUN ...         which run is better, and is it more than noise; curves
+  import FILE OUT             take over a checkpoint of U-ViT's or of the paper's authors
 
 `maskdm COMMAND --help` explains a command. A first try, five minutes on a laptop:
 
@@ -65,6 +67,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "inpaint": inpaint,
     "evaluate": evaluate,
     "compare": compare,
+    "import": import_model,
 }
 
 
@@ -97,7 +100,7 @@ OTHER_NAMES = {
     "--mask-ratio": "--stages.0.mask.rate",
 }
 OF_SAMPLING, SAMPLES = ("--batch-size",), ("sample", "inpaint", "evaluate")
-NEEDS_NO_RUN = ("recipes", "check", "pack", "plan", "compare")
+NEEDS_NO_RUN = ("recipes", "check", "pack", "plan", "compare", "import")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -119,7 +119,7 @@ BACKBONES: dict[str, BackboneKind] = {
         "U-ViT",
         "the paper's",
         Later("models.uvit:UViT"),
-        ("embed_dim", "depth", "num_heads", "mlp_ratio", "final_conv"),
+        ("embed_dim", "depth", "num_heads", "mlp_ratio", "final_conv", "qkv_bias", "time_mlp"),
         check=_check_uvit,
     ),
     "dit": BackboneKind(

@@ -50,6 +50,10 @@ class Model(Settings):
     """Chance that training hides an image's class: classifier-free guidance needs it above 0."""
     final_conv: bool = False
     """A 3x3 convolution on the output image (U-ViT has it; the paper drops it; uvit only)."""
+    qkv_bias: bool = False
+    """Biases in the attention's queries, keys and values (an option of U-ViT's; uvit only)."""
+    time_mlp: bool = False
+    """Two layers on the time's embedding (an option of U-ViT's; uvit only)."""
     options: dict[str, Any] = {}
     """Arguments of the network's own class, by their names there (dit, unet2d); set in a file."""
 
@@ -62,7 +66,7 @@ class Model(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Model:
         kind = BACKBONES[self.kind]
-        for name in ("final_conv", "mlp_ratio", "options"):
+        for name in ("final_conv", "qkv_bias", "time_mlp", "mlp_ratio", "options"):
             default = Model.model_fields[name].default
             if name not in kind.settings and getattr(self, name) != default:
                 takers = [one for one, row in BACKBONES.items() if name in row.settings]
