@@ -99,6 +99,7 @@ def test_settings_are_frozen():
         ({"sampling": {"guidance": {"kind": "classifier-free"}}}, "needs model.num_classes"),
         ({"sampling": {"eta": 0.5, "sampler": "unipc"}}, "sampling: eta is ddim's noise"),
         ({"model": {"kind": "dit", "final_conv": True}}, "final_conv is for kind uvit"),
+        ({"model": {"kind": "dit", "time_mlp": True}}, "time_mlp is for kind uvit, not dit"),
         (
             {"diffusion": {"schedule": "sqrt"}},
             "unknown schedule 'sqrt': known: linear, cos",

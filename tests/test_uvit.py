@@ -34,7 +34,10 @@ def test_the_papers_models_have_the_papers_sizes(settings, millions):
     assert round(count / 1e6, 2) == millions
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_classes": 3, "final_conv": True, "mlp_ratio": 3.0}])
+OPTIONS = {"final_conv": True, "mlp_ratio": 3.0, "qkv_bias": True, "time_mlp": True}
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_classes": 3, **OPTIONS}])
 @pytest.mark.parametrize("num_visible", [7, 16])
 def test_counted_flops_equal_those_that_torch_counts(changes, num_visible):
     model = small(**changes)

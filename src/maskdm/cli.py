@@ -17,6 +17,7 @@ from maskdm.commands.check import check
 from maskdm.commands.common import DONE, FAILED, WRONG_USAGE
 from maskdm.commands.compare import compare
 from maskdm.commands.evaluate import evaluate
+from maskdm.commands.import_model import import_model
 from maskdm.commands.inpaint import inpaint
 from maskdm.commands.pack import pack
 from maskdm.commands.plan import plan
@@ -50,6 +51,7 @@ Train raw-pixel diffusion models cheaply: masked pre-training, then denoising fi
   evaluate RUN                measure how far generated (or any) images are from real ones
   compare RUN RUN ...         which run is better, and is it more than noise; curves
   report RUN [RUN ...]        all of it on one page, an HTML file without a network
+  import FILE OUT             take over a checkpoint of U-ViT's or of the paper's authors
 
 `maskdm COMMAND --help` explains a command. A first try, five minutes on a laptop:
 
@@ -68,6 +70,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
     "compare": compare,
     "report": report,
+    "import": import_model,
 }
 
 
@@ -101,7 +104,7 @@ OTHER_NAMES = {
 }
 OF_SAMPLING, SAMPLES = ("--batch-size",), ("sample", "inpaint", "evaluate")
 OF_PLAN = ("--gpu", "--gpus", "--share", "--json")  # flags that train does not have
-NEEDS_NO_RUN = ("recipes", "check", "pack", "plan", "compare", "report")
+NEEDS_NO_RUN = ("recipes", "check", "pack", "plan", "compare", "report", "import")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -129,7 +129,9 @@ BACKBONES: dict[str, BackboneKind] = {
         "U-ViT",
         "the paper's",
         Later("models.uvit:UViT"),
-        ("embed_dim", "depth", "num_heads", "mlp_ratio", "final_conv", "patch_init"),
+        tuple(
+            "embed_dim depth num_heads mlp_ratio final_conv qkv_bias time_mlp patch_init".split()
+        ),
         takes_middle=True,
         check=_check_uvit,
     ),

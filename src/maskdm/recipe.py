@@ -53,6 +53,10 @@ class Model(Settings):
     patch_init: Literal["normal", "conv"] = "normal"
     """Initial weights of the patch embedding (uvit): normal = as all others, 0.02; conv =
     PyTorch's default, with a standard deviation of 0.083 at patch 4, as in the authors' code."""
+    qkv_bias: bool = False
+    """Biases in the attention's queries, keys and values (an option of U-ViT's; uvit only)."""
+    time_mlp: bool = False
+    """Two layers on the time's embedding (an option of U-ViT's; uvit only)."""
     options: dict[str, Any] = {}
     """Parts of vit, or arguments of the class of dit and unet2d, by their names there; set in a
     file."""
@@ -66,7 +70,8 @@ class Model(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Model:
         kind = BACKBONES[self.kind]
-        for name in ("final_conv", "patch_init", "mlp_ratio", "options"):
+        special = "final_conv qkv_bias time_mlp patch_init mlp_ratio options".split()
+        for name in special:
             default = Model.model_fields[name].default
             if name not in kind.settings and getattr(self, name) != default:
                 takers = [one for one, row in BACKBONES.items() if name in row.settings]

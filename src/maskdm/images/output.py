@@ -18,8 +18,10 @@ OTHER_FILES = {f".{name}" for name in "npy tar zip pt safetensors gif mp4 webm a
 OTHER_FILES |= IMAGE_SUFFIXES - {".png"}
 
 
-def image_grid(images: np.ndarray, min_side: int = 64, gap: int = 2) -> Image.Image:
-    """Lays images out on a near-square sheet, row by row, over a mid-grey ground.
+def image_grid(
+    images: np.ndarray, min_side: int = 64, gap: int = 2, columns: int | None = None
+) -> Image.Image:
+    """Lays images out on a sheet, row by row, over a mid-grey ground.
 
     Transparent images are drawn on a checkerboard, so that the sheet itself has no alpha.
 
@@ -28,6 +30,7 @@ def image_grid(images: np.ndarray, min_side: int = 64, gap: int = 2) -> Image.Im
         min_side: smaller images are enlarged, without smoothing, by the least whole factor that
             makes their sides at least this long.
         gap: pixels between images.
+        columns: images in a row; None = as many as make a near-square sheet.
 
     Raises ValueError for another number of channels.
     """
@@ -40,7 +43,7 @@ def image_grid(images: np.ndarray, min_side: int = 64, gap: int = 2) -> Image.Im
         is_dark = (cell_rows + cell_columns) % 2
         images = _over(images, np.where(is_dark, CHECKER_DARK, CHECKER_LIGHT)[..., None])
     _, height, width, channels = images.shape
-    columns = math.ceil(math.sqrt(num))
+    columns = columns or math.ceil(math.sqrt(num))
     rows = math.ceil(num / columns)
     shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, channels)
     sheet = np.full(shape, 128, np.uint8)
@@ -87,6 +90,10 @@ def refuse_channels(images: np.ndarray) -> None:
 def refuse_output(out: Path) -> None:
     """Raises ValueError where `save_images` cannot or should not write to `out`."""
     suffix = out.suffix.lower()
+    if suffix in (".gif", ".mp4"):
+        raise ValueError(
+            f"--out {out}: videos are written by `maskdm sample --video`; end --out in .png"
+        )
     if suffix in OTHER_FILES:
         raise ValueError(f"--out {out}: end it in .png (a grid), .npz, or no suffix (a folder)")
     is_file = suffix in (".png", ".npz")
@@ -97,7 +104,9 @@ def refuse_output(out: Path) -> None:
     refuse_unwritable(out, "--out")
 
 
-def save_images(images: np.ndarray, out: Path, labels: np.ndarray | None = None) -> None:
+def save_images(
+    images: np.ndarray, out: Path, labels: np.ndarray | None = None, columns: int | None = None
+) -> None:
     """Writes images in the form that the suffix chooses; folders are made as needed.
 
     Args:
@@ -105,12 +114,13 @@ def save_images(images: np.ndarray, out: Path, labels: np.ndarray | None = None)
         out: `.png` = one sheet, transparent images on a checkerboard; `.npz` = the array as
             `arr_0`; any other name = a folder of 000000.png, ... with all their channels.
         labels: int64 (N,), saved as `arr_1` of an `.npz`.
+        columns: of a sheet; see `image_grid`.
 
     Raises ValueError for another number of channels, except in an `.npz`.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix.lower() == ".png":
-        image_grid(images).save(out, "PNG")
+        image_grid(images, columns=columns).save(out, "PNG")
     elif out.suffix.lower() == ".npz":
         with out.open("wb") as file:  # to a name in capitals NumPy would append .npz
             np.savez(file, *[images] if labels is None else [images, labels])

@@ -38,6 +38,8 @@ class UViT(Backbone, ModelMixin):
         label_dropout: chance that training hides a class. Above 0 the model also knows "no
             class", label num_classes; hiding it is the training's work, not done here.
         final_conv: 3x3 convolution over the predicted image (hidden patches count as zeros).
+        qkv_bias: biases in the attention's queries, keys and values.
+        time_mlp: two layers on the time's embedding, the inner one 4 * embed_dim wide.
         class_names: name of each class, in the order of their numbers; None = unknown.
         patch_init: initial weights of the patch embedding, `normal` as all others, or `conv`,
             PyTorch's default for a convolution of that patch, as in U-ViT.
@@ -63,6 +65,8 @@ class UViT(Backbone, ModelMixin):
         num_classes: int = 0,
         label_dropout: float = 0.1,
         final_conv: bool = False,
+        qkv_bias: bool = False,
+        time_mlp: bool = False,
         class_names: list[str] | None = None,
         patch_init: str = "normal",
     ):
@@ -81,9 +85,10 @@ class UViT(Backbone, ModelMixin):
         self.patch_embed = nn.Linear(patch_values, embed_dim)
         num_labels = num_classes + (label_dropout > 0)
         self.label_embed = nn.Embedding(num_labels, embed_dim) if num_classes else None
+        self.time_embed = make_mlp(embed_dim, 4 * embed_dim, nn.SiLU()) if time_mlp else None
         self.pos_embed = nn.Parameter(torch.zeros(self.num_extras + self.num_patches, embed_dim))
         half = depth // 2
-        sizes = (embed_dim, num_heads, mlp_ratio)
+        sizes = (embed_dim, num_heads, mlp_ratio, qkv_bias)
         self.in_blocks = nn.ModuleList(Block(*sizes) for _ in range(half))
         self.mid_block = Block(*sizes)
         self.out_blocks = nn.ModuleList(SkipBlock(*sizes) for _ in range(half))
@@ -122,6 +127,8 @@ class UViT(Backbone, ModelMixin):
         """Answers for each given patch: see `Backbone.forward`."""
         self.check_labels(labels)
         time = timestep_embedding(t * TIME_SCALE, self.pos_embed.shape[1])  # (B, D)
+        if self.time_embed is not None:
+            time = self.time_embed(time.to(self.pos_embed.dtype))
         extras = [time.to(patches.dtype)]
         if self.label_embed is not None:
             extras.insert(0, self.label_embed(labels))
@@ -176,7 +183,8 @@ class UViT(Backbone, ModelMixin):
         skips = (dense // 2 * tokens + (half - dense // 2) * fewer) * 2 * dim * dim
         ends = num_visible * 2 * dim * values
         conv = 9 * channels**2 * height * width if config.final_conv else 0
-        return 2 * (blocks + skips + ends + conv)
+        time = 8 * dim * dim if config.time_mlp else 0
+        return 2 * (blocks + skips + ends + conv + time)
 
 
 def timestep_embedding(step: Tensor, dim: int) -> Tensor:
@@ -189,13 +197,18 @@ def timestep_embedding(step: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def make_mlp(dim: int, hidden: int, activation: nn.Module) -> nn.Sequential:
+    """Two linear layers with an activation between them: (..., D) -> (..., D)."""
+    return nn.Sequential(nn.Linear(dim, hidden), activation, nn.Linear(hidden, dim))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: (B, L, D) -> (B, L, D)."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,14 +222,12 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: (B, L, D) -> (B, L, D)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, qkv_bias)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, int(dim * mlp_ratio)), nn.GELU(), nn.Linear(int(dim * mlp_ratio), dim)
-        )
+        self.mlp = make_mlp(dim, int(dim * mlp_ratio), nn.GELU())
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -226,8 +237,8 @@ class Block(nn.Module):
 class SkipBlock(Block):
     """A block of the second half: first merges the long skip connection."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
-        super().__init__(dim, num_heads, mlp_ratio)
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool):
+        super().__init__(dim, num_heads, mlp_ratio, qkv_bias)
         self.skip_linear = nn.Linear(2 * dim, dim)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]

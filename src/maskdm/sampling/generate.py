@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,12 +27,37 @@ Solve = Callable[[Denoise, Tensor, Tensor, list[Generator]], Tensor]
 """Noise (B, V, P) to patches (B, V, P), given the denoiser, log-SNR levels, image generators."""
 
 
+class Randomness(ABC):
+    """Where the random numbers of images come from."""
+
+    @abstractmethod
+    def noise(self, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        """Standard normal noise of the images with these numbers: float32 (n, *shape)."""
+
+    @abstractmethod
+    def generators(self, stream: str, indices: Sequence[int]) -> list[Generator]:
+        """What draws all else for them, one for each image; `stream` says what for."""
+
+
+@dataclass(frozen=True)
+class OfSeed(Randomness):
+    """Numbers that depend on the seed and the image's number alone, the same on every device."""
+
+    seed: int
+
+    def noise(self, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        return initial_noise(self.seed, indices, shape)
+
+    def generators(self, stream: str, indices: Sequence[int]) -> list[Generator]:
+        return [image_generator(self.seed, stream, index) for index in indices]
+
+
 @torch.no_grad()
 def generate(
     trained: TrainedModel,
     settings: Sampling,
     indices: list[int],
-    seed: int = 0,
+    seed: int | Randomness = 0,
     labels: Tensor | None = None,
     weak: TrainedModel | None = None,
     visible: Tensor | None = None,
@@ -46,7 +73,7 @@ def generate(
         trained: the model, on the device to use.
         settings: sampler, steps, guidance, clipping, batch size, compiling.
         indices: image numbers, n of them.
-        seed: names the sequence of images.
+        seed: names the sequence of images; or where other random numbers come from.
         labels: classes, int64 (n,), num_classes = no class; None = image i gets class i modulo
             the number of classes.
         weak: the weak model of autoguidance.
@@ -70,6 +97,7 @@ def generate(
     _refuse_labels(model, labels)
     shape = model.image_shape
     device = next(model.parameters()).device
+    randomness = OfSeed(seed) if isinstance(seed, int) else seed
     refuse_settings(trained.schedule, settings)
     refuse_guidance(trained, settings.guidance, weak)
     levels = sampling_levels(trained.schedule, settings)
@@ -77,7 +105,7 @@ def generate(
     def draw(part: slice) -> np.ndarray:
         # Everything random belongs to an image's number, nothing to the batch: so any batch size
         # and any number of devices draw the same images.
-        noise = patchify(initial_noise(seed, indices[part], shape), model.patch_size).to(device)
+        noise = patchify(randomness.noise(indices[part], shape), model.patch_size).to(device)
         if visible is None:
             positions = torch.arange(model.num_patches, device=device).repeat(len(noise), 1)
         else:
@@ -85,12 +113,12 @@ def generate(
             noise = gather_patches(noise, positions)  # (B, V, P)
         # Guidance first, clipping after it: guided answers are those that leave [-1, 1].
         classes = None if labels is None else labels[part].to(device)
-        dealing = _generators(seed, "sparse", indices[part])
+        dealing = randomness.generators("sparse", indices[part])
         wanted = Wanted(trained, positions, classes, settings.guidance, weak, dealing)
         denoise = guided(wanted)
         if settings.clip_x0:
             denoise = clipped(denoise)
-        own = _generators(seed, "sampler", indices[part])
+        own = randomness.generators("sampler", indices[part])
         # The solver's arithmetic stays in fp32: only the network's products are autocast.
         with autocast(device):
             if solve is not None:
@@ -183,8 +211,3 @@ def _refuse_labels(model: Backbone, labels: Tensor | None) -> None:
             f"labels are {labels.min()} to {labels.max()}, but this model's classes are 0 to "
             f"{config.num_classes - 1}{none}"
         )
-
-
-def _generators(seed: int, stream: str, indices: Sequence[int]) -> list[Generator]:
-    """A generator for each image, on the CPU, so that every device gets the same numbers."""
-    return [image_generator(seed, stream, index) for index in indices]
