@@ -32,15 +32,16 @@ def main() -> int:
     parser.add_argument("--cases", type=int, help="a number of cases, instead of a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", metavar="KIND[/NUMBER]", help="one kind, or one case again")
+    parser.add_argument("--only", metavar="KIND[,KIND][/NUMBER]", help="kinds, or one case")
     parser.add_argument("--keep", type=Path, default=Path("fuzz-findings"), help="for findings")
     args = parser.parse_args()
     kind, _, number = (args.only or "").partition("/")
-    if kind and kind not in KINDS:
-        parser.error(f"unknown kind {kind}: {', '.join(KINDS)}")
+    kinds = kind.split(",") if kind else list(KINDS)
+    if unknown := [name for name in kinds if name not in KINDS]:
+        parser.error(f"unknown kind {unknown[0]}: {', '.join(KINDS)}")
     with tempfile.TemporaryDirectory(prefix="maskdm-fuzz-") as place:
         _import_all()
-        if not kind or KINDS[kind].needs_runs:
+        if any(KINDS[name].needs_runs for name in kinds):
             make_fixtures(Path(place, "fixtures"))
         if number:
             result = one_case(kind, int(number), args.seed, Path(place), args.keep)
@@ -49,18 +50,18 @@ def main() -> int:
         start = time.monotonic()
         deadline = start + 60 * args.minutes if args.cases is None else float("inf")
         most = args.cases if args.cases is not None else sys.maxsize
-        results = list(_all_cases(kind, most, deadline, args, Path(place)))
+        results = list(_all_cases(kinds, most, deadline, args, Path(place)))
     print(summary(results, args.seed, time.monotonic() - start))
     return 1 if any(one["problems"] for one in results) else 0
 
 
-def order(only: str) -> Iterator[tuple[str, int]]:
+def order(kinds: list[str]) -> Iterator[tuple[str, int]]:
     """An endless order of cases: kinds by their shares, each counted by itself."""
     numbers = Counter[str]()
-    rows = [name for name, kind in KINDS.items() for _ in range(kind.share)]
+    rows = [name for name in kinds for _ in range(KINDS[name].share)]
     Random(0).shuffle(rows)
     while True:
-        for name in [only] if only else rows:
+        for name in rows:
             yield name, numbers[name]
             numbers[name] += 1
 
@@ -85,14 +86,14 @@ def one_case(kind: str, number: int, seed: int, place: Path, keep: Path) -> dict
 
 
 def _all_cases(
-    only: str, most: int, deadline: float, args: argparse.Namespace, place: Path
+    kinds: list[str], most: int, deadline: float, args: argparse.Namespace, place: Path
 ) -> Iterator[dict]:
     """The results of all cases: each worker takes every n-th of the order."""
     workers, files = list[int](), [place / f"results-{i}" for i in range(args.workers)]
     for worker, file in enumerate(files):
         if (child := os.fork()) == 0:
             try:
-                _work(worker, file, only, most, deadline, args, place)
+                _work(worker, file, kinds, most, deadline, args, place)
                 os._exit(0)
             except BaseException:  # else this copy of the parent would go on
                 traceback.print_exc()
@@ -107,7 +108,7 @@ def _all_cases(
 def _work(
     worker: int,
     file: Path,
-    only: str,
+    kinds: list[str],
     most: int,
     deadline: float,
     args: argparse.Namespace,
@@ -115,7 +116,7 @@ def _work(
 ) -> None:
     """Runs every n-th case, and writes its result as a line."""
     with file.open("w") as lines:
-        for index, (kind, number) in enumerate(order(only)):
+        for index, (kind, number) in enumerate(order(kinds)):
             if index >= most or time.monotonic() > deadline:
                 break
             if index % args.workers == worker:
