@@ -2,7 +2,9 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-try gpu-check clean
+FUZZ := --minutes 10
+
+.PHONY: demo test lint fuzz bench bench-try gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/maskdm train faces --out runs/faces
@@ -19,6 +21,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Damaged and strange files of all kinds, ten minutes on two cores: make fuzz FUZZ="--minutes 1 --seed 7".
+fuzz: $(VENV)/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py

@@ -607,3 +607,24 @@ def test_damaged_exif_data_do_not_stop_the_doctor(tmp_path):
         picture(i, (40, 24)).save(tmp_path / f"{i}.png", exif=exif)
     report = examine(Data(source=str(tmp_path), size=16), progress=False)
     assert report.num_readable == 4 and report.sizes == [(40, 24, 4)] and not report.traits
+
+
+def test_a_png_that_is_damaged_within_is_unreadable_for_the_doctor_as_for_training(tmp_path):
+    """Pillow decodes a PNG when it is asked for its EXIF data: an error then must not be lost."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    content = bytearray(file.getvalue())
+    start = content.index(b"IDAT")
+    (num,) = struct.unpack(">I", content[start - 4 : start])
+    content[start + num // 2 : start + num // 2 + 64] = bytes(64)
+    content[start + 4 + num : start + 8 + num] = struct.pack(
+        ">I", zlib.crc32(content[start : start + 4 + num])
+    )
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(content)
+    Image.fromarray(pixels).save(tmp_path / "in" / "b.png")
+    data = Data(source=str(tmp_path / "in"), size=8, on_bad="skip")
+    left_out = open_store(data).manifest["left_out"]
+    assert [name for name, _ in left_out] == ["a.png"]
+    assert [name for name, _ in examine(data).unreadable] == ["a.png"]

@@ -206,3 +206,40 @@ def test_json_of_another_kind_in_an_exported_model_is_one_line(run, capsys):
     assert "model_index.json is damaged" in text
     with pytest.raises(ValueError, match="damaged"):
         find_model(run).sampling  # noqa: B018 (a property)
+
+
+DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "file", ["environment.json", "classes.json", "evaluation.json", "quality.jsonl", "recipe.yaml",
+             "model/model_index.json", "model/denoiser/config.json"],
+)  # fmt: skip
+def test_json_that_is_nested_too_deeply_is_damage_too(run, capsys, file):
+    (run / file).write_bytes(DEEP)
+    if file == "quality.jsonl":
+        assert read_lines(run / file) == []
+        return
+    if file.startswith("model"):
+        arguments = ("sample", run, "--out", run / "x.npz")
+    else:
+        arguments = ("train" if file == "classes.json" else "evaluate", run)
+    text = failure(capsys, *arguments)
+    assert Path(file).name in text and text.startswith("maskdm: ")
+
+
+@pytest.mark.parametrize("name", ["step", "stage", "images", "elapsed_sec", "crc32"])
+@pytest.mark.parametrize("value", ["x", None, [], -1, 1e308])
+def test_a_checkpoint_with_impossible_counters_is_ignored(run, name, value):
+    path = run / "checkpoints" / "step-00000011" / "progress.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    assert find_checkpoint(run / "checkpoints").name == "step-00000009"
+
+
+def test_an_exported_model_with_a_tensor_of_another_shape_is_one_line(run, capsys):
+    path = run / "model" / "denoiser" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name][None].clone()}, path)
+    text = failure(capsys, "sample", run, "--out", run / "x.npz")
+    assert f"the model in {run / 'model'} is damaged" in text and name in text

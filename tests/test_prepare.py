@@ -14,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from maskdm.images.prepare import center_crop, convert, open_image, prepare_contents, prepare_image
+from maskdm.images.prepare import (
+    center_crop,
+    convert,
+    open_image,
+    prepare_contents,
+    prepare_image,
+    read_picture,
+)
 from maskdm.images.store import open_store
 from maskdm.recipe import Data
 
@@ -384,6 +391,20 @@ def test_damaged_tags_beside_the_orientation_do_not_stop_the_turn():
 def test_pngs_may_carry_long_texts_and_profiles(place, chunk):
     rows = b"".join(b"\0" + bytes((10, 200, 30)) * 16 for _ in range(16))
     assert (prepared(png(16, 16, rows, **{place: chunk})) == (10, 200, 30)).all()
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iCCP"])
+def test_texts_and_profiles_that_unpack_to_very_much_are_bombs(name):
+    """A file of 100 kB would take 100 MB of memory, whatever its size in pixels."""
+    chunk = {name: b"key\0\0" + zlib.compress(bytes(100_000_000))}
+    why = "decompression bomb: texts or a profile of more than 16 MiB"
+    assert prepare_contents([png(1, 1, bytes(4), chunks=chunk)], Data(size=4))[1] == {0: why}
+
+
+def test_a_picture_that_decoders_warn_of_is_refused_without_a_warning(tmp_path):
+    (tmp_path / "x.tif").write_bytes(b"II*\0\x08\0\0\0")  # the directory is missing
+    with pytest.raises(ValueError, match=r"x\.tif cannot be read as an image: not an image"):
+        read_picture(tmp_path / "x.tif")
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])

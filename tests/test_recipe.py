@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import pytest
 import yaml
@@ -184,3 +185,14 @@ def test_the_demos_dense_control_spends_the_same_compute():
     assert totals[1] == pytest.approx(totals[0], rel=1e-3)
     rest = [load_recipe(name).model_dump(exclude={"stages"}) for name in ("digits", "digits-dense")]
     assert rest[0] == rest[1]
+
+
+def test_a_stage_of_billions_of_steps_costs_no_memory():
+    stage = {"name": "all", "batch_size": 8, "lr": 1e-3}
+    tracemalloc.start()
+    assert Stage(**stage, steps=10**9, restarts=(5, 10**8)).steps == 10**9
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    for restarts in ((0,), (5, 5), (7, 5), (10,), (-1, 3)):
+        with pytest.raises(ValueError, match="must increase and lie within"):
+            Stage(**stage, steps=10, restarts=restarts)

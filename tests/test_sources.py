@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
 import http.server
 import io
 import json
 import ntpath
 import os
+import re
 import shutil
 import tarfile
 import threading
+import tracemalloc
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -948,3 +951,45 @@ def test_archives_that_were_never_downloaded_say_what_they_are(tmp_path, name):
         (tmp_path / name).write_bytes(head)
         with pytest.raises(ValueError, match=f"{name} is {what}"):
             opened(tmp_path / name)
+
+
+@pytest.mark.parametrize("key", ["GNU.sparse.map", "size", "GNU.sparse.size"])
+def test_a_tar_with_damaged_fields_before_a_file_is_refused_in_a_line(tmp_path, capsys, key):
+    with tarfile.open(tmp_path / "in.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("a.png")
+        info.pax_headers = {key: "1,x"}
+        archive.addfile(info)
+    shutil.copy(tmp_path / "in.tar", tmp_path / "in")  # its content shows what it is
+    for name in ("in.tar", "in"):
+        assert main(["check", str(tmp_path / name)]) == 2
+        text = capsys.readouterr().err
+        assert text.count("\n") == 1 if text else key == "size"  # which is a number in the end
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_tar_with_a_huge_header_is_refused_before_it_is_read(tmp_path, kind):
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, 200_000_000
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    with gzip.open(tmp_path / "in.tar.gz", "wb", 1) as file:
+        file.write(header + bytes(info.size))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="a header of 200,000,000 bytes"):
+        list(open_source(str(tmp_path / "in.tar.gz")).items())
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for name in ("\x1b[31mcat/1.png", "dog\n/2.png", "dog\n/3\x07.png"):
+            file = io.BytesIO()
+            Image.new("RGB", (8, 8)).save(file, "PNG")
+            archive.writestr(name, file.getvalue() if "1" in name else b"damaged \x1b")
+    assert main(["check", str(tmp_path / "in.zip"), "--on-bad", "skip"]) == 0
+    text = capsys.readouterr().out
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
+    assert "\\x1b[31mcat" in text and "dog\\n/2.png" in text
+    (tmp_path / "bad").write_text("a: [\x1b")
+    assert main(["train", str(tmp_path / "bad")]) == 2
+    assert "\x1b" not in capsys.readouterr().err

@@ -1,14 +1,15 @@
-"""Paths as a user gives them; files and folders that are there whole or not at all."""
+"""Paths as a user gives them; JSON; files and folders that are there whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -21,6 +22,14 @@ def expanded(name: str | Path) -> Path:
         raise ValueError(
             f"{name}: the home folder is unknown; set HOME, or write the path without ~"
         ) from None
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """What a text of JSON holds. Raises ValueError where it is none, or is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:  # a damaged or hostile file
+        raise ValueError("it is nested too deeply") from None
 
 
 def refuse_unwritable(path: Path, flag: str, is_folder: bool = False) -> None:

@@ -116,7 +116,7 @@ def _settings(name_or_path: str | Path, above: tuple[str, ...] = ()) -> dict[str
     content = recipe_text(name_or_path)
     try:
         values = yaml.load(content, _StrictLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, say
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, say
         raise ValueError(
             f"recipe {name_or_path} is not a YAML file of settings: {one_line(error)}"
         ) from None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 NUM_LISTED = 5  # names in a message
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def counted(num: int, one: str, many: str | None = None) -> str:
@@ -31,8 +33,12 @@ def suggestion(name: str, known: Iterable[str], most: int = 20) -> str:
 
 
 def printable(name: str) -> str:
-    """A file's name for a terminal: bytes that are not UTF-8 become escapes."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+    """A file's name for a terminal: bytes that are not UTF-8 and control characters become escapes.
+
+    The latter would change the terminal's colours, say, or break the line.
+    """
+    text = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(error: BaseException | str, width: int = 0) -> str:
@@ -40,7 +46,7 @@ def one_line(error: BaseException | str, width: int = 0) -> str:
 
     An error without a text gives the name of its class.
     """
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     return textwrap.shorten(text, width, placeholder=" ...") if width else text
 
 

@@ -14,7 +14,7 @@ import tyro
 from maskdm.choices import helped, named
 from maskdm.commands.common import DONE, JsonFlag, quiet
 from maskdm.families import METRICS, qualities
-from maskdm.files import expanded, refuse_unwritable
+from maskdm.files import expanded, parsed_json, refuse_unwritable
 from maskdm.runs.find import CONTROL
 from maskdm.words import COSTS, listed
 
@@ -102,7 +102,7 @@ def _controlled_by(run: Path) -> str | None:
     """The name of the run whose control a run is; None = of none."""
     path = run / CONTROL
     try:
-        return str(json.loads(path.read_text("utf-8"))["of"]) if path.is_file() else None
+        return str(parsed_json(path.read_text("utf-8"))["of"]) if path.is_file() else None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: remove it, and name both runs") from None
 

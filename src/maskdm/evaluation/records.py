@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maskdm.files import expanded, write_text
+from maskdm.files import expanded, parsed_json, write_text
 from maskdm.recipe import Evaluation, Sampling
 from maskdm.recipe_files import migrated
 
@@ -51,7 +51,7 @@ def read_records(path: Path) -> list[Record]:
     if not path.is_file():
         return []
     try:
-        records = json.loads(path.read_text("utf-8"))
+        records = parsed_json(path.read_text("utf-8"))
         if not isinstance(records, list) or not all(map(_is_record, records)):
             raise ValueError("it does not contain a list of evaluations")
     except (ValueError, TypeError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from maskdm.files import write_whole
+from maskdm.files import parsed_json, write_whole
 from maskdm.images.joined import Array
 
 CHUNK = 4096  # rows turned into float64 at a time
@@ -88,7 +88,7 @@ def load_statistics(path: Path) -> Statistics:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             mean, cov = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
-            facts = json.loads(str(arrays["maskdm"])) if "maskdm" in arrays else {}
+            facts = parsed_json(str(arrays["maskdm"])) if "maskdm" in arrays else {}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"the statistics in {path} cannot be read: {error}") from None
     if mean.ndim != 1 or cov.shape != 2 * mean.shape:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import itertools
-import json
 import lzma
 import posixpath
 import re
@@ -18,6 +18,7 @@ from typing import Any
 
 import fsspec
 
+from maskdm.files import parsed_json
 from maskdm.images.decode import is_common_image
 from maskdm.images.labels import Label, number_or_name, text_of
 from maskdm.images.source import (
@@ -34,6 +35,7 @@ from maskdm.images.source import (
 from maskdm.words import counted, listed, one_line
 
 MAX_FILE_BYTES = 2**27  # a larger file in an archive, once unpacked, counts as a bomb
+MAX_HEADER_BYTES = 2**20  # of a long name or of other facts before a file of a tar
 MAX_SAMPLE = 64  # files of one sample: more are not a sample, but names that begin alike
 MAX_CHOICES = 1_000_000  # files that a pair of braces in a pattern may stand for
 # What reading a damaged, encrypted or foreign archive may raise.
@@ -41,6 +43,10 @@ ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAErr
 READ_ERRORS = (*ARCHIVE_ERRORS, OSError, EOFError, RuntimeError, LookupError, MemoryError)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 EDGE_BYTES = 2**20  # at each end of a file, for its fingerprint
+HEADER_TYPES = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
 File = tuple[str, bytes | Exception | None]  # name and content; None for one that is not used
 
 
@@ -52,7 +58,7 @@ class ZipSource(ListedSource):
     def __init__(self, path: Path):
         try:
             self._archive = zipfile.ZipFile(path)
-        except READ_ERRORS as error:
+        except Exception as error:  # damaged fields make zipfile raise nearly anything
             raise ValueError(f"zip {path} is damaged or ends early: {error}") from None
         infos = [info for info in self._archive.infolist() if info.filename]
         if not any("/" in info.filename for info in infos):  # some programs of Windows write \
@@ -68,7 +74,7 @@ class ZipSource(ListedSource):
             return ValueError(f"decompression bomb: {size:,} bytes unpacked")
         try:
             return self._archive.read(self._infos[name])
-        except READ_ERRORS as error:
+        except Exception as error:  # as above
             return error
 
     def _state(self, name: str) -> bytes:
@@ -157,6 +163,7 @@ class TarSource(Source):
     def _files(self, path: str) -> Iterator[File]:
         with (
             fsspec.open(path, "rb") if "://" in path else Path(path).open("rb") as file,
+            _damage_as_read_error(),
             tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictTarInfo) as archive,
         ):
             for member in archive:
@@ -180,17 +187,34 @@ class TarSource(Source):
                     yield name, content if is_used or is_common_image(content) else None
 
 
+@contextlib.contextmanager
+def _damage_as_read_error() -> Iterator[None]:
+    """Makes whatever a damaged archive raises one of READ_ERRORS."""
+    try:
+        yield
+    except (*READ_ERRORS, GeneratorExit):
+        raise
+    except Exception as error:  # damaged fields before a file make tarfile raise nearly anything
+        raise tarfile.ReadError(one_line(error)) from None
+
+
 class _StrictTarInfo(tarfile.TarInfo):
-    """Raises for a truncated or damaged header, which tarfile takes for the archive's end."""
+    """Raises for a truncated or damaged header, which tarfile takes for the archive's end.
+
+    Also for a name or other facts of many bytes, which tarfile would read into memory.
+    """
 
     @classmethod
     def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
         try:
-            return super().frombuf(buf, encoding, errors)
+            info = super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from None
+        if info.type in HEADER_TYPES and info.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {info.size:,} bytes")
+        return info
 
 
 def _with_slashes(name: str) -> str:
@@ -234,7 +258,7 @@ def _label(name: str, content: bytes | Exception) -> Label:
         text = text_of(content).strip()
         if name.lower().endswith(".cls"):
             return number_or_name(text)
-        record = json.loads(text)
+        record = parsed_json(text)
     except ValueError as error:
         raise ValueError(f"{name} is not a label: {error}") from None
     label = record.get("label") if isinstance(record, dict) else None

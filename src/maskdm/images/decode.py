@@ -24,7 +24,8 @@ Content = Path | bytes | np.ndarray | Exception
 FORMATS = "AVIF BMP DIB GIF HEIF ICO JPEG JPEG2000 PCX PNG PPM SGI TGA TIFF WEBP".split()
 HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None  # the extra `heif`
 MAX_PIXELS = 89_478_485  # of a decoded image; Pillow warns of decompression bombs above
-MAX_TEXT_BYTES = 2**27  # of a PNG's texts, unpacked; Pillow refuses images with 1 MiB of text
+# Of a text or profile of a PNG, unpacked, and of all its texts: Pillow refuses images with 1 MiB.
+MAX_TEXT_BYTES, MAX_TEXTS_BYTES = 2**24, 2**25
 ALPHA_OFTEN_UNUSED = ("BMP", "DIB", "TGA")
 PNG_TRANSPARENT_SCALE = {"L;2": 85, "L;4": 17}  # of grey levels, which Pillow scales to 8 bits
 TURNS = {
@@ -195,7 +196,8 @@ def _formats() -> list[str]:
 def _long_texts() -> Iterator[None]:
     """Lets Pillow read PNGs whose texts or profile are longer than its limit."""
     limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
+    PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT_BYTES
+    PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXTS_BYTES
     try:
         yield
     finally:

@@ -70,11 +70,12 @@ def _inspect(content: Content, data: Data) -> tuple[ImageFacts, np.ndarray]:
     with opened(content) as image:
         mode, kind, traits = image.mode, image.format or "array", _header_traits(image)
         width, height = image.size
-        is_turned = orientation(image) >= 5 and kind != "TIFF"  # of which Pillow turns the header
         if is_too_large(image):  # as for training, which reduces all JPEGs
             factor = prepare.draft_factor(image, data)
             image.draft(None, (width // factor, height // factor))
         image = load(image)
+    # Not before: Pillow decodes a PNG to find its EXIF data, and an error then would be lost.
+    is_turned = orientation(image) >= 5 and kind != "TIFF"  # of which Pillow turns the header
     turned = upright(image)
     if turned is not image:
         traits.append("EXIF rotation")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import json
 import os
 import posixpath
 import re
@@ -14,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 
+from maskdm.files import parsed_json
 from maskdm.words import counted, listed, printable
 
 Label = str | int | None
@@ -277,7 +277,7 @@ Pairs = list[tuple[str, Label]]  # names of images and their labels
 
 def _jsonl_pairs(text: str) -> Pairs | None:
     lines = re.split(r"[\r\n]+", text)  # not `splitlines`: U+2028 may stand in a text
-    records = [json.loads(line) for line in lines if line.strip()]
+    records = [parsed_json(line) for line in lines if line.strip()]
     return [(record["file_name"], record.get("label")) for record in records]
 
 
@@ -292,7 +292,7 @@ def _csv_pairs(text: str) -> Pairs | None:
 
 
 def _dataset_pairs(text: str) -> Pairs | None:
-    record = json.loads(text)
+    record = parsed_json(text)
     if isinstance(record, dict) and not isinstance(record.get("labels", {}), list | None):
         return None
     return [(name, label) for name, label in record["labels"] or []]

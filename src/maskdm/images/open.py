@@ -75,6 +75,13 @@ def _is_tar(path: Path) -> bool:
     return path.name.lower().endswith(TAR_SUFFIXES)
 
 
+def _looks_like_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except Exception:  # damaged fields make tarfile raise nearly anything
+        return False
+
+
 def _open_file(name: str, path: Path) -> Source:
     if not path.exists():
         raise ValueError(
@@ -91,7 +98,7 @@ def _open_file(name: str, path: Path) -> Source:
         return TarSource([str(path)])
     if suffix == ".zip":
         return ZipSource(path)
-    if path.is_file() and tarfile.is_tarfile(path):
+    if path.is_file() and _looks_like_tar(path):
         return TarSource([str(path)])
     if zipfile.is_zipfile(path):
         return ZipSource(path)

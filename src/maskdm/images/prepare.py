@@ -13,7 +13,14 @@ from PIL import Image
 
 from maskdm.families import CROPS
 from maskdm.images.colours import convert
-from maskdm.images.decode import Content, load, opened, orientation, upright
+from maskdm.images.decode import (
+    MAX_TEXT_BYTES,
+    Content,
+    load,
+    opened,
+    orientation,
+    upright,
+)
 from maskdm.images.known import crop_of
 from maskdm.recipe import Data
 from maskdm.words import one_line
@@ -57,6 +64,8 @@ def reason(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return "decompression bomb: far too many pixels"
     text = one_line(error)
+    if "MAX_TEXT_" in text:
+        return f"decompression bomb: texts or a profile of more than {MAX_TEXT_BYTES >> 20} MiB"
     if "truncated" in text.lower():
         return "truncated: the file ends early"
     return "not an image" if text.startswith("cannot identify image file") else text
@@ -83,9 +92,11 @@ def open_image(content: Content, data: Data) -> Image.Image:
 def read_picture(path: Path) -> Image.Image:
     """A picture with its pixels. Raises ValueError where the file cannot be read as one."""
     try:
-        with opened(path) as image:
-            return load(image)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in `where_readable`
+            with opened(path) as image:
+                return load(image)
+    except Exception as error:  # damaged files make decoders raise nearly anything
         raise ValueError(f"{path} cannot be read as an image: {reason(error)}") from None
 
 

@@ -8,7 +8,6 @@ their bytes; `maskdm pack` builds them anywhere, as a whole or in parts.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from maskdm.files import expanded
+from maskdm.files import expanded, parsed_json
 from maskdm.images.build import FORMAT, build_store, store_key
 from maskdm.images.joined import Array, JoinedArrays
 from maskdm.images.labels import Group, are_partly_labelled, number_groups, split_note
@@ -168,7 +167,7 @@ def _with_split_note(store: Store) -> Store:
 def _load(folder: Path) -> Store:
     damaged = ValueError(f"the image store {folder} is damaged: remove it and build it again")
     try:
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        manifest = parsed_json((folder / "manifest.json").read_text("utf-8"))
         shape, version = tuple(manifest["shape"]), manifest["format"]
         if names := manifest["class_names"]:  # those of folders could be no UTF-8
             manifest["class_names"] = [printable(name) for name in names]

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from maskdm.files import parsed_json
 from maskdm.models.power_average import gamma_of_width, inner_product
 from maskdm.recipe import Stage
 from maskdm.words import listed
@@ -74,7 +75,7 @@ def snapshots_of(run_dir: Path, stage: str, until_step: int) -> list[Snapshot]:
     found = []
     for path in sorted((run_dir / FOLDER).glob("step-*.safetensors")):
         with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()["snapshot"])
+            facts = parsed_json(file.metadata()["snapshot"])
         if facts["stage"] == stage and facts["step"] <= until_step:
             found.append(Snapshot(path, **{**facts, "widths": tuple(facts["widths"])}))
     return found

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from maskdm.files import whole_folder, write_text
+from maskdm.files import parsed_json, whole_folder, write_text
 from maskdm.runs.find import KEPT, best_line, crc32_of, incompleteness
 from maskdm.words import one_line
 
@@ -149,7 +149,7 @@ def load_narrow_average(path: Path, ema: ModelT) -> ModelT | None:
 def read_progress(path: Path) -> Progress:
     """The counters of a whole checkpoint. Raises ValueError where they are damaged."""
     try:
-        content = json.loads((path / "progress.json").read_text("utf-8"))
+        content = parsed_json((path / "progress.json").read_text("utf-8"))
         progress = Progress(**{key: content[key] for key in Progress.__dataclass_fields__})
         progress.tick = [(loss, norm) for loss, norm in progress.tick]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -169,7 +169,7 @@ def prune_checkpoints(folder: Path, current: Path, keep: int) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     checkpoints = sorted(folder.glob("step-*"))
     whole = [path for path in checkpoints if path.name <= current.name and not incompleteness(path)]
-    ends = [p for p in whole if json.loads((p / "progress.json").read_text())["is_stage_end"]]
+    ends = [p for p in whole if parsed_json((p / "progress.json").read_text())["is_stage_end"]]
     best = best_line(folder.parent) if (folder.parent / "recipe.yaml").is_file() else None
     kept = {current, *whole[-keep:], *ends}
     kept |= {folder / f"step-{best['step']:08d}"} if best else set()

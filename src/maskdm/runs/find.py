@@ -6,7 +6,6 @@ It reads files only, and imports fast.
 from __future__ import annotations
 
 import functools
-import json
 import re
 import zlib
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from maskdm.files import expanded
+from maskdm.files import expanded, parsed_json
 from maskdm.images.faces import is_faces
 from maskdm.images.known import KNOWN
 from maskdm.recipe import Recipe, Sampling
@@ -29,6 +28,8 @@ BEST = "best"
 KEPT = "kept"  # RUN/kept/step-...: averages alone, for curves of quality
 CONTROL = "control.json"  # in the folder of a control: whose it is
 REPORT = "report.html"  # in a run's folder
+COUNTERS = ("step", "stage", "stage_step", "images", "flops", "elapsed_sec")  # of progress.json
+MOST_COUNTED = 2.0**100  # what no run reaches
 CHUNK = 2**24  # bytes read at a time
 Note = Callable[[str], None]
 
@@ -89,9 +90,13 @@ def training_of(location: Location) -> dict[str, Any] | None:
         if newest is None:
             return None
         checkpoint = newest
-    progress = json.loads((checkpoint / "progress.json").read_text("utf-8"))
-    costs = {name: progress[name] for name in ("step", "images", "flops", "elapsed_sec")}
-    return {**costs, "stage": location.recipe.stages[progress["stage"]].name}
+    progress, stages = read_settings(checkpoint / "progress.json"), location.recipe.stages
+    try:
+        costs = {name: progress[name] for name in ("step", "images", "flops", "elapsed_sec")}
+        return {**costs, "stage": stages[progress["stage"]].name}
+    except (LookupError, TypeError) as error:
+        why = f"{one_line(error)}, or a stage that the recipe does not have"
+        raise ValueError(f"{checkpoint / 'progress.json'} is damaged: it lacks {why}") from None
 
 
 def find_model(name: str | Path, note: Note = print) -> Location:
@@ -257,11 +262,31 @@ def _is_sound(file: Path, crc32: int | None, changed_ns: int) -> bool:
 def _counters(path: Path) -> dict[str, Any] | None:
     """What progress.json of a checkpoint holds; None where it is missing or damaged."""
     try:
-        counters = json.loads((path / "progress.json").read_text("utf-8"))
+        counters = parsed_json((path / "progress.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    is_whole = isinstance(counters, dict) and isinstance(counters.get("files"), dict)
-    return counters if is_whole else None
+    if not isinstance(counters, dict):
+        return None
+    files, sums = counters.get("files"), counters.get("crc32", {})
+    is_whole = isinstance(files, dict) and isinstance(sums, dict)
+    numbers = [counters[name] for name in COUNTERS if name in counters]
+    return counters if is_whole and all(map(_is_count, numbers)) else None
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a value is a number from 0 on, and finite."""
+    return type(value) in (int, float) and 0 <= value < MOST_COUNTED
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object. Raises ValueError where it is damaged or missing."""
+    try:
+        content = parsed_json(path.read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no settings")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from None
+    return content
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -269,12 +294,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
     Raises ValueError where it is not valid JSON, or of another kind of pipeline.
     """
-    try:
-        index = json.loads((folder / "model_index.json").read_text("utf-8"))
-        if not isinstance(index, dict):
-            raise ValueError("it holds no settings")
-    except ValueError as error:
-        raise ValueError(f"{folder / 'model_index.json'} is damaged: {error}") from None
+    index = read_settings(folder / "model_index.json")
     if index.get("_class_name") != "MaskDMPipeline":
         raise ValueError(f"{folder} holds another kind of pipeline: {index.get('_class_name')}")
     return grouped_index(index)

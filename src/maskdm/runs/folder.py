@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from maskdm.files import write_text
+from maskdm.files import parsed_json, write_text
 from maskdm.images.huggingface import PREFIX
 from maskdm.images.known import KNOWN
 from maskdm.recipe import Recipe
@@ -152,7 +152,7 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     """
     path = run_dir / STARTS
     try:
-        starts = json.loads(path.read_text("utf-8")) if path.is_file() else []
+        starts = parsed_json(path.read_text("utf-8")) if path.is_file() else []
         if not isinstance(starts, list) or not all(isinstance(one, dict) for one in starts):
             raise ValueError("it holds no list of starts")
     except ValueError as error:
@@ -172,7 +172,7 @@ def read_class_names(run_dir: Path) -> list[str] | None:
     if not path.is_file():
         return None
     try:
-        names: list[str] = json.loads(path.read_text("utf-8"))
+        names: list[str] = parsed_json(path.read_text("utf-8"))
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("it holds no list of names")
     except ValueError as error:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from maskdm.files import write_text
+from maskdm.files import parsed_json, write_text
 
 Line = dict[str, Any]
 
@@ -22,8 +22,8 @@ def read_lines(path: Path) -> list[Line]:
     lines = list[Line]()
     for text in path.read_text("utf-8", "replace").splitlines() if path.is_file() else []:
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
+            line = parsed_json(text)
+        except ValueError:
             break
         if not isinstance(line, dict):
             break

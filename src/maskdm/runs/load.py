@@ -15,13 +15,13 @@ from maskdm.models.build import Backbone, build_model
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Diffusion, Sampling
 from maskdm.runs.averages import averaged_weights
-from maskdm.runs.find import Location, Note, find_checkpoint, find_model, read_index
+from maskdm.runs.find import Location, Note, find_checkpoint, find_model, read_index, read_settings
 from maskdm.runs.folder import read_class_names
 from maskdm.words import listed, one_line
 
 # What damaged files raise, in our reading of them or in a library's.
 DAMAGE: tuple[type[Exception], ...] = (
-    OSError, SafetensorError, KeyError, RuntimeError, TypeError, AttributeError,
+    OSError, SafetensorError, LookupError, RuntimeError, TypeError, AttributeError,
     json.JSONDecodeError, UnicodeDecodeError,
 )  # fmt: skip
 
@@ -112,15 +112,18 @@ def _newest_checkpoint(location: Location, note: Note) -> Location:
 
 def _load_exported(location: Location) -> tuple[Backbone, Diffusion]:
     folder, index = location.folder / "denoiser", read_index(location.folder)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = read_settings(folder / "config.json")
     classes: dict[str, Any] = {
         row.network_class.__name__: row.network_class for row in BACKBONES.values()
     }
     name = config["_class_name"]
     network = classes[name] if name in classes else BACKBONES[config["kind"]].network_class
-    model, loading = network.from_pretrained(
-        str(folder), use_safetensors=True, output_loading_info=True
-    )
+    try:
+        model, loading = network.from_pretrained(
+            str(folder), use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # damaged files make diffusers raise nearly anything
+        raise RuntimeError(one_line(error, 200)) from None
     if missing := sorted(loading["missing_keys"]):
         raise RuntimeError(f"its file lacks {listed(missing, most=3)}")
     return model, Diffusion(**index["diffusion"])
@@ -137,8 +140,7 @@ def _average_anew(model: Backbone, location: Location, width: float) -> None:
 
 def _progress(location: Location) -> dict[str, Any]:
     """The counters of a checkpoint."""
-    counters: dict[str, Any] = json.loads((location.folder / "progress.json").read_text("utf-8"))
-    return counters
+    return read_settings(location.folder / "progress.json")
 
 
 def _load_checkpoint(location: Location, weights: str) -> tuple[Backbone, Diffusion]:

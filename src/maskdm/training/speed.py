@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from maskdm.engine import choose_precision, device_name
-from maskdm.files import write_text
+from maskdm.files import parsed_json, write_text
 from maskdm.images.store import cache_dir
 from maskdm.models.build import build_model
 from maskdm.models.compiling import CompiledForward
@@ -158,7 +158,7 @@ def _key(recipe: Recipe, accelerator: Accelerator) -> str:
 def _read(file: Path) -> dict[str, Any] | None:
     """A measurement of before; None where there is none."""
     try:
-        content: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        content: dict[str, Any] = parsed_json(file.read_text("utf-8"))
         return content if set(content) == {"step_sec", "forward_sec"} else None
     except (OSError, ValueError):
         return None

@@ -1,0 +1,1 @@
+"""The fuzz run (`make fuzz`): damaged and strange files of all kinds, one command each."""
