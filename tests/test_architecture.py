@@ -8,8 +8,8 @@ from pathlib import Path
 import maskdm
 
 ROOMS = (
-    "words files settings choices families recipe_data recipe_evaluation recipe_length recipe "
-    "recipe_files seeds engine images tokens masks diffusion models runs sampling "
+    "words files settings choices families metrics recipe_data recipe_evaluation recipe_length "
+    "recipe recipe_files seeds engine images tokens masks diffusion models runs sampling "
     "evaluation export report training plan paper commands cli __main__"
 ).split()
 ROOT = Path(maskdm.__file__).parent

@@ -1,4 +1,4 @@
-"""A metric is a function and a row: everything else follows from `families.METRICS`."""
+"""A metric is a function and a row: everything else follows from `metrics.METRICS`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from maskdm.evaluation.compare import compare_records
 from maskdm.evaluation.curves import Facts, costs_to_quality, curves_of
 from maskdm.evaluation.measure import Compared, Measured
 from maskdm.evaluation.records import add_record, read_records, records_file
-from maskdm.families import METRICS, Metric, qualities
 from maskdm.images.store import open_store
+from maskdm.metrics import METRICS, Metric, qualities
 from maskdm.recipe import Evaluation, Recipe
 from maskdm.report.plots import quality_figure
 from maskdm.runs.lines import read_lines

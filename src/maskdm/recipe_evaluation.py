@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from maskdm.choices import helped
-from maskdm.families import METRICS, MetricName
+from maskdm.metrics import METRICS, MetricName
 from maskdm.settings import Settings
 from maskdm.words import suggestion
 

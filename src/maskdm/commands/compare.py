@@ -13,8 +13,8 @@ import tyro
 
 from maskdm.choices import helped, named
 from maskdm.commands.common import DONE, JsonFlag, quiet
-from maskdm.families import METRICS, qualities
 from maskdm.files import expanded, parsed_json, refuse_unwritable
+from maskdm.metrics import METRICS, qualities
 from maskdm.runs.find import CONTROL
 from maskdm.words import COSTS, listed
 

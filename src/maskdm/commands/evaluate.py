@@ -23,8 +23,8 @@ from maskdm.commands.common import (
 )
 from maskdm.commands.compare import with_control
 from maskdm.commands.evaluation_text import evaluation_text, figures_text
-from maskdm.families import MetricName
 from maskdm.files import expanded, refuse_unwritable
+from maskdm.metrics import MetricName
 from maskdm.recipe import Evaluation, Sampling
 from maskdm.recipe_files import load_recipe
 from maskdm.runs.find import find_model, is_model, kept_averages
@@ -95,12 +95,11 @@ def evaluate(
     _refuse_places(out, save_statistics)
 
     from maskdm.evaluation.evaluate import evaluate_images
-    from maskdm.evaluation.records import RECORDS, add_record, read_records, records_file
+    from maskdm.evaluation.records import RECORDS, read_records, records_file
 
     path = out or (records_file(run) if is_model(run) else None) or Path(RECORDS)
     read_records(path)  # a damaged one is refused now
     refuse_unwritable(path, "--out")
-    own = None  # the run's folder
     changes: dict[str, Any] = {
         "features": features,
         "weights": None if weights is None else str(weights),
@@ -120,25 +119,38 @@ def evaluate(
             _refuse_with_curve(ema, save_statistics, json_output)
             return _measure_curve(run, path, *how)
         results = [_of_model(run, width, *how) for width in ema or (None,)]
-        own = find_model(run, note=lambda text: None).run
-    if not is_main_process():
-        return DONE
+    if is_main_process():
+        _write(results, path, run, bool(ema), save_statistics, json_output)
+    return DONE
+
+
+def _write(
+    results: list[Evaluated],
+    path: Path,
+    run: str,
+    is_sweep: bool,
+    statistics_file: Path | None,
+    json_output: bool,
+) -> None:
+    """Adds the records to their file and prints them; brings the run's report up to date."""
+    from maskdm.evaluation.records import RECORDS, add_record
+
     for result in results:
         add_record(path, result.record)
-        if ema and not json_output:
+        if is_sweep and not json_output:
             print(f"average of relative width {result.record['samples']['ema']:g}")
         _report(result, path, json_output)
+    if statistics_file is not None:
+        from maskdm.evaluation import statistics
+
+        statistics.save_statistics(results[0].statistics, statistics_file)
     if path == expanded(run) / RECORDS and (path.parent / "recipe.yaml").is_file():
         from maskdm.report.page import update_report
 
         update_report(path.parent, say_note)
-    if save_statistics is not None:
-        from maskdm.evaluation import statistics
-
-        statistics.save_statistics(results[0].statistics, save_statistics)
+    own = find_model(run, note=lambda text: None).run if is_model(run) else None
     if own is not None and not json_output:
         print(f"next      {_next(own)}")
-    return DONE
 
 
 def _next(run: Path) -> str:

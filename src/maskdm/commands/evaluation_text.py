@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from maskdm.commands.common import sampling_text
-from maskdm.families import METRICS
+from maskdm.metrics import METRICS
 from maskdm.recipe import Sampling
 from maskdm.words import counted, figure, with_error, wrapped
 

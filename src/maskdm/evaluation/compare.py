@@ -15,7 +15,7 @@ from maskdm.evaluation.comparable import RecordsOfRuns, comparable, how_drawn, n
 from maskdm.evaluation.measure import NORMAL_95, Measured
 from maskdm.evaluation.records import Record
 from maskdm.evaluation.retrainings import Training, measured_in_all, retrainings, training_of_recipe
-from maskdm.families import METRICS, Metric
+from maskdm.metrics import METRICS, Metric
 from maskdm.words import listed
 
 MOST_IN_PAIRS = 3  # up to so many runs, all pairs are compared; of more, each with the best

@@ -7,7 +7,7 @@ from typing import Any
 
 from maskdm.evaluation.comparable import in_features, properties_of, shared
 from maskdm.evaluation.records import Record
-from maskdm.families import METRICS
+from maskdm.metrics import METRICS
 from maskdm.runs.lines import Line
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from maskdm.evaluation.comparable import differing, differing_in
 from maskdm.evaluation.measure import NORMAL_95
 from maskdm.evaluation.retrainings import measured_in_all, retrainings, training_of_recipe
-from maskdm.families import METRICS, qualities
+from maskdm.metrics import METRICS, qualities
 from maskdm.recipe_files import load_recipe
 from maskdm.runs.folder import images_sha256, read_starts
 from maskdm.runs.lines import Line
@@ -109,7 +109,7 @@ def curves_of(
         lines: name of a run -> lines of its quality.jsonl; lines without y are skipped.
         facts: name of a run -> what is known of its training.
         x: a key of `COSTS`.
-        y: one of `families.qualities`, measured in every run; or any metric of evaluations.
+        y: one of `metrics.qualities`, measured in every run; or any metric of evaluations.
         in_training: whether y was measured in training, else by evaluations (`points_of`).
 
     Raises ValueError for qualities that are not comparable; it says what differs.

@@ -1,7 +1,7 @@
 """Distances between two sets of feature vectors, each with its error over samples.
 
 The Fréchet and the sliced distance are ours; kernel distance, precision, recall and Inception score
-are torch-fidelity's. `families.METRICS` calls the functions `measure_...`.
+are torch-fidelity's. `metrics.METRICS` calls the functions `measure_...`.
 """
 
 from __future__ import annotations

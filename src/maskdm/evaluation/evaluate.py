@@ -38,11 +38,12 @@ from maskdm.evaluation.reference import (
 )
 from maskdm.evaluation.samples import Samples, drawn_samples, given_samples
 from maskdm.evaluation.statistics import Statistics
-from maskdm.families import GUIDANCE, METRICS
+from maskdm.families import GUIDANCE
 from maskdm.images.joined import SelectedRows
 from maskdm.images.known import crop_of
 from maskdm.images.order import held_out_subset, training_subset
 from maskdm.images.store import cache_dir
+from maskdm.metrics import METRICS
 from maskdm.recipe import Data, Evaluation, Sampling
 from maskdm.runs.environment import source_commit
 from maskdm.runs.find import Location, training_of

@@ -14,8 +14,8 @@ from scipy.special import stdtrit
 import maskdm
 from maskdm.evaluation.features import Features
 from maskdm.evaluation.reference import ReferenceFeatures
-from maskdm.families import METRICS, qualities
 from maskdm.images.joined import Array
+from maskdm.metrics import METRICS, qualities
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Evaluation, Sampling
 
@@ -92,7 +92,7 @@ class ModelInTraining:
 
 @dataclass(frozen=True)
 class Compared:
-    """Samples and what they are compared with, for the functions in `families.METRICS`.
+    """Samples and what they are compared with, for the functions in `metrics.METRICS`.
 
     Images are uint8 (N, H, W, C), their vectors (the features) float32 (N, D), their logits of the
     Inception network float32 (N, classes), where available. Where only a model in training is

@@ -47,7 +47,7 @@ class QuickLook:
     """Measures the models of a run, always on the same images, noise and seeds.
 
     It changes no random number of the training, nor torch's global ones. What is measured: the
-    dense loss on images trained on, and all `families.qualities` that can be.
+    dense loss on images trained on, and all `metrics.qualities` that can be.
 
     Args:
         recipe: how many images are held out and drawn, and the features for comparing them.

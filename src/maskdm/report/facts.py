@@ -9,8 +9,9 @@ from typing import Any
 
 from maskdm.evaluation.overfitting import rise_of_loss
 from maskdm.evaluation.records import RECORDS, Record, read_records
-from maskdm.families import BACKBONES, METRICS, qualities
+from maskdm.families import BACKBONES
 from maskdm.masks import mask_text
+from maskdm.metrics import METRICS, qualities
 from maskdm.recipe import Recipe, Stage
 from maskdm.recipe_files import load_recipe
 from maskdm.report.charts import Band, Chart, Series, draw_chart

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from maskdm.evaluation.records import Record
-from maskdm.families import METRICS
+from maskdm.metrics import METRICS
 from maskdm.runs.lines import Line
 from maskdm.words import figure
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from maskdm.evaluation.curves import Curve
 from maskdm.evaluation.measure import NORMAL_95
-from maskdm.families import METRICS
+from maskdm.metrics import METRICS
 from maskdm.runs.lines import read_lines
 from maskdm.words import COSTS
 from maskdm.words import figure as figure_text

@@ -8,7 +8,7 @@ from typing import Any
 from maskdm.evaluation.compare import Comparison, compare_records, metric_of
 from maskdm.evaluation.curves import Curve, curves_of, read_facts
 from maskdm.evaluation.measure import NORMAL_95
-from maskdm.families import METRICS, qualities
+from maskdm.metrics import METRICS, qualities
 from maskdm.recipe_files import differences
 from maskdm.report.charts import Chart, Series, draw_chart
 from maskdm.report.facts import UNKNOWN, Run

@@ -18,10 +18,10 @@ from maskdm.evaluation.neighbours import nearest_in_pixels
 from maskdm.evaluation.overfitting import rise_of_loss
 from maskdm.evaluation.quick import QuickLook
 from maskdm.export.pipeline import pipeline_of_run, save_pipeline
-from maskdm.families import METRICS
 from maskdm.images.joined import SelectedRows
 from maskdm.images.order import training_subset
 from maskdm.images.store import Store
+from maskdm.metrics import METRICS
 from maskdm.models.backbone import Backbone
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Recipe
