@@ -18,7 +18,7 @@ from maskdm.images.open import open_source
 from maskdm.images.order import training_subset
 from maskdm.images.store import is_store, open_store
 from maskdm.models.backbone import Backbone
-from maskdm.models.build import build_model
+from maskdm.models.build import weightless_model
 from maskdm.recipe import Recipe, Stage
 from maskdm.settings import changed
 from maskdm.training.budget import set_points
@@ -138,7 +138,7 @@ def make_plan(
         num_devices: the batch is divided among so many.
         bytes_of_compute: 4 for fp32, 2 for bf16 and fp16.
     """
-    model = build_model(recipe)
+    model = weightless_model(recipe)
     num_params = sum(p.numel() for p in model.parameters())
     memories = [
         memory_of(recipe, stage, model, num_devices, bytes_of_compute) for stage in recipe.stages
@@ -174,7 +174,7 @@ class Gpus:
 
     def speed(self, recipe: Recipe) -> Speed:
         """Its FLOPs over those per second."""
-        model = build_model(recipe)
+        model = weightless_model(recipe)
         each = self.flops_per_sec()
         steps = tuple(work.step_flops / each for work in stage_work(recipe, model))
         return Speed(steps, model.forward_flops(model.num_patches) / each)
@@ -255,7 +255,7 @@ def memory_of(
 def _saved_bytes(recipe: Recipe, num: int, work: StageWork) -> tuple[int, int]:
     """Bytes that autograd keeps of a forward pass in fp32, and those of the largest tensor."""
     saved: dict[int, int] = {}
-    model = build_model(recipe)
+    model = weightless_model(recipe)
     with FakeTensorMode():
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):

@@ -97,10 +97,8 @@ def _about(name: str) -> str:
 
 def _hours(names: Sequence[str], gpu: str, share: float | None) -> dict[str, float]:
     """Hours of training on one GPU."""
-    import torch
-
     from maskdm.choices import named
-    from maskdm.models.build import Backbone, build_model
+    from maskdm.models.build import Backbone, weightless_model
     from maskdm.plan import GPUS, PAPERS_SHARE, Gpus
     from maskdm.training.work import stage_work, total_flops
 
@@ -114,7 +112,6 @@ def _hours(names: Sequence[str], gpu: str, share: float | None) -> dict[str, flo
         recipe = load_recipe(name)
         sizes = f"{recipe.model} {recipe.data.shape}"
         if sizes not in models:
-            with torch.device("meta"):  # only its sizes matter
-                models[sizes] = build_model(recipe)
+            models[sizes] = weightless_model(recipe)
         hours[name] = total_flops(recipe, stage_work(recipe, models[sizes])) / per_hour
     return hours

@@ -26,3 +26,9 @@ def build_model(recipe: Recipe, class_names: list[str] | None = None) -> Backbon
         torch.default_generator.manual_seed(derive_seed(recipe.seed, "weights"))  # the CPU's alone
         model: Backbone = kind.network(**settings, class_names=class_names)
     return model
+
+
+def weightless_model(recipe: Recipe) -> Backbone:
+    """The recipe's model without memory for its weights: for its sizes and costs."""
+    with torch.device("meta"):
+        return build_model(recipe)

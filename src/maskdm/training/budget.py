@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 from maskdm.evaluation.quick import evaluations_of_look
-from maskdm.models.build import build_model
+from maskdm.models.build import weightless_model
 from maskdm.recipe import Budget, Recipe
 from maskdm.runs.checkpoint import Progress
 from maskdm.settings import changed
@@ -89,7 +89,7 @@ def with_steps(
 
     Raises ValueError for a budget that is too small.
     """
-    works = stage_work(recipe, build_model(recipe))
+    works = stage_work(recipe, weightless_model(recipe))
     if recipe.is_planned and not (rescale and recipe.budget.is_set):
         return _with_quick_num(changed(recipe, budget=Budget()), works)
     budget = recipe.budget
@@ -141,7 +141,7 @@ def longer(
         machine: on which hours are spent.
         num_train: images that are trained on.
     """
-    works = stage_work(recipe, build_model(recipe))
+    works = stage_work(recipe, weightless_model(recipe))
     speed = machine.speed(recipe) if extra.hours else None
     prices = _prices(recipe, works, extra, speed)
     amount = extra.flops or extra.images or (extra.epochs or 0) * num_train
@@ -205,7 +205,7 @@ def _with_quick_num(recipe: Recipe, works: list[StageWork]) -> Recipe:
     if recipe.evaluation.quick_num != "auto":
         return recipe
     times = len(set_points(recipe, recipe.evaluate_every)) or 1
-    one = build_model(recipe).forward_flops(works[-1].num_patches) * recipe.preview_steps
+    one = weightless_model(recipe).forward_flops(works[-1].num_patches) * recipe.preview_steps
     num = int(MOST_ON_SAMPLES * total_flops(recipe, works) / (times * one))
     num = min(num, MOST_SAMPLES) if num >= FEWEST_SAMPLES else 0
     return changed(recipe, evaluation=changed(recipe.evaluation, quick_num=num))

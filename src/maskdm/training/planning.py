@@ -16,7 +16,7 @@ from maskdm.families import MODEL_SIZES
 from maskdm.files import expanded, write_text
 from maskdm.images.order import training_subset
 from maskdm.images.store import Store
-from maskdm.models.build import build_model
+from maskdm.models.build import weightless_model
 from maskdm.recipe import Budget, Recipe
 from maskdm.recipe_files import load_recipe
 from maskdm.runs.changes import extended
@@ -253,7 +253,7 @@ def flops_of_budget(recipe: Recipe, num_train: int, machine: Machine) -> float:
     smallest = with_model_size(recipe, next(iter(MODEL_SIZES)))
     if budget.hours:
         return machine.flops_per_sec() * 3600 * budget.hours
-    works = stage_work(smallest, build_model(smallest))
+    works = stage_work(smallest, weightless_model(smallest))
     images = budget.images or (budget.epochs or 0) * num_train
     each = works[-1].step_flops / recipe.stages[-1].batch_size
     return images * each if images else total_flops(smallest, works)
@@ -267,7 +267,7 @@ def dense_control(recipe: Recipe, equal: str, machine: Machine) -> Recipe:
     """
     last = changed(recipe.stages[-1], name="dense", mask={"kind": "none", "rate": 0.0})
     control = changed(recipe, stages=(last.model_dump() | {"restarts": ()},), budget=Budget())
-    works, dense = (stage_work(one, build_model(one)) for one in (recipe, control))
+    works, dense = (stage_work(one, weightless_model(one)) for one in (recipe, control))
     if equal == "steps":
         steps = recipe.num_steps
     elif equal == "time":
