@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 from PIL import Image
 from scipy import stats
 
+import maskdm
+from maskdm.cli import main
 from maskdm.recipe import Mask
 
 PATH = Path(__file__).parent.parent / "examples" / "swiss_roll.py"
@@ -115,3 +118,31 @@ def test_energy_distance_equals_closed_forms_and_an_independent_sum(example):
     assert distance(sets[0], sets[0]) == pytest.approx(0, abs=1e-12)
     line = distance(sets[0][:, :1], sets[1][:, :1])  # scipy's is the root of 2 int (F - G)^2
     assert line == pytest.approx(stats.energy_distance(a[:, 0], b[:, 0]) ** 2, rel=1e-9)
+
+
+def test_own_loop_learns_and_leaves_a_model_for_the_commands(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("own_loop", PATH.with_name("own_loop.py"))
+    own_loop = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(own_loop)
+    losses = own_loop.main(["--out", str(tmp_path), "--scale", "0.1"])
+    assert [len(losses[name]) for name in losses] == [30, 50]
+    first, last = losses["pre-training"][:5], losses["fine-tuning"][-5:]
+    assert sum(last) < sum(first) / 2
+    printed = capsys.readouterr().out
+    assert "8 of 16 patches" in printed and "16 of 16 patches" in printed
+    with Image.open(tmp_path / "samples.png") as page:
+        assert page.size == (10 * 66 + 2, 6 * 66 + 2) and page.getextrema() == (0, 255)
+    arguments = ["--num", "3", "--steps", "4", "--label", "7", "--out", str(tmp_path / "x.npz")]
+    assert main(["sample", str(tmp_path / "model"), *arguments]) == 0
+    assert np.load(tmp_path / "x.npz")["arr_0"].shape == (3, 8, 8, 1)
+
+
+def test_own_loop_uses_public_names_only():
+    names = set()
+    for node in ast.walk(ast.parse(PATH.with_name("own_loop.py").read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert not str(node.module).startswith("maskdm")
+        elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "maskdm":
+            names.add(node.attr)
+    assert {"draw_visible", "masked_denoising_loss", "MaskDMPipeline"} <= names
+    assert names <= {*maskdm.__all__}
