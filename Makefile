@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 
 FUZZ := --minutes 10
 
-.PHONY: demo test lint fuzz bench bench-try gpu-check clean
+.PHONY: demo test test-slow lint fuzz bench bench-try gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/maskdm train faces --out runs/faces
@@ -16,6 +16,10 @@ demo: $(VENV)/installed
 # A worker for each core, with one thread: small networks gain nothing from more.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
+
+# Every table and figure of the paper at its smallest, each killed and continued.
+test-slow: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal -m reproduce
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

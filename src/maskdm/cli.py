@@ -23,6 +23,7 @@ from maskdm.commands.pack import pack
 from maskdm.commands.plan import plan
 from maskdm.commands.recipes import recipes
 from maskdm.commands.report import report
+from maskdm.commands.reproduce import reproduce
 from maskdm.commands.sample import sample
 from maskdm.commands.short_help import short_help
 from maskdm.commands.train import train
@@ -50,6 +51,7 @@ Train raw-pixel diffusion models cheaply: masked pre-training, then denoising fi
   inpaint RUN IMAGE --mask M  draw the missing parts of an image
   evaluate RUN                measure how far generated (or any) images are from real ones
   compare RUN RUN ...         which run is better, and is it more than noise; curves
+  reproduce TABLE             a table or figure of the paper, at a scale that one has
   report RUN [RUN ...]        all of it on one page, an HTML file without a network
   import FILE OUT             take over a checkpoint of U-ViT's or of the paper's authors
 
@@ -69,6 +71,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "inpaint": inpaint,
     "evaluate": evaluate,
     "compare": compare,
+    "reproduce": reproduce,
     "report": report,
     "import": import_model,
 }
@@ -104,7 +107,7 @@ OTHER_NAMES = {
 }
 OF_SAMPLING, SAMPLES = ("--batch-size",), ("sample", "inpaint", "evaluate")
 OF_PLAN = ("--gpu", "--gpus", "--share", "--json")  # flags that train does not have
-NEEDS_NO_RUN = ("recipes", "check", "pack", "plan", "compare", "report", "import")
+NEEDS_NO_RUN = ("recipes", "check", "pack", "plan", "compare", "report", "import", "reproduce")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,74 @@
+"""`maskdm reproduce`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from maskdm.commands.common import DONE, STOPPED, is_main_process, quiet
+from maskdm.files import expanded, refuse_unwritable
+from maskdm.words import flops_text
+
+Target = Annotated[str, tyro.conf.Positional, quiet(metavar="TARGET")]
+
+
+def reproduce(
+    target: Target,
+    *,
+    scale: str = "smoke",
+    out: Annotated[Path | None, quiet(metavar="FOLDER")] = None,
+    source: Annotated[tuple[str, ...], quiet(metavar="SOURCE [OTHER]")] = (),
+    flops: Annotated[float | None, quiet(metavar="FLOPS")] = None,
+    seeds: int = 1,
+    control: bool = True,
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+) -> int:
+    """Run a table or figure of the paper again, at a scale that one has.
+
+    Trains each of its recipes and, for the same FLOPs, each one's dense control; evaluates them;
+    writes a page with the paper's figures beside, and a picture. The same command goes on after a
+    kill. Exit codes: 0 done, 3 stopped by a signal after saving.
+
+    Args:
+        target: table1 (or table1a, b, c), table2, table3, table4, fig4 (a, b, c), fig5a, fig5b,
+            fig6 or fig7. Figure 2 is examples/swiss_roll.py.
+        scale: smoke = a minute or two on a CPU, shows that everything runs; small = 32 pixels, an
+            evening on two cores; paper = as it is there.
+        out: the folder of the runs and the page. Default: reproductions/TARGET-SCALE.
+        source: other images for smoke and small; a second for experiments on other data. Default:
+            drawn faces.
+        flops: of the most expensive recipe, to which all others keep their ratio.
+        seeds: trainings of each recipe.
+        control: train the dense controls.
+        verbose: show the trainings.
+    """
+    if seeds < 1:
+        raise ValueError(f"--seeds {seeds}: at least one")
+
+    from maskdm.paper.page import write_page
+    from maskdm.paper.reproduce import Row, Wanted, number, recipes_of
+    from maskdm.paper.reproduce import reproduce as run
+
+    wanted = Wanted(target, scale, source, flops, seeds, control)
+    folder = out or Path("reproductions") / f"{target}-{scale}"
+    names = recipes_of(target)
+    refuse_unwritable(folder, "--out", is_folder=True)
+    rows = list[Row]()
+    for row in run(wanted, expanded(folder), verbose):
+        if row is None:
+            print("stopped after saving: the same command goes on")
+            return STOPPED
+        rows.append(row)
+        if is_main_process():
+            dense = f", dense {number(row.control)}" if row.control else ""
+            print(
+                f"{len(rows):3} of {len(names)}  {row.recipe:24} {flops_text(row.flops):>10}  "
+                f"{number(row.found)}{dense}",
+                flush=True,
+            )
+    if is_main_process():
+        for path in write_page(wanted, rows, folder):
+            print(f"-> {path}")
+    return DONE

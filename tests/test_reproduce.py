@@ -1,0 +1,109 @@
+"""The paper's tables and figures, repeated: complete, resumable, each beside its control."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from maskdm.cli import main
+from maskdm.models.build import build_model
+from maskdm.paper import reproduce as module
+from maskdm.paper.reproduce import Wanted, recipes_of, reproduce, targets
+from maskdm.paper.scales import SCALES, at_scale
+from maskdm.paper.tables import experiments
+from maskdm.recipe_files import load_recipe
+from maskdm.training.trainer import TrainResult
+from maskdm.training.work import stage_work, total_flops
+
+
+def flops_of(recipe) -> int:
+    return total_flops(recipe, stage_work(recipe, build_model(recipe)))
+
+
+def test_every_experiment_can_be_named_alone_and_with_its_neighbours():
+    assert {*experiments()} <= {*targets()}
+    assert recipes_of("table1") == list(
+        dict.fromkeys(recipes_of("table1a") + recipes_of("table1b") + recipes_of("table1c"))
+    )
+    # Recipes that begin with another one's primer come after it, also where it is not among them.
+    names = recipes_of("fig5b")
+    assert names.index("fig5b-vggface2") < names.index("fig5b-10-from-vggface2")
+    with pytest.raises(ValueError, match="unknown table or figure 'tabel1': did you mean table1"):
+        recipes_of("tabel1")
+
+
+@pytest.mark.parametrize("scale", ["smoke", "small"])
+def test_recipes_become_smaller_alike(scale):
+    recipes = {name: load_recipe(name) for name in recipes_of("table1a")}
+    smaller = at_scale(recipes, SCALES[scale])
+    for name, recipe in smaller.items():
+        before = recipes[name]
+        assert [stage.mask for stage in recipe.stages] == [stage.mask for stage in before.stages]
+        assert recipe.diffusion == before.diffusion
+        works = [stage_work(one) for one in (before, recipe)]  # on the same grid
+        assert [one.num_visible for one in works[0]] == [one.num_visible for one in works[1]]
+    most = max(flops_of(recipe) for recipe in smaller.values())
+    assert most == pytest.approx(SCALES[scale].flops, rel=0.05)
+    steps = [sum(stage.steps for stage in one["table1-a-patch-50"].stages) / 250_000
+             for one in (recipes, smaller)]  # fmt: skip
+    assert steps[0] == 1 and steps[1] < 0.01
+    assert at_scale(recipes, SCALES["paper"]) == recipes
+    other = at_scale({"a": load_recipe("fig5a-ffhq64")}, SCALES[scale], ["one", "two"])
+    assert other["a"].data.source == "two"
+
+
+def test_a_table_is_repeated_and_goes_on_after_a_kill(tmp_path, monkeypatch, capsys):
+    check("table1c", tmp_path, monkeypatch, capsys)
+    page = (tmp_path / "table1c" / "README.md").read_text()
+    for name, fid in {"table1-a-block2-50": 6.51, "table1-c-block8": 7.43}.items():
+        found = json.loads((tmp_path / "table1c" / f"{name}-0" / "evaluation.json").read_text())
+        value = found[-1]["metrics"]["frechet"]["value"]
+        row = re.search(rf"\| {name} \| {fid} \| \**{value:.4g}\** \| ([\d.e+]+) \| ", page)
+        dense = json.loads(
+            (tmp_path / "table1c" / "table1-a-patch-50-0-dense" / "evaluation.json").read_text()
+        )
+        assert row[1] == f"{dense[-1]['metrics']['frechet']['value']:.4g}"
+    # Rows that spend as much have one control.
+    assert len(list((tmp_path / "table1c").glob("*-dense"))) == 1
+
+
+@pytest.mark.reproduce
+@pytest.mark.parametrize("target", [name for name in experiments() if name != "table1c"])
+def test_every_table_and_figure_is_repeated(target, tmp_path, monkeypatch, capsys):
+    check(target, tmp_path, monkeypatch, capsys)
+
+
+def check(target: str, folder: Path, monkeypatch, capsys) -> None:
+    """Repeats a target at its smallest; a signal ends the second training, then it goes on."""
+    calls, real = [], module.train
+
+    def train(recipe, run_dir, **how):
+        calls.append(Path(run_dir).name)
+        if len(calls) == 2:
+            return TrainResult(False, None, Path("checkpoint"))
+        return real(recipe, run_dir, **how)
+
+    monkeypatch.setattr(module, "train", train)
+    out = folder / target
+    assert main(["reproduce", target, "--out", str(out)]) == 3
+    assert "the same command goes on" in capsys.readouterr().out
+    trained = sorted((out / calls[0] / "checkpoints").glob("step-*/optimizer.safetensors"))
+    written = [path.stat().st_mtime_ns for path in trained]
+    assert main(["reproduce", target, "--out", str(out)]) == 0
+    assert trained and [path.stat().st_mtime_ns for path in trained] == written  # not anew
+    page = (out / "README.md").read_text()
+    assert "These figures mean nothing" in page and experiments()[target].title in page
+    for name in recipes_of(target):
+        assert f"| {name} |" in page
+    assert (out / "picture.png").stat().st_size > 5000
+
+
+def test_rows_of_several_seeds_have_means_and_their_spread(tmp_path):
+    wanted = Wanted("table2", "smoke", flops=1e8, seeds=2, with_control=False)
+    (row,) = reproduce(wanted, tmp_path)
+    assert len(row.found) == len(row.runs) == 2 and row.found[0] != row.found[1]
+    assert module.number([1.0, 2.0]) == "1.5 ± 0.71" and module.number([]) == ""
+    assert not list(tmp_path.glob("*-dense"))
