@@ -268,53 +268,24 @@ AverageName = Annotated[str, known(AVERAGES, "kind of average"), shown(AVERAGES)
 
 @dataclass(frozen=True)
 class TrackerKind:
-    """An experiment tracker.
+    """An experiment tracker, whose package has its name; an extra of that name installs it."""
 
-    Attributes:
-        help: what it is, for `--help`.
-        packages: that it imports; the extra of this package that installs them bears its name.
-        open: (place: `training.trackers.Place`) -> one of Accelerate's trackers.
-        log_picture: (tracker, title, picture, step) sends an RGB image.
-        configure: (tracker, settings) sends the recipe, a flat dict.
-    """
-
-    help: str
-    packages: tuple[str, ...]
-    open: Callable[..., Any]
-    log_picture: Callable[..., Any]
-    configure: Callable[..., Any]
+    help: str  # what it is, for `--help`
+    open: Callable[..., Any]  # (place: `training.trackers.Place`) -> one of Accelerate's trackers
+    log_picture: Callable[..., Any]  # (tracker, title, picture, step) sends an RGB image
+    configure: Callable[..., Any]  # (tracker, settings) sends the recipe, a flat dict
 
 
-_tracker = functions_of("training.trackers")
+def _tracker(name: str, help: str, configure: str = "configure") -> TrackerKind:
+    named = (f"open_{name}", f"picture_to_{name}", configure)
+    return TrackerKind(help, *map(functions_of("training.trackers"), named))
+
+
 TRACKERS: dict[str, TrackerKind] = {
-    "tensorboard": TrackerKind(
-        "files in RUN/tensorboard",
-        ("tensorboard",),
-        _tracker("open_tensorboard"),
-        _tracker("picture_to_tensorboard"),
-        _tracker("configure_tensorboard"),
-    ),
-    "wandb": TrackerKind(
-        "Weights & Biases",
-        ("wandb",),
-        _tracker("open_wandb"),
-        _tracker("picture_to_wandb"),
-        _tracker("configure"),
-    ),
-    "trackio": TrackerKind(
-        "a dashboard on this machine",
-        ("trackio",),
-        _tracker("open_trackio"),
-        _tracker("picture_to_trackio"),
-        _tracker("configure"),
-    ),
-    "mlflow": TrackerKind(
-        "MLflow",
-        ("mlflow",),
-        _tracker("open_mlflow"),
-        _tracker("picture_to_mlflow"),
-        _tracker("configure"),
-    ),
+    "tensorboard": _tracker("tensorboard", "files in RUN/tensorboard", "configure_tensorboard"),
+    "wandb": _tracker("wandb", "Weights & Biases"),
+    "trackio": _tracker("trackio", "a dashboard on this machine"),
+    "mlflow": _tracker("mlflow", "MLflow"),
 }
 TrackerName = Annotated[str, known(TRACKERS, "tracker"), shown(TRACKERS)]
 

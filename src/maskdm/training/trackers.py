@@ -51,10 +51,9 @@ class Place:
 def refuse_trackers(names: Sequence[str]) -> None:
     """Raises ValueError where the package of a tracker is missing; it says how to install it."""
     for name in names:
-        row = TRACKERS[name]
-        if missing := [package for package in row.packages if find_spec(package) is None]:
+        if find_spec(name) is None:
             raise ValueError(
-                f"log_to {name} needs the package {missing[0]}: pip install 'maskdm[{name}]'"
+                f"log_to {name} needs the package {name}: pip install 'maskdm[{name}]'"
             )
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
