@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from maskdm.engine import autocast, on_all_ranks, process_state
+from maskdm.engine import autocast, device_of, on_all_ranks, process_state
 from maskdm.families import SAMPLERS
 from maskdm.models.build import Backbone
 from maskdm.models.trained import TrainedModel
@@ -25,17 +27,62 @@ Solve = Callable[[Denoise, Tensor, Tensor, list[Generator]], Tensor]
 """Noise (B, V, P) to patches (B, V, P), given the denoiser, log-SNR levels, image generators."""
 
 
+class Randomness(ABC):
+    """Where the random numbers of images come from."""
+
+    @abstractmethod
+    def noise(self, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        """Standard normal noise of the images with these numbers: float32 (n, *shape)."""
+
+    @abstractmethod
+    def generators(self, stream: str, indices: Sequence[int]) -> list[Generator]:
+        """What draws all else for them, one for each image; `stream` says what for."""
+
+
+@dataclass(frozen=True)
+class OfSeed(Randomness):
+    """Numbers that depend on the seed and the image's number alone, the same on every device."""
+
+    seed: int
+
+    def noise(self, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        return initial_noise(self.seed, indices, shape)
+
+    def generators(self, stream: str, indices: Sequence[int]) -> list[Generator]:
+        return [image_generator(self.seed, stream, index) for index in indices]
+
+
+@dataclass(frozen=True)
+class Given(Randomness):
+    """Noise and generators that a caller gives for images 0, 1, ..."""
+
+    all_noise: Tensor
+    all_generators: list[Generator]
+
+    def noise(self, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        return self.all_noise[list(indices)]
+
+    def generators(self, stream: str, indices: Sequence[int]) -> list[Generator]:
+        return [self.all_generators[index] for index in indices]
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Pixels from [-1, 1] to 0..255, rounded and clipped, uint8 of the same shape."""
+    return ((images + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+
+
 @torch.no_grad()
 def generate(
     trained: TrainedModel,
     settings: Sampling,
     indices: list[int],
-    seed: int = 0,
+    seed: int | Randomness = 0,
     labels: Tensor | None = None,
     weak: TrainedModel | None = None,
     visible: Tensor | None = None,
     progress: bool = False,
     solve: Solve | None = None,
+    finish: Callable[[Tensor], Tensor] = to_uint8,
 ) -> np.ndarray:
     """Draws the images with the given numbers.
 
@@ -46,7 +93,7 @@ def generate(
         trained: the model, on the device to use.
         settings: sampler, steps, guidance, clipping, batch size, compiling.
         indices: image numbers, n of them.
-        seed: names the sequence of images.
+        seed: names the sequence of images; or where other random numbers come from.
         labels: classes, int64 (n,), num_classes = no class; None = image i gets class i modulo
             the number of classes.
         weak: the weak model of autoguidance.
@@ -55,9 +102,10 @@ def generate(
             alpha. None = all.
         progress: show a bar.
         solve: what turns noise into patches; None = the sampler of the settings.
+        finish: what becomes of images in [-1, 1], float32 (B, H, W, C).
 
     Returns:
-        uint8 (n, H, W, C).
+        uint8 (n, H, W, C), or as `finish` makes it.
 
     Raises:
         ValueError: guidance that is not available for the model, labels that it does not know, or
@@ -69,7 +117,8 @@ def generate(
         labels = torch.from_numpy(in_turn)
     _refuse_labels(model, labels)
     shape = model.image_shape
-    device = next(model.parameters()).device
+    device, dtype = device_of(model), next(model.parameters()).dtype
+    randomness = OfSeed(seed) if isinstance(seed, int) else seed
     refuse_settings(trained.schedule, settings)
     refuse_guidance(trained, settings.guidance, weak)
     levels = sampling_levels(trained.schedule, settings)
@@ -77,7 +126,7 @@ def generate(
     def draw(part: slice) -> np.ndarray:
         # Everything random belongs to an image's number, nothing to the batch: so any batch size
         # and any number of devices draw the same images.
-        noise = patchify(initial_noise(seed, indices[part], shape), model.patch_size).to(device)
+        noise = patchify(randomness.noise(indices[part], shape), model.patch_size).to(device)
         if visible is None:
             positions = torch.arange(model.num_patches, device=device).repeat(len(noise), 1)
         else:
@@ -85,14 +134,14 @@ def generate(
             noise = gather_patches(noise, positions)  # (B, V, P)
         # Guidance first, clipping after it: guided answers are those that leave [-1, 1].
         classes = None if labels is None else labels[part].to(device)
-        dealing = _generators(seed, "sparse", indices[part])
+        dealing = randomness.generators("sparse", indices[part])
         wanted = Wanted(trained, positions, classes, settings.guidance, weak, dealing)
         denoise = guided(wanted)
         if settings.clip_x0:
             denoise = clipped(denoise)
-        own = _generators(seed, "sampler", indices[part])
+        own = randomness.generators("sampler", indices[part])
         # The solver's arithmetic stays in fp32: only the network's products are autocast.
-        with autocast(device):
+        with autocast(device, dtype):
             if solve is not None:
                 x = solve(denoise, noise, levels, own)
             else:
@@ -100,14 +149,14 @@ def generate(
         if visible is not None:
             x = scatter_patches(x, positions, model.num_patches)
         bar.update(len(x))
-        return to_uint8(unpatchify(x, model.patch_size, model.grid)).cpu().numpy()
+        return finish(unpatchify(x, model.patch_size, model.grid)).cpu().numpy()
 
     num_visible = model.num_patches if visible is None else visible.shape[1]
     compile_for_sampling(trained, settings, weak, len(indices), num_visible)
     num, off = len(indices), not progress
     with tqdm(total=num, desc="sampling", unit="img", leave=False, disable=off) as bar:
         parts = in_parts(model, settings, len(indices), draw)
-    return np.concatenate([np.empty((0, *shape), np.uint8), *parts])
+    return np.concatenate(parts) if parts else np.empty((0, *shape), np.uint8)
 
 
 def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
@@ -165,11 +214,6 @@ def default_labels(model: Backbone, indices: Sequence[int]) -> np.ndarray | None
     return np.asarray(indices, dtype=np.int64) % num_classes if num_classes else None
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Pixels from [-1, 1] to 0..255, rounded and clipped, uint8 of the same shape."""
-    return ((images + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
-
-
 def _refuse_labels(model: Backbone, labels: Tensor | None) -> None:
     config = model.config
     if labels is None:
@@ -183,8 +227,3 @@ def _refuse_labels(model: Backbone, labels: Tensor | None) -> None:
             f"labels are {labels.min()} to {labels.max()}, but this model's classes are 0 to "
             f"{config.num_classes - 1}{none}"
         )
-
-
-def _generators(seed: int, stream: str, indices: Sequence[int]) -> list[Generator]:
-    """A generator for each image, on the CPU, so that every device gets the same numbers."""
-    return [image_generator(seed, stream, index) for index in indices]
