@@ -168,6 +168,12 @@ class MaskDMPipeline(DiffusionPipeline):
         parts = (self.trained, self.settings, self.scheduler, is_followed)
         save_portable(folder, component, *parts, **options)
 
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Raises ValueError: the networks use weights of layers that they do not call."""
+        raise ValueError(
+            "MaskDMPipeline cannot be offloaded layer by layer: use enable_model_cpu_offload"
+        )
+
     @property
     def trained(self) -> TrainedModel:
         """The network and what it was trained under."""
