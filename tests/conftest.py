@@ -86,6 +86,12 @@ def image_folder(tmp_path: Path) -> Path:
     return root
 
 
+def as_array(pictures: list[Image.Image]) -> np.ndarray:
+    """Pictures of one size and mode: uint8 (n, H, W, C)."""
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return pixels if pixels.ndim == 4 else pixels[..., None]
+
+
 def mean_network(folder: Path) -> str:
     """A file of a network whose features are the means of the quarters of grey 8x8 images."""
 

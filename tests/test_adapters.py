@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import as_array
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -154,7 +155,7 @@ def test_a_recipe_trains_saves_and_samples_them(kind, tiny, changed, tmp_path, c
     for place in ("run", "run@hide"):
         pipeline = load(f"{tmp_path}/{place}")
         settings = Sampling(steps=3, guidance={"kind": "classifier-free"})
-        images = pipeline(num_images=2, settings=settings, output_type="np").images
+        images = as_array(pipeline(2, settings=settings).images)
         assert images.shape == (2, 8, 8, 1)
 
 

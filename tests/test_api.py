@@ -102,9 +102,9 @@ def test_python_leaves_the_folder_that_the_command_leaves(tiny, changed, tmp_pat
             np.asarray(Image.open(run / "samples" / preview.name)) for run in (command, python)
         ]
         assert np.array_equal(*pixels)
-    for name in ("recipe.yaml", "model/model_index.json", "model/denoiser/config.json"):
+    for name in ("recipe.yaml", "model/model_index.json", "model/unet/config.json"):
         assert (command / name).read_bytes() == (python / name).read_bytes()
-    weights = "model/denoiser/diffusion_pytorch_model.safetensors"
+    weights = "model/unet/diffusion_pytorch_model.safetensors"
     assert (command / weights).read_bytes() == (python / weights).read_bytes()
 
 

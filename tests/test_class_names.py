@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_settings
+from conftest import as_array, tiny_settings
 from PIL import Image
 
 from maskdm.cli import main
@@ -142,7 +142,7 @@ def test_a_pipeline_takes_names(run):
     pipeline = load(run)
 
     def draw(labels) -> np.ndarray:
-        return pipeline(num_images=2, labels=labels, output_type="np").images
+        return as_array(pipeline(2, class_labels=labels).images)
 
     assert np.array_equal(draw("dog"), draw(torch.tensor([1, 1])))
     assert np.array_equal(draw(["dog", "cat"]), draw(torch.tensor([1, 0])))

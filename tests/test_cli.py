@@ -440,8 +440,9 @@ def test_an_exported_model_is_compared_with_a_reference(run, tmp_path, capsys, m
     assert "name a weak model with --guidance.weak" in text
     assert main(["evaluate", f"{run}@hide", "--num", "12"]) == 0
     assert (run / "evaluation-hide.json").is_file()
-    (tmp_path / "export" / "denoiser" / "config.json").write_text("{")
+    (tmp_path / "export" / "unet" / "config.json").write_text("{")
     assert "is damaged" in failure(capsys, "sample", "export", "--out", "a.npz")
+    (tmp_path / "export" / "maskdm.json").unlink()  # the index is another pipeline's, too
     (tmp_path / "export" / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
     assert "holds another kind of pipeline: DDPM" in failure(
         capsys, "sample", "export", "--out", "a.npz"

@@ -193,7 +193,7 @@ def test_lines_before_a_damaged_one_are_read(tmp_path, end):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("file", ["model_index.json", "denoiser/config.json"])
+@pytest.mark.parametrize("file", ["maskdm.json", "unet/config.json"])
 def test_a_damaged_exported_model_is_one_line(run, capsys, damage, file):
     damage(run / "model" / file)
     text = failure(capsys, "sample", run, "--out", run / "x.npz")
@@ -201,9 +201,9 @@ def test_a_damaged_exported_model_is_one_line(run, capsys, damage, file):
 
 
 def test_json_of_another_kind_in_an_exported_model_is_one_line(run, capsys):
-    (run / "model" / "model_index.json").write_text("[]")
+    (run / "model" / "maskdm.json").write_text("[]")
     text = failure(capsys, "sample", run, "--out", run / "x.npz")
-    assert "model_index.json is damaged" in text
+    assert "maskdm.json is damaged" in text
     with pytest.raises(ValueError, match="damaged"):
         find_model(run).sampling  # noqa: B018 (a property)
 

@@ -8,14 +8,13 @@ from diffusers import DDPMScheduler
 
 from maskdm.diffusion.objective import loss_weight, masked_denoising_loss
 from maskdm.diffusion.prediction import (
-    PREDICTIONS,
     add_noise,
     target_from,
     x0_and_noise_from,
 )
 from maskdm.diffusion.schedule import SCHEDULES, log_snr_shift, make_schedule, schedule_of
 from maskdm.diffusion.times import Share, draw_times
-from maskdm.families import TIMES
+from maskdm.families import PREDICTIONS, TIMES
 from maskdm.recipe import Diffusion
 
 TABLE_TIMES = torch.arange(1000) / 999

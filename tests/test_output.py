@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import as_array
 from PIL import Image
 
 from maskdm.cli import main
@@ -50,9 +51,9 @@ def test_a_model_of_any_channels_is_sampled_to_files(channels, tiny, changed, tm
     recipe = changed(data={"source": "digits", "size": 8, "channels": channels})
     pipeline = pipeline_of_run(build_model(recipe).eval(), recipe)
     save_pipeline(pipeline, tmp_path / "model")
-    images = pipeline(num_images=3, output_type="np").images
+    images = as_array(pipeline(3).images)
     assert images.shape == (3, 8, 8, channels)
-    assert [picture.mode for picture in pipeline(num_images=2).images] == [MODES[channels]] * 2
+    assert [picture.mode for picture in pipeline(2).images] == [MODES[channels]] * 2
     for name in ("folder", "a.npz", "sheet.png"):
         command = ["sample", str(tmp_path / "model"), "--num", "3", "--out", str(tmp_path / name)]
         assert main(command) == 0

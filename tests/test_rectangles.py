@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import as_array
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -100,18 +101,18 @@ def test_a_rectangular_model_learns_samples_and_is_exported(
     losses = train(recipe, model, 80)
     assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
     pipeline = pipeline_of_run(model.eval(), recipe)
-    images = pipeline(num_images=4, output_type="np").images
+    images = as_array(pipeline(4).images)
     assert images.shape == (4, 8, 12, channels)
     expected = ramp(channels)
     assert np.corrcoef(images.mean(0).ravel(), expected.ravel())[0, 1] > 0.9
 
     save_pipeline(pipeline, tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "denoiser" / "config.json").read_text())
-    assert config["image_size"] == [8, 12]
+    settings = json.loads((tmp_path / "model" / "maskdm.json").read_text())
+    assert settings["model"]["image_size"] == [8, 12]
     again = load(tmp_path / "model")
     assert again.denoiser.image_shape == (8, 12, channels)
-    assert np.array_equal(again(num_images=4, output_type="np").images, images)
-    assert again(num_images=1).images[0].size == (12, 8)
+    assert np.array_equal(as_array(again(4).images), images)
+    assert again(1).images[0].size == (12, 8)
 
     unknown = np.zeros((8, 12), bool)
     unknown[2:6, 6:] = True

@@ -15,6 +15,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from gaussians import Mixture, Normal, trained
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -270,9 +271,15 @@ def test_nothing_in_float64_goes_to_the_device(sampler, schedule):
     noise = torch.zeros(NUM, 4, 1, device="meta")
     positions, t = torch.zeros(NUM, 4, dtype=torch.int64, device="meta"), torch.rand(NUM)
 
-    def network(patches, positions, t, labels):
-        return patches * t[:, None, None]
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place = nn.Parameter(torch.zeros(1, device="meta"))  # tells the dtype
 
+        def forward(self, patches, positions, t, labels):
+            return patches * t[:, None, None]
+
+    network = Network()
     settings = Sampling(sampler=sampler, steps=40, spacing="log-snr")
     levels = sampling_levels(model.schedule, settings)
     generators = [torch.Generator() for _ in range(NUM)]

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import as_array
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from maskdm import engine
-from maskdm.diffusion.schedule import make_schedule
+from maskdm.diffusion.schedule import make_schedule, schedule_of
 from maskdm.export.pipeline import (
     MaskDMPipeline,
     diffusers_scheduler,
@@ -198,21 +199,19 @@ def test_the_pipeline_folder_alone_gives_the_same_images(tiny, model, tmp_path):
     assert loaded.location.folder == tmp_path / "model" and loaded.sampling == tiny.sampling
     pipeline = load(tmp_path / "model")
     assert pipeline.settings == tiny.sampling
-    images = pipeline(num_images=3, seed=3, output_type="np").images
+    images = as_array(pipeline(3, seed=3).images)
     assert np.array_equal(images, draw(model, [0, 1, 2], steps=4, batch_size=8))
     again = MaskDMPipeline.from_pretrained(tmp_path / "model")
     pictures = again(3, seed=3).images
     assert pictures[0].mode == "L" and np.array_equal(np.asarray(pictures[1]), images[1, ..., 0])
-    more_steps = pipeline(num_images=3, seed=3, num_inference_steps=20, output_type="np").images
+    more_steps = as_array(pipeline(3, seed=3, num_inference_steps=20).images)
     assert not np.array_equal(images, more_steps)
-    guided = again(
-        3, seed=3, settings=Sampling(steps=4, guidance={"kind": "sparse"}), output_type="np"
-    )
-    assert not np.array_equal(images, guided.images)
+    guided = again(3, seed=3, settings=Sampling(steps=4, guidance={"kind": "sparse"})).images
+    assert not np.array_equal(images, as_array(guided))
     guided_by_itself = Sampling(steps=4, guidance={"kind": "autoguidance", "scale": 3.0})
-    same = again(3, seed=3, settings=guided_by_itself, weak=pipeline, output_type="np").images
+    same = as_array(again(3, seed=3, settings=guided_by_itself, weak=pipeline).images)
     assert abs(same.astype(int) - images).max() <= 1
-    with pytest.raises(ValueError, match="known are pil, np"):
+    with pytest.raises(ValueError, match="known are pil, np, pt"):
         pipeline(output_type="jpeg")
 
 
@@ -264,11 +263,9 @@ def test_a_flow_is_exported_as_diffusers_flow():
     torch.testing.assert_close(scheduler.sigmas, make_schedule("flow").sigma(t), rtol=0, atol=1e-4)
     torch.testing.assert_close(scheduler.timesteps / 1000, t)
     shifted = Diffusion(schedule="flow", prediction="flow", base_size=64)
-    assert (
-        diffusers_scheduler(shifted, 256) is None and diffusers_scheduler(shifted, 64) is not None
-    )
-    assert diffusers_scheduler(Diffusion(schedule="flow", prediction="x0"), 64) is None
-    assert diffusers_scheduler(Diffusion(schedule="linear", prediction="flow"), 64) is None
+    sigma = diffusers_scheduler(shifted, 256).sigmas
+    expected = schedule_of(shifted, 256).sigma(t)
+    torch.testing.assert_close(sigma, expected, rtol=0, atol=1e-4)
 
 
 def test_models_are_found_by_run_stage_checkpoint_and_folder(tiny, tmp_path):
@@ -298,14 +295,14 @@ def test_models_are_found_by_run_stage_checkpoint_and_folder(tiny, tmp_path):
     for name in ("run@hide", "run/checkpoints/step-00000006"):
         with pytest.raises(ValueError, match=r"ema.safetensors has 0 of \d+ bytes"):
             load_model(f"{tmp_path}/{name}")
-    (tmp_path / "run/model/denoiser/diffusion_pytorch_model.safetensors").write_bytes(b"xx")
+    (tmp_path / "run/model/unet/diffusion_pytorch_model.safetensors").write_bytes(b"xx")
     with pytest.raises(ValueError, match="the model in .*model is damaged"):
         load_model(tmp_path / "run")
 
 
 def test_weights_that_are_missing_or_not_finite_are_refused(tiny, tmp_path):
     train(tiny, tmp_path / "run", show=False)
-    file = tmp_path / "run/model/denoiser/diffusion_pytorch_model.safetensors"
+    file = tmp_path / "run/model/unet/diffusion_pytorch_model.safetensors"
     whole = load_file(file)
     progress = tmp_path / "run/checkpoints/step-00000011/progress.json"
     counters = json.loads(progress.read_text())

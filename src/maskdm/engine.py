@@ -11,13 +11,13 @@ import math
 import platform
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -89,14 +89,25 @@ def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
     return "fp32", f"bf16 is not faster on {device.type}"
 
 
-def autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+def autocast(
+    device: torch.device, dtype: torch.dtype = torch.float32
+) -> contextlib.AbstractContextManager[None]:
     """For running a trained network: bf16 where the hardware is good at it.
 
-    A solver's own arithmetic stays in fp32.
+    A solver's own arithmetic stays in fp32. Weights of another dtype compute in that one.
     """
-    if choose_precision("auto", device)[0] == "bf16":
+    if dtype == torch.float32 and choose_precision("auto", device)[0] == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network computes: where its weights are, or where offloading moves them for it."""
+    for module in model.modules():
+        hook: Any = getattr(module, "_hf_hook", None)  # Accelerate's
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    return next(model.parameters()).device
 
 
 def device_name(device: torch.device) -> str:

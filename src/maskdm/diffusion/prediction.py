@@ -12,9 +12,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from maskdm.families import PREDICTIONS
-from maskdm.words import suggestion
-
 
 def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """x_t = alpha x0 + sigma noise: the forward process in closed form (Section 2)."""
@@ -35,7 +32,7 @@ def target_from(prediction: str, x0: Tensor, noise: Tensor, alpha: Tensor, sigma
 
 
 def x0_and_noise_from(
-    prediction: str, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor
+    prediction: str, output: Tensor, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     """The clean image and the noise that a network's answer implies, given x_t.
 
@@ -73,4 +70,4 @@ def error_scale(prediction: str, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _unknown(prediction: str) -> ValueError:
-    return ValueError(f"unknown prediction {prediction!r}: {suggestion(prediction, PREDICTIONS)}")
+    return ValueError(f"unknown prediction {prediction!r}: known: eps, x0, v, flow")

@@ -102,6 +102,22 @@ class DiffusersDenoiser(Backbone, ModelMixin):
         if kind == "dit":
             _start_as_adaln_zero(self.net)
 
+    @classmethod
+    def around(cls, net: Any, config: dict[str, Any]) -> DiffusersDenoiser:
+        """One of diffusers' networks, as it was trained, behind this face.
+
+        Args:
+            net: the network, of the class that the config's `kind` names.
+            config: the arguments of this class.
+        """
+        with torch.device("meta"):  # its own initial weights take no memory
+            denoiser = cls(**config)
+        for module in net.modules():
+            if isinstance(module, LabelEmbedding):
+                module.dropout_prob = 0.0
+        denoiser.net = net
+        return denoiser.train(net.training)
+
     def forward(
         self,
         patches: Tensor,

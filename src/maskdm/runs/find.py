@@ -23,7 +23,11 @@ from maskdm.recipe_files import load_recipe, migrated
 from maskdm.runs.lines import Line, read_lines
 from maskdm.words import one_line
 
-PARTS = ["model_index.json", "denoiser/*", "scheduler/*"]  # of an exported model
+SETTINGS = "maskdm.json"  # of an exported model: what this package needs to know of it
+# What is fetched of an exported model; `denoiser` is there where diffusers alone cannot open it.
+PARTS = ["model_index.json", SETTINGS]
+PARTS += [f"{part}/*" for part in ("unet", "transformer", "denoiser", "scheduler")]
+HUB_ID = r"[\w.-]+/[\w.-]+"  # owner/name
 BEST = "best"
 KEPT = "kept"  # RUN/kept/step-...: averages alone, for curves of quality
 CONTROL = "control.json"  # in the folder of a control: whose it is
@@ -115,8 +119,7 @@ def find_model(name: str | Path, note: Note = print) -> Location:
     if not path.exists() and "@" in str(path):
         run, stage = str(path).rsplit("@", 1)
         return Location(stage_checkpoint(Path(run), stage), Path(run))
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        path = _download(str(name))
+    path = exported_folder(name)
     for folder in (path, path / "model"):
         if (folder / "model_index.json").is_file():
             return Location(folder, _run_around(folder))
@@ -290,11 +293,20 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The model_index.json of an exported model.
+    """The settings of an exported model: `diffusion`, `sampling`, and perhaps `model`.
+
+    They are in maskdm.json, or in the model_index.json of an earlier version and of models that
+    diffusers alone cannot open; there the network's own folder has those of the model.
 
     Raises ValueError where it is not valid JSON, or of another kind of pipeline.
     """
-    index = read_settings(folder / "model_index.json")
+    own = folder / SETTINGS
+    file = own if own.is_file() else folder / "model_index.json"
+    index = read_settings(file)
+    if file == own:
+        if missing := {"diffusion", "sampling", "model"} - set(index):
+            raise ValueError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}")
+        return index
     if index.get("_class_name") != "MaskDMPipeline":
         raise ValueError(f"{folder} holds another kind of pipeline: {index.get('_class_name')}")
     return grouped_index(index)
@@ -327,6 +339,16 @@ def _run_around(folder: Path) -> Path | None:
     else:
         return None
     return around if (around / "recipe.yaml").is_file() else None
+
+
+def exported_folder(name: str | Path) -> Path:
+    """The folder of an exported model, fetched where it is a Hub id.
+
+    Raises ValueError where it could not be fetched.
+    """
+    path = expanded(name)
+    is_id = not path.exists() and re.fullmatch(HUB_ID, str(name))
+    return _download(str(name)) if is_id else path
 
 
 def _download(name: str) -> Path:

@@ -11,8 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from maskdm.families import BACKBONES
+from maskdm.models.adapters import NETWORKS, DiffusersDenoiser
 from maskdm.models.build import Backbone, build_model
 from maskdm.models.trained import TrainedModel
+from maskdm.models.uvit import UViT
 from maskdm.recipe import Diffusion, Sampling
 from maskdm.runs.averages import averaged_weights
 from maskdm.runs.find import Location, Note, find_checkpoint, find_model, read_index, read_settings
@@ -111,22 +113,49 @@ def _newest_checkpoint(location: Location, note: Note) -> Location:
 
 
 def _load_exported(location: Location) -> tuple[Backbone, Diffusion]:
-    folder, index = location.folder / "denoiser", read_index(location.folder)
-    config = read_settings(folder / "config.json")
-    classes: dict[str, Any] = {
-        row.network_class.__name__: row.network_class for row in BACKBONES.values()
-    }
-    name = config["_class_name"]
-    network = classes[name] if name in classes else BACKBONES[config["kind"]].network_class
+    index = read_index(location.folder)
+    return load_network(location.folder, index), Diffusion(**index["diffusion"])
+
+
+def load_network(folder: Path, index: dict[str, Any], variant: str | None = None) -> Backbone:
+    """The network of an exported model.
+
+    Args:
+        folder: the exported model.
+        index: its settings, from `read_index`.
+        variant: in the names of the weights' files.
+
+    Raises RuntimeError where weights are missing or damaged.
+    """
+    if "model" not in index:
+        file = folder / "denoiser" / "config.json"
+        config = read_settings(file)
+        classes: dict[str, Any] = {
+            row.network_class.__name__: row.network_class for row in BACKBONES.values()
+        }
+        name = config["_class_name"]
+        network = classes[name] if name in classes else BACKBONES[config["kind"]].network_class
+        model: Backbone = _whole(network, file.parent, variant)
+        return model
+    config = index["model"]
+    network = BACKBONES[config["kind"]].network_class
+    if network is UViT:  # its file's class is U-ViT with another face
+        return _whole(UViT, folder / "unet", variant)
+    part = "unet" if (folder / "unet").is_dir() else "transformer"
+    net = _whole(NETWORKS[config["kind"]], folder / part, variant)
+    return DiffusersDenoiser.around(net, config)
+
+
+def _whole(network: Any, folder: Path, variant: str | None) -> Any:
     try:
         model, loading = network.from_pretrained(
-            str(folder), use_safetensors=True, output_loading_info=True
+            str(folder), use_safetensors=True, output_loading_info=True, variant=variant
         )
     except Exception as error:  # damaged files make diffusers raise nearly anything
         raise RuntimeError(one_line(error, 200)) from None
     if missing := sorted(loading["missing_keys"]):
         raise RuntimeError(f"its file lacks {listed(missing, most=3)}")
-    return model, Diffusion(**index["diffusion"])
+    return model
 
 
 def _average_anew(model: Backbone, location: Location, width: float) -> None:

@@ -14,13 +14,14 @@ from maskdm.tokens import gather_patches
 def x0_denoiser(trained: TrainedModel, positions: Tensor, labels: Tensor | None) -> Denoise:
     """The denoiser of patches at given positions (B, V) of images of given classes (B,)."""
     model, schedule = trained.model, trained.schedule
+    dtype = next(model.parameters()).dtype
 
     def denoise(x: Tensor, log_snr: float) -> Tensor:
         level = torch.tensor(log_snr, dtype=torch.float64)
         alpha, sigma = (scale.to(x.dtype) for scale in schedule.scales(level))
         x_t = x * (alpha**2 + sigma**2).sqrt()  # 1, except for flows
         t = torch.full((len(x),), schedule.time_of(log_snr), device=x.device)
-        output = model(x_t, positions, t, labels).float()
+        output = model(x_t.to(dtype), positions, t, labels).float()
         return x0_and_noise_from(trained.diffusion.prediction, output, x_t, alpha, sigma)[0]
 
     return denoise
@@ -44,14 +45,15 @@ def sparse_denoiser(
         positions: the patches that are there, int64 (B, V).
         labels: classes, int64 (B,), or None.
         rate: fraction of the patches that each group does not see.
-        generators: one per image, on the CPU; they deal the groups.
+        generators: one per image; they deal the groups.
     """
     num = positions.shape[1]
     size = min(max(round((1 - rate) * num), 1), num)
     starts = [min(start, num - size) for start in range(0, num, size)]
 
     def denoise(x: Tensor, log_snr: float) -> Tensor:
-        dealt = torch.stack([torch.randperm(num, generator=g) for g in generators]).to(x.device)
+        orders = [torch.randperm(num, generator=g, device=g.device) for g in generators]
+        dealt = torch.stack(orders).to(x.device)  # (B, V)
         answer = torch.empty_like(x)
         for start in starts:
             group = dealt[:, start : start + size]  # (B, size)

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from maskdm.engine import autocast, on_all_ranks, process_state
+from maskdm.engine import autocast, device_of, on_all_ranks, process_state
 from maskdm.families import SAMPLERS
 from maskdm.models.build import Backbone
 from maskdm.models.trained import TrainedModel
@@ -52,6 +52,25 @@ class OfSeed(Randomness):
         return [image_generator(self.seed, stream, index) for index in indices]
 
 
+@dataclass(frozen=True)
+class Given(Randomness):
+    """Noise and generators that a caller gives for images 0, 1, ..."""
+
+    all_noise: Tensor
+    all_generators: list[Generator]
+
+    def noise(self, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        return self.all_noise[list(indices)]
+
+    def generators(self, stream: str, indices: Sequence[int]) -> list[Generator]:
+        return [self.all_generators[index] for index in indices]
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Pixels from [-1, 1] to 0..255, rounded and clipped, uint8 of the same shape."""
+    return ((images + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+
+
 @torch.no_grad()
 def generate(
     trained: TrainedModel,
@@ -63,6 +82,7 @@ def generate(
     visible: Tensor | None = None,
     progress: bool = False,
     solve: Solve | None = None,
+    finish: Callable[[Tensor], Tensor] = to_uint8,
 ) -> np.ndarray:
     """Draws the images with the given numbers.
 
@@ -82,9 +102,10 @@ def generate(
             alpha. None = all.
         progress: show a bar.
         solve: what turns noise into patches; None = the sampler of the settings.
+        finish: what becomes of images in [-1, 1], float32 (B, H, W, C).
 
     Returns:
-        uint8 (n, H, W, C).
+        uint8 (n, H, W, C), or as `finish` makes it.
 
     Raises:
         ValueError: guidance that is not available for the model, labels that it does not know, or
@@ -96,7 +117,7 @@ def generate(
         labels = torch.from_numpy(in_turn)
     _refuse_labels(model, labels)
     shape = model.image_shape
-    device = next(model.parameters()).device
+    device, dtype = device_of(model), next(model.parameters()).dtype
     randomness = OfSeed(seed) if isinstance(seed, int) else seed
     refuse_settings(trained.schedule, settings)
     refuse_guidance(trained, settings.guidance, weak)
@@ -120,7 +141,7 @@ def generate(
             denoise = clipped(denoise)
         own = randomness.generators("sampler", indices[part])
         # The solver's arithmetic stays in fp32: only the network's products are autocast.
-        with autocast(device):
+        with autocast(device, dtype):
             if solve is not None:
                 x = solve(denoise, noise, levels, own)
             else:
@@ -128,14 +149,14 @@ def generate(
         if visible is not None:
             x = scatter_patches(x, positions, model.num_patches)
         bar.update(len(x))
-        return to_uint8(unpatchify(x, model.patch_size, model.grid)).cpu().numpy()
+        return finish(unpatchify(x, model.patch_size, model.grid)).cpu().numpy()
 
     num_visible = model.num_patches if visible is None else visible.shape[1]
     compile_for_sampling(trained, settings, weak, len(indices), num_visible)
     num, off = len(indices), not progress
     with tqdm(total=num, desc="sampling", unit="img", leave=False, disable=off) as bar:
         parts = in_parts(model, settings, len(indices), draw)
-    return np.concatenate([np.empty((0, *shape), np.uint8), *parts])
+    return np.concatenate(parts) if parts else np.empty((0, *shape), np.uint8)
 
 
 def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
@@ -191,11 +212,6 @@ def default_labels(model: Backbone, indices: Sequence[int]) -> np.ndarray | None
     """Classes of images by default, all in turn: int64 (n,); None for a model without."""
     num_classes = model.config.num_classes
     return np.asarray(indices, dtype=np.int64) % num_classes if num_classes else None
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Pixels from [-1, 1] to 0..255, rounded and clipped, uint8 of the same shape."""
-    return ((images + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
 
 def _refuse_labels(model: Backbone, labels: Tensor | None) -> None:

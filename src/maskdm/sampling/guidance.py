@@ -35,7 +35,7 @@ class Wanted(NamedTuple):
         labels: classes, int64 (B,), or None.
         guidance: its settings.
         weak: the weak model of autoguidance, or None.
-        generators: one per image, on the CPU.
+        generators: one per image.
     """
 
     trained: TrainedModel

@@ -33,6 +33,9 @@ from maskdm.recipe import Sampling
 Denoise = Callable[[Tensor, float], Tensor]
 """The clean image x0 (B, N, P) for x_t (B, N, P), alpha^2 + sigma^2 = 1, and its log-SNR."""
 
+AfterStep = Callable[[int, Tensor], Tensor]
+"""From the number of a step and what it led to, x_t (B, N, P), to what the next begins with."""
+
 
 def sampling_levels(schedule: Schedule, settings: Sampling) -> Tensor:
     """Log-SNR of the levels at which the network is evaluated, rising: float64 (steps,).
@@ -63,8 +66,18 @@ def sampling_levels(schedule: Schedule, settings: Sampling) -> Tensor:
     return -2 * rho * (roots[0] + (roots[1] - roots[0]) * way).log()
 
 
+def kept(step: int, x: Tensor) -> Tensor:
+    """Goes on with what a step led to."""
+    return x
+
+
 def ddim(
-    denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
+    denoise: Denoise,
+    noise: Tensor,
+    levels: Tensor,
+    settings: Sampling,
+    generators: list[Generator],
+    after_step: AfterStep = kept,
 ) -> Tensor:
     """DDIM (Song et al. 2020a, Eq. 12); eta 0 is deterministic, eta 1 ancestral.
 
@@ -73,32 +86,50 @@ def ddim(
         noise: standard normal, float (B, N, P).
         levels: log-SNR at which it is evaluated, rising, float64 (steps,).
         settings: eta.
-        generators: one per image, on the CPU, for samplers that add noise.
+        generators: one per image, for samplers that add noise.
+        after_step: is called after each step; the samplers below take it, too.
 
     Returns:
         Clean patches, float (B, N, P).
     """
     scheduler = on_levels(DDIMScheduler, levels, clip_sample=False)
-    return _follow(scheduler, denoise, noise, levels, eta=settings.eta, generator=generators)
+    options = {"eta": settings.eta, "generator": generators}
+    return _follow(scheduler, denoise, noise, levels, after_step, **options)
 
 
 def ddpm(
-    denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
+    denoise: Denoise,
+    noise: Tensor,
+    levels: Tensor,
+    settings: Sampling,
+    generators: list[Generator],
+    after_step: AfterStep = kept,
 ) -> Tensor:
     """Ancestral sampling from the posterior of each step (Ho et al. 2020, Eqs. 6 and 7)."""
     scheduler = on_levels(DDPMScheduler, levels, clip_sample=False)
-    return _follow(scheduler, denoise, noise, levels, generator=generators)
+    return _follow(scheduler, denoise, noise, levels, after_step, generator=generators)
 
 
 def dpm_solver(
-    denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
+    denoise: Denoise,
+    noise: Tensor,
+    levels: Tensor,
+    settings: Sampling,
+    generators: list[Generator],
+    after_step: AfterStep = kept,
 ) -> Tensor:
     """DPM-Solver++ (2M): second order, one evaluation a step (Lu et al. 2022b, Algorithm 2)."""
-    return _follow(on_levels(DPMSolverMultistepScheduler, levels), denoise, noise, levels)
+    scheduler = on_levels(DPMSolverMultistepScheduler, levels)
+    return _follow(scheduler, denoise, noise, levels, after_step)
 
 
 def dpm_solver_eps(
-    denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
+    denoise: Denoise,
+    noise: Tensor,
+    levels: Tensor,
+    settings: Sampling,
+    generators: list[Generator],
+    after_step: AfterStep = kept,
 ) -> Tensor:
     """DPM-Solver in the noise, multistep of third order (Lu et al. 2022, Eq. 3.7 with k = 3).
 
@@ -130,18 +161,30 @@ def dpm_solver_eps(
             earlier = halves[i - 1] - halves[i - 2]
             second = (first - (answers[1] - answers[2]) / earlier) / (before + earlier)
             x = x - ahead[1] * (2 * (grown - h) - h**2 + before * (grown - h)) * second
-    return denoise(x, levels[-1].item())
+        x = after_step(i, x)
+    return after_step(len(levels) - 1, denoise(x, levels[-1].item()))
 
 
 def unipc(
-    denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
+    denoise: Denoise,
+    noise: Tensor,
+    levels: Tensor,
+    settings: Sampling,
+    generators: list[Generator],
+    after_step: AfterStep = kept,
 ) -> Tensor:
     """UniPC: a predictor of second order with a corrector at no cost (Zhao et al. 2023)."""
-    return _follow(on_levels(UniPCMultistepScheduler, levels), denoise, noise, levels)
+    scheduler = on_levels(UniPCMultistepScheduler, levels)
+    return _follow(scheduler, denoise, noise, levels, after_step)
 
 
 def heun(
-    denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
+    denoise: Denoise,
+    noise: Tensor,
+    levels: Tensor,
+    settings: Sampling,
+    generators: list[Generator],
+    after_step: AfterStep = kept,
 ) -> Tensor:
     """Heun's method on the probability-flow ODE: second order, two evaluations a step.
 
@@ -160,12 +203,17 @@ def heun(
     x = noise
     for i, turn in enumerate(angles.diff().tolist()):
         slope = velocity(x, i)
-        x = x + turn / 2 * (slope + velocity(x + turn * slope, i + 1))
-    return denoise(x, levels[-1].item())
+        x = after_step(i, x + turn / 2 * (slope + velocity(x + turn * slope, i + 1)))
+    return after_step(len(levels) - 1, denoise(x, levels[-1].item()))
 
 
 def euler_maruyama(
-    denoise: Denoise, noise: Tensor, levels: Tensor, settings: Sampling, generators: list[Generator]
+    denoise: Denoise,
+    noise: Tensor,
+    levels: Tensor,
+    settings: Sampling,
+    generators: list[Generator],
+    after_step: AfterStep = kept,
 ) -> Tensor:
     """Euler-Maruyama on the reverse SDE (Song et al. 2020b, Eq. 6 and Appendix D.1).
 
@@ -178,12 +226,12 @@ def euler_maruyama(
     refuse_unstable(levels)
     steps = F.logsigmoid(levels).diff()  # of ln alpha^2
     x = noise
-    for level, beta_dt in zip(levels[:-1].tolist(), steps.tolist(), strict=True):
+    for i, (level, beta_dt) in enumerate(zip(levels[:-1].tolist(), steps.tolist(), strict=True)):
         alpha, power = math.sqrt(_sigmoid(level)), _sigmoid(-level)
         score = (alpha * denoise(x, level) - x) / power
         fresh = randn_tensor(x.shape, generators, x.device, x.dtype)
-        x = x + beta_dt * (x / 2 + score) + math.sqrt(beta_dt) * fresh
-    return denoise(x, levels[-1].item())
+        x = after_step(i, x + beta_dt * (x / 2 + score) + math.sqrt(beta_dt) * fresh)
+    return after_step(len(levels) - 1, denoise(x, levels[-1].item()))
 
 
 def refuse_unstable(levels: Tensor) -> None:
@@ -210,13 +258,18 @@ def refuse_settings(schedule: Schedule, settings: Sampling) -> None:
 
 
 def _follow(
-    scheduler: Any, denoise: Denoise, noise: Tensor, levels: Tensor, **options: Any
+    scheduler: Any,
+    denoise: Denoise,
+    noise: Tensor,
+    levels: Tensor,
+    after_step: AfterStep,
+    **options: Any,
 ) -> Tensor:
     """Steps through a scheduler's levels; `options` are arguments of its `step`."""
     x = noise
-    for index in scheduler.timesteps.tolist():
+    for step, index in enumerate(scheduler.timesteps.tolist()):
         x0 = denoise(x, levels[-1 - index].item())
-        x = scheduler.step(x0, index, x, **options).prev_sample
+        x = after_step(step, scheduler.step(x0, index, x, **options).prev_sample)
     return x
 
 

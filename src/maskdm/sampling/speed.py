@@ -12,7 +12,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from maskdm.engine import autocast
+from maskdm.engine import autocast, device_of
 from maskdm.families import BACKBONES, GUIDANCE, SAMPLERS
 from maskdm.models.build import Backbone
 from maskdm.models.compiling import CompiledForward, NotCompiled
@@ -40,7 +40,7 @@ def images_at_a_time(model: Backbone, settings: Sampling) -> int:
     if pixels_per_token := BACKBONES[model.kind].pixels_per_token:  # it computes on pixels
         height, width, _ = model.image_shape
         tokens = height * width // pixels_per_token
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    on_cpu = device_of(model).type == "cpu"
     size = (TOKENS_ON_CPU if on_cpu else TOKENS_ON_GPU) // max(tokens, 1)
     return min(max(1, size), MOST_AT_A_TIME, _fitting.get(model, MOST_AT_A_TIME))
 
