@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ tiny:
 """
 
 
-def test_the_quality_laboratory_runs_what_is_missing_and_draws_its_report(tmp_path):
+def test_the_quality_laboratory_runs_what_is_missing_and_draws_its_report(tmp_path, monkeypatch):
     table, results = tmp_path / "table.yaml", tmp_path / "results.jsonl"
     table.write_text(TABLE)
 
@@ -88,6 +89,13 @@ def test_the_quality_laboratory_runs_what_is_missing_and_draws_its_report(tmp_pa
         "--images", str(tmp_path))  # fmt: skip
     assert "| dense | 0.01 |" in document.read_text() and "old" not in document.read_text()
     assert (tmp_path / "masking-rates.png").stat().st_size > 1000
+    assert (tmp_path / "masking-losses.png").stat().st_size > 1000
+    # FLOPs to equal loss: half way on the logarithms between measurements at 1 and 4 TFLOP.
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report = runpy.run_path(str(ROOT / "benchmarks" / "quality_report.py"), run_name="report")
+    dense = [{"seed": seed, "flops": 8e12, "dense_loss": 0.02} for seed in (1, 2)]
+    masked = [{"seed": seed, "curve": [[1e12, 0.04], [4e12, 0.01]]} for seed in (2, 1)]
+    assert report["saving"](dense, masked)[0] == pytest.approx(4)
     # A trial's settings don't change behind its name.
     table.write_text(TABLE.replace("embed_dim: 16", "embed_dim: 32"))
     command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), str(table), *flags]
