@@ -214,7 +214,7 @@ class Stage(Settings):
                 f"warmup {self.warmup} outlasts the stage's {self.steps} steps: use fewer, or a "
                 "part of them such as 10%"
             )
-        if list(self.restarts) != sorted({*self.restarts} & {*range(1, self.steps)}):
+        if list(self.restarts) != sorted({one for one in self.restarts if 0 < one < self.steps}):
             raise ValueError(
                 f"restarts {self.restarts} must increase and lie within the stage's {self.steps} "
                 "steps"
