@@ -180,8 +180,9 @@ class Book:
         stored = {one.number: one for one in self._study.get_trials(deepcopy=False)}
         for trial in trials:
             one = stored[trial.number]
-            known = {"params": one.params, "distributions": one.distributions}
-            study.add_trial(create_trial(**known, value=trial.score))
+            study.add_trial(
+                create_trial(params=one.params, distributions=one.distributions, value=trial.score)
+            )
         return study
 
     def _add(self, job: Job, distributions: Distributions) -> None:

@@ -162,7 +162,8 @@ class Forest:
                 diverged = True
             stages = [stage.model_dump(mode="json") for stage in recipe.stages]
             before = known.own_flops if known else 0  # whose checkpoints were removed by someone
-            node = Node(name, parent and parent.name, stages, flops, own + before, diverged)
+            of = parent.name if parent else None
+            node = Node(name, of, stages, flops, own + before, diverged)
             write_text(folder / "node.json", json.dumps(node.__dict__) + "\n")
             return node
 
