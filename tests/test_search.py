@@ -25,6 +25,7 @@ from maskdm.recipe import Recipe
 from maskdm.recipe_files import load_recipe
 from maskdm.runs.checkpoint import read_progress
 from maskdm.runs.find import find_checkpoint
+from maskdm.runs.lines import read_lines
 from maskdm.seeds import derive_seed
 from maskdm.settings import changed
 from maskdm.training.trainer import train
@@ -305,6 +306,8 @@ def test_a_forked_training_is_the_unbroken_one_to_the_bit(tmp_path):
         assert all(torch.equal(whole[key], forked[key]) for key in whole)
     assert read_progress(files[1]).flops == node.flops == forest.spent()
     assert len(forest.nodes()) == 4
+    lines = read_lines(forest.folder / node.name / "metrics.jsonl")
+    assert lines[0]["step"] == 7 and lines[0]["images"] == 7 * 8  # it has trained its own steps
     assert "dense_loss_train" in trainer.measure(recipe, runs[1])
 
 
