@@ -232,7 +232,8 @@ def main() -> None:
         text = replaced(text, name, bracket_table(lines))
     args.doc.write_text(text, "utf-8")
     draw_rates(groups, args.images / "masking-rates.png")
-    draw_losses(groups, args.images / "masking-losses.png")
+    if any(all(sides(lines)) for lines in groups.values()):
+        draw_losses(groups, args.images / "masking-losses.png")
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def test_options_that_diffusers_does_not_take_are_refused(changed, tiny):
         )
     with pytest.raises(ValueError, match="unknown kind of network 'unet': did you mean unet2d"):
         DiffusersDenoiser("unet")
-    with pytest.raises(ValueError, match="options is for kind dit or unet2d"):
+    with pytest.raises(ValueError, match="options is for kind vit or dit or unet2d"):
         changed(model={**tiny.model.model_dump(), "options": {"a": 1}})
 
 

@@ -213,7 +213,7 @@ DEEP = b"[" * 100_000
 
 @pytest.mark.parametrize(
     "file", ["environment.json", "classes.json", "evaluation.json", "quality.jsonl", "recipe.yaml",
-             "model/model_index.json", "model/denoiser/config.json"],
+             "model/maskdm.json", "model/unet/config.json"],
 )  # fmt: skip
 def test_json_that_is_nested_too_deeply_is_damage_too(run, capsys, file):
     (run / file).write_bytes(DEEP)
@@ -237,7 +237,7 @@ def test_a_checkpoint_with_impossible_counters_is_ignored(run, name, value):
 
 
 def test_an_exported_model_with_a_tensor_of_another_shape_is_one_line(run, capsys):
-    path = run / "model" / "denoiser" / "diffusion_pytorch_model.safetensors"
+    path = run / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     name = next(iter(tensors))
     save_file({**tensors, name: tensors[name][None].clone()}, path)

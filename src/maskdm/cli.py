@@ -25,6 +25,7 @@ from maskdm.commands.recipes import recipes
 from maskdm.commands.report import report
 from maskdm.commands.reproduce import reproduce
 from maskdm.commands.sample import sample
+from maskdm.commands.search import search
 from maskdm.commands.short_help import short_help
 from maskdm.commands.train import train
 from maskdm.files import expanded
@@ -47,6 +48,7 @@ Train raw-pixel diffusion models cheaply: masked pre-training, then denoising fi
   pack SOURCE OUT --size 64   decode images ahead of time, into a store
   plan RECIPE                 say what a run will cost: time, memory, disk
   train RECIPE --out RUN      run a recipe's stages; the same command again continues them
+  search RECIPE --hours N     find the masks, shares and learning rates that pay
   sample RUN --out FILE       draw images: a grid (.png), an array (.npz), or a folder of PNGs
   inpaint RUN IMAGE --mask M  draw the missing parts of an image
   evaluate RUN                measure how far generated (or any) images are from real ones
@@ -67,6 +69,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "pack": pack,
     "plan": plan,
     "train": train,
+    "search": search,
     "sample": sample,
     "inpaint": inpaint,
     "evaluate": evaluate,
@@ -142,7 +145,7 @@ def _run(name: str, arguments: list[str]) -> int:
     _point_out_other_names(name, arguments)
     command = _deferred(COMMANDS[name])
     # The first argument decides which flags there are, and what they are by default.
-    if name in ("train", "plan"):
+    if name in ("train", "plan", "search"):
         if {"-h", "--help"} & {*arguments}:
             print(short_help(name))
             return DONE

@@ -1,4 +1,7 @@
-"""The settings that a beginner needs, for `maskdm train --help`; `--help-all` shows the rest."""
+"""The settings that a beginner needs, for the help of a command that takes a recipe's settings.
+
+`--help-all` shows the rest.
+"""
 
 from __future__ import annotations
 
@@ -41,25 +44,37 @@ FLAGS = {
         **_BOTH,
         "--json": "Print the plan as JSON.",
     },
+    "search": {
+        "--hours N": "What all training of the search may take, the dense control's among it; or "
+        "--flops N.",
+        "--out FOLDER": "The search's folder. Default: searches/RECIPE-SOURCE.",
+        "--storage URL": "Any storage of Optuna's. Default: SQLite in the folder.",
+        "--how.candidates N": "Schedules tried at the shortest length. Default: 27.",
+        "--how.proxy NAME": "What orders the trials: dense_loss, frechet, sliced or kid.",
+        "--space.rates ...": "Fractions hidden. Also --space.kinds, --space.shares, --space.lrs, "
+        "--space.masked-lrs, --space.batches, --space.masked-stages.",
+    },
 }
 HEAD = """\
 usage: maskdm {command} RECIPE [--hours N] [settings]
-       maskdm {command} RUN
 
 {what}
 
 RECIPE is a packaged recipe (`maskdm recipes` lists them), a YAML file, or the
-folder of a run that goes on. Every setting of the recipe is a flag.
+folder of a run{which}. Every setting of the recipe is a flag.
 """
 WHAT = {
     "train": "Run a recipe's stages. The same command continues an unfinished run.",
     "plan": "Say what a run will cost (time, memory, disk); train nothing.",
+    "search": "Search for the best schedule: which masks, for how long, at which learning\nrates. "
+    "The same command continues a search, alone or beside others.",
 }
+WHICH = {"train": " that goes on", "plan": " that goes on", "search": ", for its recipe"}
 
 
 def short_help(command: str) -> str:
-    """Help of `train` and `plan` on one screen."""
-    lines = [HEAD.format(command=command, what=WHAT[command])]
+    """Help of `train`, `plan` or `search` on one screen."""
+    lines = [HEAD.format(command=command, what=WHAT[command], which=WHICH[command])]
     for flag, text in FLAGS[command].items():
         lines += _entry(flag, text)
     lines.append("\nThe most useful settings (`maskdm recipes NAME` shows a recipe's values):")

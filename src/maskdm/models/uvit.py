@@ -140,7 +140,7 @@ class UViT(Backbone, ModelMixin):
 
         route = None if middle is None else Route(middle, self.num_extras)
         first, half = num_ends(self.config.depth), len(self.in_blocks)
-        skips = list[Tensor]()
+        skips: list[Tensor] = []
         for i, block in enumerate((*self.in_blocks, self.mid_block, *self.out_blocks)):
             if route is not None and i == first:
                 x = route.enter(x)

@@ -160,7 +160,8 @@ class ViT(Backbone, ModelMixin):
 
         route = None if middle is None else Route(middle, self.num_extras)
         first, last = num_ends(len(self.blocks)), len(self.blocks) - num_ends(len(self.blocks))
-        every, skips = turns, list[Tensor]()
+        every = turns
+        skips: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if route is not None and i == first:
                 x, turns = route.enter(x), None if turns is None else route.taken(turns)

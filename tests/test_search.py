@@ -1,0 +1,330 @@
+"""The schedule search: which trials it runs, what it finds, and that it trains nothing twice."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_settings
+from safetensors.torch import load_file
+from scipy.stats import spearmanr
+
+from maskdm.cli import main
+from maskdm.images.store import open_store
+from maskdm.models.build import build_model
+from maskdm.recipe import Recipe
+from maskdm.recipe_files import load_recipe
+from maskdm.runs.checkpoint import read_progress
+from maskdm.runs.find import find_checkpoint
+from maskdm.runs.lines import read_lines
+from maskdm.seeds import derive_seed
+from maskdm.settings import changed
+from maskdm.training.trainer import train
+from maskdm.training.work import stage_work, total_flops
+
+pytest.importorskip("optuna")
+
+from maskdm.search.forest import Diverged, Forest, Stopped, name_of  # noqa: E402
+from maskdm.search.halving import (  # noqa: E402
+    Plan,
+    rank_correlation,
+    trials_of_full_length,
+    verdict_of,
+)
+from maskdm.search.local import LocalTrainer  # noqa: E402
+from maskdm.search.report import tree_figure, verdict_text, winner_text  # noqa: E402
+from maskdm.search.search import Found, Search, carried_out, opened  # noqa: E402
+from maskdm.search.space import How, Schedule, Space  # noqa: E402
+
+BEST = ("patch", 0.5)
+SPACE = Space(kinds=("patch", "block"), rates=(0.25, 0.5, 0.75), masked_stages=(1,),
+              masked_lrs=(1.0,), batches=(1.0,))  # fmt: skip
+HOW = How(candidates=27, repeats=2)
+
+
+def surface(recipe: Recipe, share: float) -> float:
+    """A loss whose least value, 1, is at patch 0.5, share 0.4 and twice the recipe's rate."""
+    first, last = recipe.stages[0], recipe.stages[-1]
+    loss = 1 + 0.05 * math.log2(last.lr / 2e-3) ** 2
+    if len(recipe.stages) == 1:
+        return loss + 0.2
+    loss += 0.1 * (first.mask.kind != BEST[0]) + 0.6 * abs(first.mask.rate - BEST[1])
+    return loss + 0.5 * abs(share - 0.4)
+
+
+class Fake:
+    """Trains nothing: it notes what it would train, and its losses lie on a surface."""
+
+    def __init__(self, base: Recipe, loss: Callable[[Recipe, float], float] = surface):
+        self.model, self._loss = build_model(base), loss
+        self.trained: list[tuple[str, int, int]] = []  # what, from which step to which
+        self.flops, self.stop_after, self.kill_after = 0, math.inf, math.inf
+
+    def train(self, recipe: Recipe, folder: Path, start: Path | None) -> None:
+        if len(self.trained) >= self.stop_after:
+            raise Stopped
+        before = None
+        if start is not None:
+            assert (start / "checkpoints").is_dir()
+            before = Recipe(**json.loads((start / "fake.json").read_text()))
+            for one, other in zip(before.stages, recipe.stages, strict=False):
+                assert changed(one, steps=10**6) == changed(other, steps=10**6)
+        self.flops += self._flops(recipe) - (self._flops(before) if before else 0)
+        rows = [stage.model_dump() for stage in recipe.stages]
+        endless = changed(recipe, stages=[*rows[:-1], {**rows[-1], "steps": 10**9}])
+        done = before.num_steps if before else 0
+        self.trained.append((name_of(endless), done, recipe.num_steps))
+        (folder / "checkpoints").mkdir()
+        (folder / "fake.json").write_text(recipe.model_dump_json())
+        if recipe.stages[-1].lr > 3.9e-3:
+            raise Diverged
+
+    def measure(self, recipe: Recipe, folder: Path) -> dict[str, float]:
+        if len(self.trained) >= self.kill_after:
+            raise KeyboardInterrupt
+        works = stage_work(recipe, self.model)
+        masked = sum(w.step_flops * s.steps for w, s in zip(works[:-1], recipe.stages))  # noqa: B905
+        seed = derive_seed(recipe.seed, name_of(recipe)) % 2**32
+        noise = 0.01 * np.random.default_rng(seed).standard_normal()
+        short = 1e10 / self._flops(recipe)
+        return {"dense_loss": self._loss(recipe, masked / self._flops(recipe)) + noise + short}
+
+    def distance(self, recipe: Recipe, folder: Path) -> dict[str, dict[str, Any]]:
+        value = 10 * self.measure(recipe, folder)["dense_loss"]
+        return {"frechet": {"value": value, "interval": [value - 1, value + 1]}}
+
+    def _flops(self, recipe: Recipe) -> int:
+        return total_flops(recipe, stage_work(recipe, self.model))
+
+
+def base_recipe(seed: int = 0) -> Recipe:
+    settings = tiny_settings()
+    stages = [{**stage, "steps": 5000, "warmup": 50} for stage in settings["stages"]]
+    stages[-1]["lr_schedule"] = "cosine"
+    data = {**settings["data"], "held_out": 0.1}
+    return Recipe(**{**settings, "stages": stages, "data": data, "seed": seed})
+
+
+def begin(folder: Path, fake: Fake, seed: int = 0, budget: float = 5, how: How = HOW) -> Search:
+    """A search with a budget in lengths of the recipe."""
+    base = base_recipe(seed)
+    full = total_flops(base, stage_work(base, fake.model))
+    return opened(base, fake.model, folder, Plan.of(how, budget * full, full), SPACE, fake)
+
+
+def run(search: Search) -> Found:
+    found = carried_out(search, lambda text: None)
+    assert found is not None
+    return found
+
+
+def outcomes(found: Found) -> list[tuple[Any, float]]:
+    return [(trial.job, trial.score) for trial in found.trials]
+
+
+def refuse_twice(trained: list[tuple[str, int, int]]) -> None:
+    """No step of any training is there twice."""
+    for prefix in {name for name, _, _ in trained}:
+        parts = sorted((begin, end) for name, begin, end in trained if name == prefix)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(parts)), parts
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Search, Found, Fake]:
+    """A search that nothing has interrupted."""
+    fake = Fake(base_recipe())
+    search = begin(tmp_path_factory.mktemp("whole"), fake)
+    return search, run(search), fake
+
+
+def test_it_spends_within_its_budget_and_trains_nothing_twice(whole):
+    search, found, fake = whole
+    refuse_twice(fake.trained)
+    assert found.spent == fake.flops <= search.plan.budget
+    assert any(begin for _, begin, _ in fake.trained)  # some went on from others
+    by_rung = {trial.job.rung: 0 for trial in found.trials}
+    for trial in found.trials:
+        by_rung[trial.job.rung] += 1
+        if trial.job.rung < 2:
+            continue
+        length = search.plan.lengths[trial.job.rung]
+        assert 0.9 * length < trial.outcome.flops <= length
+    assert [by_rung[rung] for rung in range(3)] == [27, 9, 3] and by_rung[3] >= 4
+    for rung in range(4):
+        schedules = [one.job.schedule for one in found.trials if one.job.rung == rung]
+        assert any(one.is_dense for one in schedules) and not all(one.is_dense for one in schedules)
+
+
+def test_it_finds_the_best_of_a_known_surface_in_most_seeds(tmp_path, whole):
+    found = [whole[1]]
+    for seed in (1000, 2000):
+        fake = Fake(base_recipe(seed))
+        search = begin(tmp_path / str(seed), fake, seed)
+        found.append(run(search))
+        assert fake.flops <= search.plan.budget
+    good = [
+        one.verdict.masks_pay and one.verdict.winner.masks == (BEST,) and one.verdict.winner.lr >= 1
+        for one in found
+    ]
+    assert sum(good) >= 2, [str(one.verdict.winner) for one in found]
+    best = whole[1].recipe
+    assert [stage.name for stage in best.stages] == ["masked-1", "whole"]
+    full = base_recipe()
+    assert total_flops(best, stage_work(best, whole[2].model)) == pytest.approx(
+        total_flops(full, stage_work(full, whole[2].model)), rel=0.01
+    )
+
+
+def test_killed_and_continued_it_gives_the_same_and_trains_nothing_twice(whole, tmp_path):
+    trained = list[tuple[str, int, int]]()
+    for stop_after, kill_after in ((5, math.inf), (math.inf, 9), (math.inf, math.inf)):
+        fake = Fake(base_recipe())
+        fake.stop_after, fake.kill_after = stop_after, kill_after
+        search = begin(tmp_path, fake)
+        if kill_after < math.inf:
+            with pytest.raises(KeyboardInterrupt):
+                carried_out(search, lambda text: None)
+        else:
+            found = carried_out(search, lambda text: None)
+            assert (found is None) == (stop_after < math.inf)
+        trained += fake.trained
+    assert trained == whole[2].trained
+    assert outcomes(found) == outcomes(whole[1]) and found.spent == whole[1].spent
+    assert found.verdict == whole[1].verdict
+
+
+def test_workers_share_a_search(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("maskdm.search.search.POLL_SEC", 0.05)
+    fakes, found = [Fake(base_recipe()) for _ in range(3)], list[Found]()
+
+    def work(fake: Fake) -> None:
+        found.append(run(begin(tmp_path, fake)))
+
+    workers = [threading.Thread(target=work, args=[fake]) for fake in fakes]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    trained = [one for fake in fakes for one in fake.trained]
+    refuse_twice(trained)
+    assert sorted(trained) == sorted(whole[2].trained)
+    assert sum(len(fake.trained) > 0 for fake in fakes) > 1
+    assert len(found) == 3 and all(outcomes(one) == outcomes(whole[1]) for one in found)
+
+
+def test_where_masks_do_not_help_it_says_so_and_gives_the_dense_recipe(tmp_path):
+    def without_gain(recipe: Recipe, share: float) -> float:
+        return 1 + 0.05 * math.log2(recipe.stages[-1].lr / 5e-4) ** 2 + 0.3 * share
+
+    fake = Fake(base_recipe(), without_gain)
+    search = begin(tmp_path, fake)
+    found = run(search)
+    assert found.verdict.winner == Schedule(lr=0.5)
+    text = verdict_text(found.verdict, search.plan, search.builder.full_flops)
+    assert any("do not pay here" in line or "may pay, but" in line for line in text)
+    (stage,) = found.recipe.stages
+    assert stage.mask.kind == "none" and stage.lr == 5e-4 and stage.steps > 5000
+    file = tmp_path / "winner.yaml"
+    file.write_text(winner_text(found.recipe, None, text))
+    assert load_recipe(file) == found.recipe
+    assert file.read_text().startswith("# dense   dense, lr x0.5, batch x1\n")
+    figure = tree_figure(search.forest.nodes(), found.trials)
+    labels = [text.get_text() for text in figure.axes[0].texts]
+    assert len(labels) == len(found.trials) and any("diverged" in one for one in labels)
+
+
+def test_a_gain_within_the_noise_is_none(whole):
+    search, found, _ = whole
+    trials = [
+        replace(one, outcome=replace(one.outcome, distance={"frechet": {"value": value}}))
+        if one.job.rung > search.plan.last_rung
+        else one
+        for one, value in zip(found.trials, itertools.cycle([9.0, 11.0, 10.5]))  # noqa: B905
+    ]
+    verdict = verdict_of(search.plan, trials)
+    assert not verdict.masks_pay and verdict.winner.is_dense and verdict.winner == verdict.dense
+
+
+def test_a_budget_is_divided_so_that_all_of_it_would_be_needed_without_forks():
+    how = How(candidates=27, rungs=3, keep=3, repeats=3)
+    assert trials_of_full_length(how) == 27 / 9 + 9 / 3 + 3 + 6
+    plan = Plan.of(how, 15e12, 9e12)
+    assert plan.lengths == pytest.approx((1e12 / 9, 1e12 / 3, 1e12, 1e12))
+    assert Plan.of(how, 15e12, 5e11).top == 5e11
+
+
+def test_rank_correlation_is_spearmans():
+    pairs = [(1.0, 5.0), (2.0, 5.0), (3.0, 1.0), (2.5, 7.0), (9.0, 6.5)]
+    assert rank_correlation(pairs) == pytest.approx(spearmanr(*zip(*pairs)).statistic)  # noqa: B905
+    assert (
+        rank_correlation(pairs[:2]) is None and rank_correlation([(1, 1), (1, 2), (1, 3)]) is None
+    )
+
+
+def test_what_cannot_be_searched_is_refused(tmp_path, capsys):
+    fake = Fake(base_recipe())
+    with pytest.raises(ValueError, match="budget of .* is too small: .* steps for a stage"):
+        begin(tmp_path / "small", fake, budget=0.01)
+    begin(tmp_path / "one", fake)
+    with pytest.raises(ValueError, match="another flops and how"):
+        begin(tmp_path / "one", fake, budget=6, how=How(candidates=4, rungs=1))
+    for arguments, message in (
+        ([], "give one budget"),
+        (["--flops", "1e9", "--hours", "1"], "give one budget"),
+        (["--flops", "1e9", "--how.candidates", "6"], "use 18 candidates"),
+        (["--flops", "1e9", "--space.kinds", "none"], "hides nothing"),
+        (["--flops", "1e9", "--how.proxy", "x"], "proxy"),
+        (["--flops", "1e3", "--out", str(tmp_path / "y")], "is too small"),
+    ):
+        assert main(["search", "digits", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_forked_training_is_the_unbroken_one_to_the_bit(tmp_path):
+    recipe = Recipe(**tiny_settings(), seed=3)
+    settings = recipe.model_dump()
+    settings["stages"][0]["warmup"] = 2
+    recipe = Recipe(**{**settings, "num_previews": 0})
+    store = open_store(recipe.data, progress=False)
+    trainer = LocalTrainer(changed(recipe, evaluation={"quick_num": 0}), store)
+    forest = Forest(tmp_path / "forest", trainer, build_model(recipe))
+    node = forest.grow(recipe, marks=[2, 4], earlier=[])
+    train(recipe, tmp_path / "whole", show=False)
+    runs = [tmp_path / "whole", forest.folder / node.name]
+    files = [find_checkpoint(one / "checkpoints") for one in runs]
+    for name in ("model.safetensors", "ema.safetensors"):
+        whole, forked = (load_file(one / name) for one in files)
+        assert all(torch.equal(whole[key], forked[key]) for key in whole)
+    assert read_progress(files[1]).flops == node.flops == forest.spent()
+    assert len(forest.nodes()) == 4
+    lines = read_lines(forest.folder / node.name / "metrics.jsonl")
+    assert lines[0]["step"] == 7 and lines[0]["images"] == 7 * 8  # it has trained its own steps
+    assert "dense_loss_train" in trainer.measure(recipe, runs[1])
+
+
+@pytest.mark.slow
+def test_a_real_search_on_digits_writes_a_recipe_that_trains(tmp_path, capsys):
+    recipe, out = tmp_path / "tiny.yaml", tmp_path / "search"
+    recipe.write_text(Recipe(**tiny_settings()).to_yaml())
+    flags = "--flops 6e9 --how.candidates 4 --how.rungs 1 --how.repeats 2 --space.masked-stages 1"
+    space = "--space.shares 0.3 --space.batches 1 --stages.all.steps 200 --evaluation.features pca"
+    arguments = ["search", str(recipe), "--out", str(out), *flags.split(), *space.split()]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert text.count("\ntrial ") >= 8 and "result  masks" in text
+    assert (out / "tree.png").stat().st_size > 10_000
+    result = json.loads((out / "result.json").read_text())
+    assert 0 < result["spent_flops"] <= 6e9
+    assert main(arguments) == 0  # it is over: the same result, and nothing is trained
+    assert json.loads((out / "result.json").read_text()) == result
+    winner = load_recipe(out / "winner.yaml")
+    assert winner.data.held_out == 0 and sum(one.steps for one in winner.stages) > 200
