@@ -17,9 +17,11 @@ from maskdm.commands.check import check
 from maskdm.commands.common import DONE, FAILED, WRONG_USAGE
 from maskdm.commands.compare import compare
 from maskdm.commands.evaluate import evaluate
+from maskdm.commands.export import export
 from maskdm.commands.inpaint import inpaint
 from maskdm.commands.pack import pack
 from maskdm.commands.plan import plan
+from maskdm.commands.push import push
 from maskdm.commands.recipes import recipes
 from maskdm.commands.sample import sample
 from maskdm.commands.short_help import short_help
@@ -48,6 +50,8 @@ Train raw-pixel diffusion models cheaply: masked pre-training, then denoising fi
   inpaint RUN IMAGE --mask M  draw the missing parts of an image
   evaluate RUN                measure how far generated (or any) images are from real ones
   compare RUN RUN ...         which run is better, and is it more than noise; curves
+  export RUN OUT              write the network for other runtimes: .pt2 (torch.export), .onnx
+  push RUN OWNER/NAME         upload a model to the Hugging Face Hub, with its card
 
 `maskdm COMMAND --help` explains a command. A first try, five minutes on a laptop:
 
@@ -65,6 +69,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "inpaint": inpaint,
     "evaluate": evaluate,
     "compare": compare,
+    "export": export,
+    "push": push,
 }
 
 
@@ -98,7 +104,7 @@ OTHER_NAMES = {
 }
 OF_SAMPLING, SAMPLES = ("--batch-size",), ("sample", "inpaint", "evaluate")
 OF_PLAN = ("--gpu", "--gpus", "--share", "--json")  # flags that train does not have
-NEEDS_NO_RUN = ("recipes", "check", "pack", "plan", "compare")
+NEEDS_NO_RUN = ("recipes", "check", "pack", "plan", "compare", "export", "push")
 
 
 def main(argv: list[str] | None = None) -> int:
