@@ -17,10 +17,12 @@ from maskdm.commands.check import check
 from maskdm.commands.common import DONE, FAILED, WRONG_USAGE
 from maskdm.commands.compare import compare
 from maskdm.commands.evaluate import evaluate
+from maskdm.commands.export import export
 from maskdm.commands.import_model import import_model
 from maskdm.commands.inpaint import inpaint
 from maskdm.commands.pack import pack
 from maskdm.commands.plan import plan
+from maskdm.commands.push import push
 from maskdm.commands.recipes import recipes
 from maskdm.commands.report import report
 from maskdm.commands.reproduce import reproduce
@@ -56,6 +58,8 @@ Train raw-pixel diffusion models cheaply: masked pre-training, then denoising fi
   reproduce TABLE             a table or figure of the paper, at a scale that one has
   report RUN [RUN ...]        all of it on one page, an HTML file without a network
   import FILE OUT             take over a checkpoint of U-ViT's or of the paper's authors
+  export RUN OUT              write the network for other runtimes: .pt2 (torch.export), .onnx
+  push RUN OWNER/NAME         upload a model to the Hugging Face Hub, with its card
 
 `maskdm COMMAND --help` explains a command. A first try, five minutes on a laptop:
 
@@ -77,6 +81,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "reproduce": reproduce,
     "report": report,
     "import": import_model,
+    "export": export,
+    "push": push,
 }
 
 
@@ -110,7 +116,7 @@ OTHER_NAMES = {
 }
 OF_SAMPLING, SAMPLES = ("--batch-size",), ("sample", "inpaint", "evaluate")
 OF_PLAN = ("--gpu", "--gpus", "--share", "--json")  # flags that train does not have
-NEEDS_NO_RUN = ("recipes", "check", "pack", "plan", "compare", "report", "import", "reproduce")
+NEEDS_NO_RUN = "recipes check pack plan compare report import reproduce export push search".split()
 
 
 def main(argv: list[str] | None = None) -> int:

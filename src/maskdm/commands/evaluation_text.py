@@ -34,14 +34,18 @@ def evaluation_text(record: dict[str, Any]) -> str:
         if row.is_report and (report := record.get(name)) is not None:
             parts.append((row.short_title or row.title, report["verdict"]))
             notes += [report["warning"]] if report["warning"] else []
-    parts += [
+    parts += [*provenance(record), *(("note", note) for note in notes)]
+    return "\n".join([*lines, *(line for t, text in parts for line in wrapped(text, f"{t:10}"))])
+
+
+def provenance(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a record's figures depend on, by a title: samples, reference, features, software."""
+    return [
         ("samples", _samples(record)),
         ("reference", _reference(record["reference"])),
         ("features", _features(record["features"])),
         ("by", _software(record)),
-        *(("note", note) for note in notes),
     ]
-    return "\n".join([*lines, *(line for t, text in parts for line in wrapped(text, f"{t:10}"))])
 
 
 def figures_text(record: dict[str, Any]) -> str:

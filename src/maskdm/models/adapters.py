@@ -157,7 +157,7 @@ class DiffusersDenoiser(Backbone, ModelMixin):
     ) -> Tensor:
         if self.config.kind == "dit":
             if labels is None:
-                labels = torch.zeros(len(patches), dtype=torch.int64, device=patches.device)
+                labels = torch.zeros(patches.shape[0], dtype=torch.int64, device=patches.device)
             return _run_dit(net, patches, positions, t * TIME_SCALE, labels)
         full = scatter_patches(patches, positions, self.num_patches)  # hidden ones are 0
         images = unpatchify(full, self.patch_size, self.grid).movedim(3, 1)  # (B, C, H, W)
