@@ -111,8 +111,8 @@ def saving(dense: list[Line], masked: list[Line]) -> tuple[float, float, float]:
         reached = np.interp(-math.log(one["dense_loss"]), -falling, flops)
         logs.append(math.log(one["flops"]) - reached)
     mean, error = np.mean(logs), stats.sem(logs)
-    low, high = stats.t.interval(0.95, len(logs) - 1, mean, error)
-    return math.exp(mean), math.exp(low), math.exp(high)
+    half = stats.t.ppf(0.975, len(logs) - 1) * error
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
 def sides(lines: list[Line]) -> tuple[list[Line], list[Line]]:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from maskdm.commands.evaluation_text import provenance
 from maskdm.evaluation.records import Record
 from maskdm.export.hub import SAMPLES, dataset_id, is_hub_model
-from maskdm.families import BACKBONES, METRICS
+from maskdm.families import BACKBONES
 from maskdm.masks import effective_rate, mask_text
+from maskdm.metrics import METRICS
 from maskdm.recipe import Recipe, Stage
 from maskdm.runs.find import training_of
 from maskdm.runs.folder import read_starts

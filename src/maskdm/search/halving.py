@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from maskdm.evaluation.compare import welch
-from maskdm.families import METRICS
+from maskdm.metrics import METRICS
 from maskdm.search.space import How, Schedule
 from maskdm.words import flops_text
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from maskdm.families import METRICS
+from maskdm.metrics import METRICS
 from maskdm.recipe import Recipe
 from maskdm.recipe_files import load_recipe, merged, recipe_names
 from maskdm.search.forest import Node

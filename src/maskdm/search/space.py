@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from maskdm import families
 from maskdm.choices import choice, known, shown
-from maskdm.families import METRICS, qualities
+from maskdm.metrics import METRICS, qualities
 from maskdm.settings import Settings
 
 PROXIES = {name: METRICS[name] for name in qualities() if not METRICS[name].higher_is_better}
