@@ -147,7 +147,7 @@ def test_the_card_s_lines_of_python_run(run, hub, monkeypatch):
     here = str(hub.root / "someone" / "pets")  # diffusers downloads by itself
     names = {}
     exec(theirs.replace("someone/pets", here), names)
-    assert weights_sha256(names["pipeline"].denoiser) == weights_sha256(maskdm.load(run).denoiser)
+    assert weights_sha256(names["pipeline"].unet) == weights_sha256(maskdm.load(run).denoiser)
 
 
 def test_no_local_path_and_no_training_image_leaves_the_machine(run, hub):
