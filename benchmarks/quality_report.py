@@ -47,12 +47,12 @@ def by_experiment(lines: list[Line]) -> dict[str, list[Line]]:
 
 
 def bracket_table(lines: list[Line]) -> str:
-    """Every trial of the first seed: one row for each variant and learning rate."""
+    """Every trial of the first seed, or of all without one: variants and learning rates."""
     rows = [
         "| variant | learning rate | Fréchet distance | held-out loss | images |",
         "|---|---|---|---|---|",
     ]
-    first = [line for line in lines if line["seed"] == 0]
+    first = [line for line in lines if line["seed"] == 0] or lines
     order = list(dict.fromkeys(line["variant"] for line in first))
     best = {
         variant: min((line for line in first if line["variant"] == variant), key=distance)
@@ -61,9 +61,10 @@ def bracket_table(lines: list[Line]) -> str:
     for line in sorted(first, key=lambda line: (order.index(line["variant"]), line["lr"])):
         low, high = line["metrics"]["frechet"]["interval"]
         value = f"{distance(line):.3f}"
+        seed = f", seed {line['seed']}" if line["seed"] else ""
         value = f"**{value}**" if line is best[line["variant"]] else value
         rows.append(
-            f"| {line['variant']} | {rates_text(line)} | {value} ({low:.3f} to {high:.3f}) | "
+            f"| {line['variant']}{seed} | {rates_text(line)} | {value} ({low:.3f} to {high:.3f}) | "
             f"{line['dense_loss']:.5f} | {line['images']:,} |"
         )
     return "\n".join(rows)
