@@ -206,6 +206,10 @@ def test_json_of_another_kind_in_an_exported_model_is_one_line(run, capsys):
     assert "maskdm.json is damaged" in text
     with pytest.raises(ValueError, match="damaged"):
         find_model(run).sampling  # noqa: B018 (a property)
+    (run / "model" / "maskdm.json").write_text('{"sampling": "x", "model": {}, "diffusion": {}}')
+    assert "it lacks the settings sampling" in failure(
+        capsys, "sample", run, "--out", run / "x.npz"
+    )
 
 
 DEEP = b"[" * 100_000
@@ -244,3 +248,17 @@ def test_an_exported_model_with_a_tensor_of_another_shape_is_one_line(run, capsy
     save_file({**tensors, name: tensors[name][None].clone()}, path)
     text = failure(capsys, "sample", run, "--out", run / "x.npz")
     assert f"the model in {run / 'model'} is damaged" in text and name in text
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_checkpoint_with_an_empty_tensor_is_one_line(run, capsys, file):
+    folder = run / "checkpoints" / "step-00000011"
+    tensors = load_file(folder / file)
+    name = next(name for name in tensors if not name.endswith(".step"))
+    save_file({**tensors, name: torch.empty(0)}, folder / file)
+    progress = json.loads((folder / "progress.json").read_text())
+    progress["files"][file] = (folder / file).stat().st_size
+    del progress["crc32"]  # as written by hand, or by an earlier version
+    (folder / "progress.json").write_text(json.dumps(progress))
+    text = failure(capsys, "train", run)
+    assert f"{file} cannot be loaded" in text and "remove this checkpoint" in text

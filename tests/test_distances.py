@@ -23,6 +23,7 @@ from maskdm.evaluation.distances import (
 from maskdm.evaluation.measure import Measured, as_record, over_seeds
 from maskdm.evaluation.statistics import (
     Statistics,
+    holds_statistics,
     load_statistics,
     save_statistics,
     statistics_of,
@@ -295,6 +296,26 @@ def test_statistics_survive_a_round_trip(tmp_path):
         np.testing.assert_array_equal(arrays["sigma"], kept.cov)
 
 
+def _compressed_by(path, method):
+    """Statistics whose zip claims a compression that nobody knows."""
+    np.savez(path, mu=np.zeros(2), sigma=np.eye(2))
+    content = bytearray(path.read_bytes())
+    for start, offset in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
+        place = content.find(start)
+        while place >= 0:
+            content[place + offset] = method
+            place = content.find(start, place + 4)
+    path.write_bytes(content)
+
+
+def test_an_archive_with_a_damaged_directory_holds_no_statistics(tmp_path):
+    path = tmp_path / "s.npz"
+    np.savez(path, mu=np.zeros(2), sigma=np.eye(2))
+    assert holds_statistics(path)
+    path.write_bytes(path.read_bytes().replace(b"PK\1\2", b"PK\1\0"))
+    assert not holds_statistics(path)
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
@@ -307,6 +328,10 @@ def test_statistics_survive_a_round_trip(tmp_path):
         (lambda p: np.savez(p, mu=[0, 0], sigma=np.full((2, 2), np.inf)), "NaN or infinite"),
         (lambda p: np.savez(p, mu=[0, 0], sigma=[[1, 0.5], [0, 1]]), "not symmetric"),
         (lambda p: np.savez(p, mu=[0, 0], sigma=-np.eye(2)), "negative variances"),
+        (lambda p: np.savez(p, mu=[0, 1j], sigma=np.eye(2)), "complex128, not numbers"),
+        (lambda p: np.savez(p, mu=["0", "1"], sigma=np.eye(2)), "not numbers"),
+        (lambda p: np.savez(p, mu=[0, 0], sigma=np.eye(2), maskdm="[1]"), "no settings"),
+        (lambda p: _compressed_by(p, 99), "cannot be read"),
     ],
 )
 def test_damaged_statistics_are_refused(tmp_path, write, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,18 @@ def holds_statistics(path: Path) -> bool:
     """Whether a file is an .npz with `mu` and `sigma`."""
     if path.suffix.lower() != ".npz" or not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError):  # whoever reads it as images says so
+        return False
+
+
+def _real(values: np.ndarray) -> np.ndarray:
+    """Numbers as float64. Raises ValueError for complex ones and other things."""
+    if values.dtype.kind not in "fiu":
+        raise ValueError(f"it holds values of type {values.dtype}, not numbers")
+    return values.astype(np.float64)
 
 
 def load_statistics(path: Path) -> Statistics:
@@ -87,9 +98,11 @@ def load_statistics(path: Path) -> Statistics:
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            mean, cov = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
+            mean, cov = (_real(arrays[name]) for name in ("mu", "sigma"))
             facts = parsed_json(str(arrays["maskdm"])) if "maskdm" in arrays else {}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        if not isinstance(facts, dict):
+            raise ValueError("its facts are no settings")
+    except (ValueError, OSError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"the statistics in {path} cannot be read: {error}") from None
     if mean.ndim != 1 or cov.shape != 2 * mean.shape:
         raise ValueError(f"{path}: mu {mean.shape} and sigma {cov.shape} do not fit together")

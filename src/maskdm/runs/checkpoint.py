@@ -125,16 +125,21 @@ def load_checkpoint(
         "optimizer.safetensors": lambda tensors: _load_optimizer_tensors(optimizer, model, tensors),
     }
     for file in FILES:
-        try:
-            load[file](load_file(path / file))
-        except torch.OutOfMemoryError:
-            raise
-        except (SafetensorError, RuntimeError, KeyError) as error:
-            raise ValueError(
-                f"checkpoint {path}: {file} cannot be loaded ({one_line(error, 120)}): remove this "
-                "checkpoint to go on from the one before"
-            ) from None
+        _load(path / file, load[file])
     return progress
+
+
+def _load(file: Path, take: Callable[[dict[str, Tensor]], object]) -> None:
+    """Reads a checkpoint's file and has it taken. Raises ValueError where that is not possible."""
+    try:
+        take(load_file(file))
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"checkpoint {file.parent}: {file.name} cannot be loaded ({one_line(error, 120)}): "
+            "remove this checkpoint to go on from the one before"
+        ) from None
 
 
 def load_narrow_average(path: Path, ema: ModelT) -> ModelT | None:
@@ -142,7 +147,7 @@ def load_narrow_average(path: Path, ema: ModelT) -> ModelT | None:
     if not (path / NARROW).is_file():
         return None
     narrow = copy.deepcopy(ema)
-    narrow.load_state_dict(load_file(path / NARROW))
+    _load(path / NARROW, narrow.load_state_dict)
     return narrow
 
 
@@ -202,9 +207,12 @@ def _load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
     index = {name: i for i, name in enumerate(_names(optimizer, model))}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter, key = name.rsplit(".", 1)
+        if value.shape != (torch.Size() if key == "step" else shapes[parameter]):
+            raise RuntimeError(f"{name} has the shape {tuple(value.shape)}")
         state.setdefault(index[parameter], {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

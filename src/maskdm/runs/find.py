@@ -304,8 +304,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     file = own if own.is_file() else folder / "model_index.json"
     index = read_settings(file)
     if file == own:
-        if missing := {"diffusion", "sampling", "model"} - set(index):
-            raise ValueError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}")
+        wanted = ("diffusion", "model", "sampling")
+        if missing := [name for name in wanted if not isinstance(index.get(name), dict)]:
+            raise ValueError(f"{file} is damaged: it lacks the settings {', '.join(missing)}")
         return index
     if index.get("_class_name") != "MaskDMPipeline":
         raise ValueError(f"{folder} holds another kind of pipeline: {index.get('_class_name')}")
