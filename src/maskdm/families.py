@@ -8,6 +8,7 @@ and its row: `docs/extending.md`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -96,11 +97,12 @@ class BackboneKind:
         return self.network.target if isinstance(self.network, Later) else self.network
 
 
-def _check_heads(model: Any) -> None:
-    if model.embed_dim % (2 * model.num_heads):
+def _check_heads(model: Any, parts: int = 2) -> None:
+    """Each head's share of the width divides into so many parts."""
+    if model.embed_dim % (parts * model.num_heads):
         raise ValueError(
-            f"embed_dim {model.embed_dim} is not a multiple of 2 x num_heads "
-            f"= {2 * model.num_heads}"
+            f"embed_dim {model.embed_dim} is not a multiple of {parts} x num_heads "
+            f"= {parts * model.num_heads}"
         )
 
 
@@ -111,14 +113,6 @@ def _check_uvit(model: Any) -> None:
             f"use {model.depth - 1} or {model.depth + 1}"
         )
     _check_heads(model)
-
-
-def _check_vit(model: Any) -> None:
-    if model.embed_dim % (4 * model.num_heads):
-        raise ValueError(
-            f"embed_dim {model.embed_dim} is not a multiple of 4 x num_heads "
-            f"= {4 * model.num_heads}"
-        )
 
 
 BACKBONES: dict[str, BackboneKind] = {
@@ -138,7 +132,7 @@ BACKBONES: dict[str, BackboneKind] = {
         Later("models.vit:ViT"),
         ("embed_dim", "depth", "num_heads", "mlp_ratio", "options"),
         takes_middle=True,
-        check=_check_vit,
+        check=functools.partial(_check_heads, parts=4),  # rotations in two dimensions
     ),
     "dit": BackboneKind(
         "DiT",

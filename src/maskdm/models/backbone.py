@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskdm.families import BACKBONES
@@ -92,6 +93,13 @@ class Backbone(ModelMixin, ConfigMixin, ABC):
         """Its name in `BACKBONES`."""
         names = [name for name, row in BACKBONES.items() if row.network_class is type(self)]
         return self.config.kind if len(names) > 1 else names[0]
+
+    def run_block(self, block: nn.Module, *inputs: Any) -> Tensor:
+        """Runs a block, anew in the backward pass where activations are not to be kept."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            answer: Tensor = self._gradient_checkpointing_func(block, *inputs)
+            return answer
+        return block(*inputs)
 
     def check_labels(self, labels: Tensor | None) -> None:
         """Raises ValueError where classes are given to a model without, or lack in one with."""

@@ -146,7 +146,7 @@ class UViT(Backbone, ModelMixin):
                 x = route.enter(x)
             if route is not None and i == self.config.depth - first:
                 x = route.leave(x)
-            x = self._run(block, x, *([skips.pop()] if i > half else []))
+            x = self.run_block(block, x, *([skips.pop()] if i > half else []))
             if i < half:
                 skips.append(x)
 
@@ -158,11 +158,6 @@ class UViT(Backbone, ModelMixin):
             full = self.output_conv(full.movedim(3, 1)).movedim(1, 3)
             x = gather_patches(patchify(full, self.patch_size), positions)
         return x
-
-    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, *inputs)
-        return block(*inputs)
 
     def forward_flops(self, num_visible: int, num_middle: int | None = None) -> int:
         """Floating-point operations of a forward pass for one image: see `Backbone`.

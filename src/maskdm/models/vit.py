@@ -168,7 +168,7 @@ class ViT(Backbone, ModelMixin):
             if route is not None and i == last:
                 x, turns = route.leave(x), every
             skip = skips.pop() if block.merge is not None else None
-            x = self._run(block, x, condition, turns, skip)
+            x = self.run_block(block, x, condition, turns, skip)
             if self.parts.skips and 2 * i < len(self.blocks) - 1:
                 skips.append(x)
 
@@ -189,11 +189,6 @@ class ViT(Backbone, ModelMixin):
         angles = places[..., None] * ROTARY_BASE**-power  # (B, V, 2, num)
         angles = F.pad(angles.flatten(2), (0, 0, self.num_extras, 0))  # (B, L, D / heads / 2)
         return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
-
-    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, *inputs)
-        return block(*inputs)
 
 
 class Block(nn.Module):

@@ -11,7 +11,6 @@ from maskdm.choices import named
 from maskdm.evaluation.evaluate import evaluate_model
 from maskdm.evaluation.records import RECORDS, Record, add_record, is_recorded, read_records
 from maskdm.evaluation.samples import weights_sha256
-from maskdm.models.build import weightless_model
 from maskdm.paper.scales import SCALES, at_scale
 from maskdm.paper.tables import experiments, paper_tables
 from maskdm.recipe import Recipe
@@ -19,8 +18,8 @@ from maskdm.recipe_files import load_recipe
 from maskdm.runs.find import kept_averages
 from maskdm.runs.load import load_model
 from maskdm.settings import changed
+from maskdm.training.planning import dense_control
 from maskdm.training.trainer import train
-from maskdm.training.work import stage_work, total_flops
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def reproduce(wanted: Wanted, out: Path, show: bool = False) -> Iterator[Row | N
             record = measured(run, whole)
             row = _with(row, run, record)
             if wanted.with_control and any(stage.mask.rate for stage in whole.stages):
-                alike = _control_key(whole)
+                alike = dense_control(whole).to_yaml()
                 if alike not in controls:
                     control = run.with_name(f"{run.name}-dense")
                     if not train(run, control, show=show, control="dense").finished:
@@ -139,14 +138,6 @@ def reproduce(wanted: Wanted, out: Path, show: bool = False) -> Iterator[Row | N
                     controls[alike] = found["metrics"]["frechet"]["value"]
                 row.control.append(controls[alike])
         yield row
-
-
-def _control_key(recipe: Recipe) -> str:
-    """What a recipe's dense control depends on: its last stage, the FLOPs to within a step."""
-    works = stage_work(recipe, weightless_model(recipe))
-    steps = round(total_flops(recipe, works) / works[-1].step_flops)
-    last = changed(recipe.stages[-1], steps=steps)
-    return changed(recipe, stages=(last,)).to_yaml()
 
 
 def _beginning(name: str, out: Path, seed: int) -> dict[str, str]:

@@ -259,11 +259,12 @@ def flops_of_budget(recipe: Recipe, num_train: int, machine: Machine) -> float:
     return images * each if images else total_flops(smallest, works)
 
 
-def dense_control(recipe: Recipe, equal: str, machine: Machine) -> Recipe:
+def dense_control(recipe: Recipe, equal: str = "flops", machine: Machine | None = None) -> Recipe:
     """A planned recipe's control: its last stage's settings alone, without a mask.
 
     Args:
-        equal: `flops`, `time` (on the machine) or `steps`, to within a step.
+        equal: `flops`, `time` or `steps`, to within a step.
+        machine: needed for equal time.
     """
     last = changed(recipe.stages[-1], name="dense", mask={"kind": "none", "rate": 0.0})
     control = changed(recipe, stages=(last.model_dump() | {"restarts": ()},), budget=Budget())
@@ -271,6 +272,7 @@ def dense_control(recipe: Recipe, equal: str, machine: Machine) -> Recipe:
     if equal == "steps":
         steps = recipe.num_steps
     elif equal == "time":
+        assert machine is not None
         masked = machine.speed(recipe)
         seconds = sum(
             s * stage.steps for s, stage in zip(masked.step_sec, recipe.stages, strict=True)
