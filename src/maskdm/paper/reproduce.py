@@ -43,9 +43,9 @@ class Wanted:
     with_control: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """What came of a recipe.
+    """What came of a recipe; it grows seed by seed.
 
     Attributes:
         recipe: its name.
@@ -58,12 +58,21 @@ class Row:
     """
 
     recipe: str
-    flops: int
+    flops: int = 0
     found: list[float] = field(default_factory=list)
     half: list[float | None] = field(default_factory=list)
     control: list[float] = field(default_factory=list)
     features: str = ""
     runs: list[Path] = field(default_factory=list)
+
+    def add(self, run: Path, record: Record) -> None:
+        """Takes up the evaluation of another seed's run."""
+        figure = record["metrics"]["frechet"]
+        interval = figure["interval"]
+        self.flops, self.features = record["training"]["flops"], record["features"]["name"]
+        self.found.append(figure["value"])
+        self.half.append(None if interval is None else (interval[1] - interval[0]) / 2)
+        self.runs.append(run)
 
     @property
     def mean(self) -> float:
@@ -82,8 +91,7 @@ def recipes_of(target: str) -> list[str]:
 
     Raises ValueError for an unknown target.
     """
-    if target not in targets():
-        named(target, dict.fromkeys(targets()), "table or figure")
+    named(target, dict.fromkeys(targets()), "table or figure")
     chosen = [
         recipe
         for name, one in experiments().items()
@@ -118,15 +126,14 @@ def reproduce(wanted: Wanted, out: Path, show: bool = False) -> Iterator[Row | N
     recipes = at_scale(recipes, scale, wanted.sources, wanted.flops)
     controls: dict[str, float] = {}  # rows of equal FLOPs and fine-tuning share one
     for name, recipe in recipes.items():
-        row = Row(name, 0)
+        row = Row(name)
         for seed in range(wanted.seeds):
             run = out / f"{name}-{seed}"
             whole = changed(recipe, seed=seed, **_beginning(name, out, seed))
             if not train(whole, run, show=show).finished:
                 yield None
                 return
-            record = measured(run, whole)
-            row = _with(row, run, record)
+            row.add(run, measured(run, whole))
             if wanted.with_control and any(stage.mask.rate for stage in whole.stages):
                 alike = dense_control(whole).to_yaml()
                 if alike not in controls:
@@ -165,23 +172,6 @@ def measured(run: Path, recipe: Recipe) -> Record:
             add_record(path, record)
             records = read_records(path)
     return next(one for one in reversed(records) if one["samples"]["weights_sha256"] == sha256)
-
-
-def _with(row: Row, run: Path, record: Record) -> Row:
-    figure = record["metrics"]["frechet"]
-    interval = figure.get("interval")
-    row.found.append(figure["value"])
-    row.half.append(None if interval is None else (interval[1] - interval[0]) / 2)
-    row.runs.append(run)
-    return Row(
-        row.recipe,
-        record["training"]["flops"],
-        row.found,
-        row.half,
-        row.control,
-        record["features"]["name"],
-        row.runs,
-    )
 
 
 def number(values: Sequence[float]) -> str:
