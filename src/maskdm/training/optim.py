@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -34,34 +36,50 @@ class MuonAdamW(torch.optim.AdamW):
             self.param_groups = groups
         for group in groups:
             if group["muon"]:
-                for parameter in group["params"]:
-                    self._step_matrix(parameter, group["lr"], group["weight_decay"])
+                self._step_matrices(group)
 
-    def _step_matrix(self, matrix: nn.Parameter, lr: float, weight_decay: float) -> None:
-        if matrix.grad is None:
-            return
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        """Follows Muon for matrices, all of one shape at once: small ones are quick to multiply."""
+        alike = defaultdict[torch.Size, list[Tensor]](list)
+        for matrix in group["params"]:
+            if matrix.grad is not None:
+                alike[matrix.shape].append(matrix)
+        for shape, matrices in alike.items():
+            gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+            momenta = [self._momentum(matrix) for matrix in matrices]
+            torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+            ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
+            updates = orthogonalized(torch.stack(ahead)).unbind()
+            size = 0.2 * math.sqrt(max(shape)) * group["lr"]
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(matrices, updates, alpha=-size)
+
+    def _momentum(self, matrix: Tensor) -> Tensor:
         state = self.state[matrix]
         if "momentum" not in state:  # AdamW wants a step of all parameters that have a state
             state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(matrix)}
         state["step"] += 1
-        momentum = state["momentum"].lerp_(matrix.grad, 1 - MOMENTUM)
-        update = orthogonalized(matrix.grad.lerp(momentum, MOMENTUM))  # Nesterov's
-        matrix.mul_(1 - lr * weight_decay)
-        matrix.add_(update, alpha=-0.2 * math.sqrt(max(matrix.shape)) * lr)
+        momentum: Tensor = state["momentum"]
+        return momentum
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """Roughly the nearest orthogonal matrix, by five steps of Newton and Schulz: (A, B) -> (A, B).
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Roughly the nearest orthogonal matrices, by five steps of Newton and Schulz.
 
-    Its singular values come near 1, within about 0.3.
+    Args:
+        matrices: (N, A, B).
+
+    Returns:
+        (N, A, B): their singular values come near 1, within about 0.3.
     """
-    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = x / x.norm().clamp(min=1e-7)
+    is_wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if is_wide else matrices.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     a, b, c = NEWTON_SCHULZ
     for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if is_wide else x.mT
 
 
 def make_optimizer(model: nn.Module, stage: Stage) -> MuonAdamW:
