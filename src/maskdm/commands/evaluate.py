@@ -27,7 +27,7 @@ from maskdm.files import expanded, refuse_unwritable
 from maskdm.metrics import MetricName
 from maskdm.recipe import Evaluation, Sampling
 from maskdm.recipe_files import load_recipe
-from maskdm.runs.find import find_model, is_model, kept_averages
+from maskdm.runs.find import is_model, kept_averages
 from maskdm.settings import changed
 from maskdm.words import size_text
 
@@ -144,12 +144,13 @@ def _write(
         from maskdm.evaluation import statistics
 
         statistics.save_statistics(results[0].statistics, statistics_file)
-    if path == expanded(run) / RECORDS and (path.parent / "recipe.yaml").is_file():
+    own = expanded(run)
+    is_run = (own / "recipe.yaml").is_file()
+    if is_run and path == own / RECORDS:
         from maskdm.report.page import update_report
 
-        update_report(path.parent, say_note)
-    own = find_model(run, note=lambda text: None).run if is_model(run) else None
-    if own is not None and not json_output:
+        update_report(own, say_note)
+    if is_run and not json_output:
         print(f"next      {_next(own)}")
 
 

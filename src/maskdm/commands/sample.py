@@ -117,7 +117,7 @@ def sample(
     if view.video is not None:
         print(f"-> {view.video}")
     if run_dir:
-        print(f"next    maskdm evaluate {run_dir}")
+        print(f"next    maskdm evaluate {run}")
     return DONE
 
 
