@@ -174,6 +174,7 @@ def test_short_help_fits_a_screen_and_names_what_beginners_need(command, capsys)
     [
         ("train digits --lr 1e-3", "--lr: use --stages.all.lr"),
         ("train digits --batch_size=4", "--batch_size: use --stages.all.batch-size"),
+        ("plan digits --data.size 100000", "data.size: 100,000 pixels are more than 8,192"),
         ("train digits --resolution 64", "--resolution: use --data.size"),
         ("train digits --output_dir x", "--output_dir: use --out"),
         ("train --config x.yaml", "--config: use the file as the first argument"),
@@ -197,6 +198,15 @@ def test_recipes_are_listed_and_printed(capsys):
     assert set(recipe_names()) <= set(words)
     assert main(["recipes", "digits"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["data"]["source"] == "digits"
+
+
+def test_control_characters_of_a_recipe_do_not_reach_the_terminal(tmp_path, capsys):
+    text = "# caf\u00e9\x85\n#\tdigits\nstages: [{name: a, steps: 1, batch_size: 1, lr: 1}]\n"
+    (tmp_path / "in.yaml").write_bytes(text.encode())
+    assert main(["recipes", str(tmp_path / "in.yaml")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("# caf\u00e9\\x85\n#\tdigits\n")
+    assert yaml.safe_load(shown) == yaml.safe_load(text)
 
 
 @pytest.mark.parametrize(

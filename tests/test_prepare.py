@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
 import subprocess
@@ -501,6 +502,20 @@ def test_tiffs_in_which_white_is_zero_are_no_negatives(compression):
         content = encoded(Image.fromarray(values), "TIFF", compression=compression)
         got = prepared(retagged(content, t262=0), channels=1)[0, :, 0]
         assert np.abs(got - (255 - ramp[0] / 257)).max() <= 1
+
+
+def test_a_damaged_tiff_is_unreadable_without_a_line_of_its_librarys(capfd):
+    content = bytearray(encoded(Image.new("L", (16, 16)), "TIFF", compression="tiff_lzw"))
+    start = struct.unpack_from("<I", content, 4)[0]
+    tags = [start + 2 + 12 * i for i in range(struct.unpack_from("<H", content, start)[0])]
+    rows = next(place for place in tags if struct.unpack_from("<H", content, place)[0] == 278)
+    struct.pack_into("<I", content, rows + 4, 2**28)  # how many numbers of rows per strip follow
+    _, bad = prepare_contents(
+        [bytes(content), encoded(Image.new("L", (16, 16)), "TIFF")], Data(size=16)
+    )
+    assert list(bad) == [0]
+    os.write(2, b"the stream still works")
+    assert capfd.readouterr() == ("", "the stream still works")
 
 
 def test_grey_tiffs_of_an_unknown_range_are_unreadable_and_12_bits_are_scaled():

@@ -473,6 +473,9 @@ def test_best_names_the_average_with_the_lowest_held_out_loss_and_keeps_it(
     best = find_model(f"{run_dir}@best").folder
     assert best.name == f"step-{lines[1]['step']:08d}"
     assert load_model(f"{run_dir}@best").location.folder == best
+    with (run_dir / "quality.jsonl").open("a") as file:  # killed before its checkpoint was there
+        file.write(json.dumps({**lines[1], "step": 10_000, "dense_loss": 0.1}) + "\n")
+    assert find_model(f"{run_dir}@best").folder == best
 
 
 def test_best_needs_images_that_were_held_out(tiny, tmp_path):

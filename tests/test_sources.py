@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import bz2
 import contextlib
 import functools
 import gzip
@@ -966,18 +967,38 @@ def test_a_tar_with_damaged_fields_before_a_file_is_refused_in_a_line(tmp_path, 
         assert text.count("\n") == 1 if text else key == "size"  # which is a number in the end
 
 
+@pytest.mark.parametrize("opener", [gzip.open, bz2.open])  # bzip2 packs 45 MB in a kilobyte
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
-def test_a_tar_with_a_huge_header_is_refused_before_it_is_read(tmp_path, kind):
+def test_a_tar_with_a_huge_header_is_refused_before_it_is_read(tmp_path, kind, opener):
     info = tarfile.TarInfo("x")
-    info.type, info.size = kind, 200_000_000
+    info.type, info.size = kind, 100_000_000
     header = info.tobuf(tarfile.GNU_FORMAT)
-    with gzip.open(tmp_path / "in.tar.gz", "wb", 1) as file:
+    path = tmp_path / ("in.tar.gz" if opener is gzip.open else "in.tar.bz2")
+    with opener(path, "wb", 1) as file:
         file.write(header + bytes(info.size))
     tracemalloc.start()
-    with pytest.raises(ValueError, match="a header of 200,000,000 bytes"):
-        list(open_source(str(tmp_path / "in.tar.gz")).items())
+    with pytest.raises(ValueError, match="a header of 100,000,000 bytes"):
+        list(open_source(str(path)).items())
     assert tracemalloc.get_traced_memory()[1] < 20_000_000
     tracemalloc.stop()
+
+
+def test_a_tar_whose_file_claims_to_be_endless_is_refused(tmp_path):
+    for number, suffix in enumerate(("", ".gz", ".xz")):
+        path = tmp_path / f"in{number}.tar{suffix}"
+        with tarfile.open(path, f"w:{suffix[1:]}", format=tarfile.PAX_FORMAT) as archive:
+            archive.addfile(_info("a.png", png(1)), io.BytesIO(png(1)))
+            info = tarfile.TarInfo("notes.txt")
+            info.pax_headers = {"size": "9" * 30}
+            archive.addfile(info)
+        with pytest.raises(ValueError, match="a file of 999,999,.* bytes"):
+            list(open_source(str(path)).items())
+
+
+def _info(name: str, content: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    return info
 
 
 def test_control_characters_of_names_do_not_reach_the_terminal(tmp_path, capsys):

@@ -8,6 +8,7 @@ batch gets its own mask, drawn on the generator's device without a look from the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -16,7 +17,7 @@ from maskdm.families import MASKS
 from maskdm.recipe import Mask
 
 Grid = tuple[int, int]  # rows, columns of patches
-Count = tuple[int, list[int]]  # visible patches under a mask, and under masks of any other rate
+Count = tuple[int, Sequence[int]]  # visible patches under a mask, and under masks of any other rate
 
 
 def draw_visible(mask: Mask, grid: Grid, batch_size: int, generator: Generator) -> Tensor:
@@ -85,7 +86,7 @@ def mask_text(mask: Mask) -> str:
 def count_patches(mask: Mask, grid: Grid) -> Count:
     """Single patches: the number hidden is the nearest to the rate, or the next below."""
     total = grid[0] * grid[1]
-    return total - _whole(mask.rate * total, mask), list(range(total))
+    return total - _whole(mask.rate * total, mask), range(total)
 
 
 def draw_patches(mask: Mask, grid: Grid, batch_size: int, generator: Generator) -> Tensor:
@@ -105,7 +106,7 @@ def count_blocks(mask: Mask, grid: Grid) -> Count:
         )
     num_blocks = (rows // block) * (columns // block)
     visible = num_blocks - _whole(mask.rate * num_blocks, mask)
-    return visible * block**2, [n * block**2 for n in range(num_blocks)]
+    return visible * block**2, range(0, num_blocks * block**2, block**2)
 
 
 def draw_blocks(mask: Mask, grid: Grid, batch_size: int, generator: Generator) -> Tensor:

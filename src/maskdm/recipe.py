@@ -37,9 +37,9 @@ class Model(Settings):
             families.SIZES,
         ),
     )
-    embed_dim: int = Field(512, gt=0)
+    embed_dim: int = Field(512, gt=0, le=2**16)
     """Width of the tokens (uvit, vit, dit)."""
-    depth: int = Field(13, ge=1)
+    depth: int = Field(13, ge=1, le=1000)
     """Transformer blocks (uvit, vit, dit); for uvit an odd number: 13 = 6 in + 1 middle + 6 out."""
     num_heads: int = Field(8, gt=0)
     """Attention heads (uvit, vit, dit); they divide the width."""

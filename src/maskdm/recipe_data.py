@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from maskdm.choices import helped
 from maskdm.families import CROPS, CropName
 from maskdm.settings import Settings
+
+MAX_SIDE = 8192  # of images, in pixels: their decoders read up to 89 million
 
 
 class Data(Settings):
@@ -55,9 +57,11 @@ class Data(Settings):
     @field_validator("size", mode="before")
     @classmethod
     def _height_and_width(cls, size: object) -> object:
-        sides = list(size) if isinstance(size, (list, tuple)) else [size]
+        sides: list[Any] = list(size) if isinstance(size, (list, tuple)) else [size]
         if not 1 <= len(sides) <= 2 or not all(type(side) is int and side > 0 for side in sides):
             raise ValueError(f"expected pixels above 0, or height and width, not {size!r}")
+        if max(sides) > MAX_SIDE:
+            raise ValueError(f"{max(sides):,} pixels are more than {MAX_SIDE:,}, the largest side")
         return sides[0] if len(set(sides)) == 1 else tuple(sides)
 
     @field_validator("held_out")

@@ -41,6 +41,12 @@ def printable(name: str) -> str:
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def printable_lines(text: str) -> str:
+    """As `printable`, but line breaks and tabs stay."""
+    parts = re.split(r"([\n\t])", text)
+    return "".join(part if part in "\n\t" else printable(part) for part in parts)
+
+
 def one_line(error: BaseException | str, width: int = 0) -> str:
     """The text of an error without line breaks, shortened to `width` characters unless that is 0.
 

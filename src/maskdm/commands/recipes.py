@@ -11,6 +11,7 @@ import tyro
 
 from maskdm.commands.common import DONE, quiet
 from maskdm.recipe_files import load_recipe, recipe_names, recipe_text, whole_text
+from maskdm.words import printable_lines
 
 OptionalName = Annotated[str | None, tyro.conf.Positional, quiet(metavar="[NAME]")]
 WIDTH = 80
@@ -38,7 +39,7 @@ def recipes(
     if name is not None:
         if gpu is not None:
             raise ValueError(f"--gpu is for the list: maskdm plan {name} --gpu {gpu} plans one")
-        print(whole_text(name), end="")
+        print(printable_lines(whole_text(name)), end="")
         return DONE
     print("\n".join(listing(gpu, share)))
     return DONE

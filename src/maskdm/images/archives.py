@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import glob
+import gzip
 import hashlib
+import io
 import itertools
 import lzma
 import posixpath
@@ -12,9 +15,9 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import fsspec
 
@@ -36,11 +39,19 @@ from maskdm.words import counted, listed, one_line
 
 MAX_FILE_BYTES = 2**27  # a larger file in an archive, once unpacked, counts as a bomb
 MAX_HEADER_BYTES = 2**20  # of a long name or of other facts before a file of a tar
+MAX_MEMBER_BYTES = 2**40  # of a file in a tar that is passed over: more is a damaged header
+BLOCK_BYTES = 2**20  # of a tar that are read, or passed over, at a time
 MAX_SAMPLE = 64  # files of one sample: more are not a sample, but names that begin alike
 MAX_CHOICES = 1_000_000  # files that a pair of braces in a pattern may stand for
 # What reading a damaged, encrypted or foreign archive may raise.
 ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 READ_ERRORS = (*ARCHIVE_ERRORS, OSError, EOFError, RuntimeError, LookupError, MemoryError)
+UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+    b"]\0": lzma.open,
+}
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 EDGE_BYTES = 2**20  # at each end of a file, for its fingerprint
 HEADER_TYPES = (
@@ -164,10 +175,14 @@ class TarSource(Source):
         with (
             fsspec.open(path, "rb") if "://" in path else Path(path).open("rb") as file,
             _damage_as_read_error(),
-            tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictTarInfo) as archive,
+            tarfile.open(
+                fileobj=_unpacked(file), mode="r|", bufsize=BLOCK_BYTES, tarinfo=_StrictTarInfo
+            ) as archive,
         ):
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # else it keeps them all
+                if member.size > MAX_MEMBER_BYTES:  # of which each block would be passed over
+                    raise tarfile.ReadError(f"a file of {member.size:,} bytes")
                 name = posixpath.normpath(_with_slashes(member.name))
                 litter, is_used = litter_of(name.lstrip("/")), is_image(name) or is_label(name)
                 if not member.isfile():
@@ -185,6 +200,17 @@ class TarSource(Source):
                     assert reader is not None  # it is a file
                     content = reader.read()
                     yield name, content if is_used or is_common_image(content) else None
+
+
+def _unpacked(file: IO[bytes]) -> IO[bytes]:
+    """The bytes of a tar, compressed or not, of which only what is asked for is unpacked at a time.
+
+    tarfile itself unpacks whole blocks, however much they hold.
+    """
+    reader = io.BufferedReader(cast(io.RawIOBase, file))  # to look at its first bytes
+    head = reader.peek(8)
+    unpack = next((one for start, one in UNPACKERS.items() if head.startswith(start)), None)
+    return unpack(reader) if unpack else reader
 
 
 @contextlib.contextmanager

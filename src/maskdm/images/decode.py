@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import os
 import re
 import stat
 from collections.abc import Iterator
@@ -97,7 +98,8 @@ def load(image: Image.Image) -> Image.Image:
     is_negative = kind == "TIFF" and getattr(image, "tag_v2", {}).get(262) == 0  # white is zero
     if isinstance(image, TiffImagePlugin.TiffImageFile) and orientation(image) >= 5:
         image.filename = ""  # else Pillow maps the file in the shape that it has after the turn
-    image.load()
+    with _without_messages() if kind == "TIFF" else contextlib.nullcontext():
+        image.load()
     if kind in ALPHA_OFTEN_UNUSED and image.mode in ("LA", "RGBA"):
         if image.getchannel("A").getextrema() == (0, 0):  # its writer left the alpha unset
             return image.convert(image.mode[:-1])
@@ -106,6 +108,24 @@ def load(image: Image.Image) -> Image.Image:
     elif kind == "TIFF" and image.mode.startswith("I"):
         return _grey_of_tiff(image, raw, is_negative)
     return image
+
+
+@contextlib.contextmanager
+def _without_messages() -> Iterator[None]:
+    """Sends what a library of C writes to the terminal nowhere: what matters it raises as well."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no such stream
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def is_too_large(image: Image.Image) -> bool:

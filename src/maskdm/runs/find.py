@@ -164,23 +164,32 @@ def stage_checkpoint(run: Path, stage: str) -> Path:
             f"{run} has no stage {stage!r}: its stages are {', '.join(names)}; {BEST} is the "
             "average with the lowest held-out loss"
         )
-    checkpoint = run / "checkpoints" / f"step-{step:08d}"
+    checkpoint = _at(run, step)
     if problem := damage(checkpoint):
         ended = "" if checkpoint.exists() else f": the run has not reached the end of {stage}"
         raise ValueError(f"checkpoint {checkpoint}: {problem}{ended}")
     return checkpoint
 
 
+def _at(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
 def best_line(run: Path) -> Line | None:
     """The line of quality.jsonl with the lowest loss on held-out images; None where there is none.
 
-    Only lines of stages under the last one's noise schedule are comparable.
+    Only lines of stages under the last one's noise schedule are comparable. Lines without a
+    checkpoint, as a killed run may have written last, do not count.
     """
     recipe = load_recipe(run / "recipe.yaml")
     last = recipe.final_diffusion.schedule
     stages = {one.name for one in recipe.stages if recipe.diffusion_of(one).schedule == last}
     lines = read_lines(run / "quality.jsonl")
-    known = [line for line in lines if line.get("dense_loss") and line["stage"] in stages]
+    known = [
+        line
+        for line in lines
+        if line.get("dense_loss") and line["stage"] in stages and _at(run, line["step"]).is_dir()
+    ]
     return min(known, key=lambda line: line["dense_loss"], default=None)
 
 
