@@ -20,11 +20,12 @@ from torch import Generator
 from torch.nn import functional as F
 
 from maskdm.export.pipeline import MaskDMPipeline, load, make_pipeline, save_pipeline
-from maskdm.export.portable import NETWORK, self_contained
+from maskdm.export.portable import NETWORKS, self_contained
 from maskdm.models.adapters import DiffusersDenoiser
 from maskdm.models.backbone import Backbone
 from maskdm.models.trained import TrainedModel
 from maskdm.models.uvit import UViT
+from maskdm.models.vit import ViT
 from maskdm.recipe import Diffusion, Sampling
 
 SIZES = {"image_size": 8, "patch_size": 2, "channels": 1}
@@ -38,8 +39,9 @@ SETTINGS = Sampling(steps=5)  # diffusers' DDIM is exact where the steps divide 
 def network(kind: str, **options) -> Backbone:
     """A network whose answers vary with all that it is given."""
     torch.manual_seed(1)
-    if kind == "uvit":
-        model = UViT(**SIZES, embed_dim=16, depth=3, num_heads=2, **options)
+    if kind in ("uvit", "vit"):
+        kinds = {"uvit": UViT, "vit": ViT}
+        model = kinds[kind](**SIZES, embed_dim=16, depth=3, num_heads=2, **options)
     else:
         more = {"options": UNET} if kind == "unet2d" else {"embed_dim": 16, "num_heads": 2}
         model = DiffusersDenoiser(kind, **SIZES, depth=2, **more, **options)
@@ -121,6 +123,7 @@ EXACT = {"num_inference_steps": 5, "use_clipped_model_output": True}  # of the s
 GUIDED = Sampling(
     steps=5, guidance={"kind": "classifier-free", "scale": 2.0, "start": 0.1, "end": 0.9}
 )
+TOKENS = {"options": {"modulation": False, "swiglu": False, "skips": True, "bottleneck": 3}}
 CLASSES = {"num_classes": 3, "class_names": ["cat", "dog", "ä"]}
 # name: network, its options, diffusion, settings, whether code must be trusted, what a stranger
 # says, what we say
@@ -129,6 +132,8 @@ FOLDERS = {
     "uvit": ("uvit", {}, {}, SETTINGS, True, EXACT, {}),
     "final convolution": ("uvit", {"final_conv": True}, {"prediction": "eps", "base_size": 16},
                           SETTINGS, True, EXACT, {}),
+    "vit": ("vit", {}, {}, SETTINGS, True, EXACT, {}),
+    "vit of other parts": ("vit", {**CLASSES, **TOKENS}, {}, SETTINGS, True, {}, {}),
     "dit": ("dit", {}, {"prediction": "v"}, SETTINGS, True, {}, {}),
     "classes": ("uvit", CLASSES, {}, SETTINGS, True, {"class_labels": ["dog", "ä", "cat"]},
                 {"class_labels": [1, 2, 0]}),
@@ -178,7 +183,7 @@ def test_diffusers_own_classes_open_the_networks(tmp_path):
             assert torch.equal(again.state_dict()[name], weights)
 
 
-@pytest.mark.parametrize("kind", ["uvit", "dit", "unet2d"])
+@pytest.mark.parametrize("kind", ["uvit", "vit", "dit", "unet2d"])
 def test_our_own_reading_gives_the_same_network(kind, tmp_path):
     model = network(kind, **CLASSES)
     pipeline = pipeline_of(model, GUIDED)
@@ -191,19 +196,25 @@ def test_our_own_reading_gives_the_same_network(kind, tmp_path):
         assert np.array_equal(as_array(again(4).images), images)
 
 
-def test_the_code_in_the_folder_is_the_packages(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("uvit", {"final_conv": True}), ("vit", {}), ("vit", TOKENS)],
+    ids=["uvit", "vit", "vit of other parts"],
+)
+def test_the_code_in_the_folder_is_the_packages(kind, options):
     """It holds no name of maskdm but in words, and computes the same forward pass."""
-    from maskdm.export import image_uvit
-
-    code = self_contained("U-ViT.", NETWORK, image_uvit.ImageUViT)
+    model = network(kind, num_classes=3, **options)
+    row = NETWORKS[type(model)]
+    code = self_contained("A network.", row.parts, row.face)
     assert "import maskdm" not in code and "from maskdm" not in code
-    assert len(code.splitlines()) < 500
-    names: dict = {"__name__": "image_uvit"}
-    exec(compile(code, "image_uvit.py", "exec"), names)
-    model = network("uvit", num_classes=3, final_conv=True)
-    theirs = names["ImageUViT"](**SIZES, embed_dim=16, depth=3, num_heads=2, num_classes=3,
-                                final_conv=True).eval()  # fmt: skip
+    assert len(code.splitlines()) < 550
+    names: dict = {"__name__": row.file}
+    exec(compile(code, f"{row.file}.py", "exec", dont_inherit=True), names)
+    sizes = {**SIZES, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 3}
+    theirs = names[row.face.__name__](**sizes, **options).eval()
     theirs.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="class_names"):
+        names[row.face.__name__](**sizes, **options, class_names=["\x1b"])
     images, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 3])
     patches = F.unfold(images, 2, stride=2).movedim(1, 2)  # (B, N, P)
     with torch.no_grad():
@@ -436,7 +447,7 @@ def test_the_progress_bar_counts_steps(capsys):
     assert "5/5" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["uvit", "dit", "unet2d"])
+@pytest.mark.parametrize("kind", ["uvit", "vit", "dit", "unet2d"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gives_nearly_the_same_images(kind, dtype, tmp_path):
     pipeline = pipeline_of(network(kind))
@@ -461,7 +472,7 @@ def test_half_precision_gives_nearly_the_same_images(kind, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("kind", ["uvit", "dit", "unet2d"])
+@pytest.mark.parametrize("kind", ["uvit", "vit", "dit", "unet2d"])
 def test_an_offloaded_network_draws_the_same_images(kind, device):
     pipeline = pipeline_of(network(kind)).to(device)
     images = pipeline(4, output_type="np").images

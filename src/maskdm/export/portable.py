@@ -21,9 +21,9 @@ from diffusers import ModelMixin
 
 from maskdm import tokens, words
 from maskdm.diffusion import prediction
-from maskdm.export import image_uvit, pixel_pipeline
+from maskdm.export import image_face, image_uvit, image_vit, pixel_pipeline
 from maskdm.export.schedulers import PREDICTION_TYPES, flow_shift
-from maskdm.models import backbone, class_names, route, uvit
+from maskdm.models import backbone, class_names, route, uvit, vit
 from maskdm.models.adapters import DiffusersDenoiser
 from maskdm.models.backbone import Backbone
 from maskdm.models.trained import TrainedModel
@@ -32,17 +32,53 @@ from maskdm.runs.find import SETTINGS
 
 # The modules whose code a file holds, and which of their names; all where there is None.
 Parts = tuple[tuple[ModuleType, set[str] | None], ...]
-NETWORK: Parts = (
-    (words, {"listed", "printable", "NUM_LISTED"}),
+COMMON: Parts = (
+    (words, {"listed", "printable", "NUM_LISTED", "CONTROL"}),
     (tokens, None),
     (class_names, {"refuse_class_names"}),
     (backbone, {"Backbone"}),
     (route, None),
-    (uvit, None),
-    (image_uvit, None),
 )
 PIPELINE: Parts = ((prediction, {"x0_and_noise_from", "_unknown"}), (pixel_pipeline, None))
 OMITTED = {"kind", "forward_flops"}  # methods that only training needs
+
+
+@dataclass(frozen=True)
+class Code:
+    """A network whose code goes into the folder.
+
+    Attributes:
+        title: in words.
+        face: its class there.
+        parts: what the file holds.
+    """
+
+    title: str
+    face: type
+    parts: Parts
+
+    @property
+    def file(self) -> str:
+        """The file's name, without its suffix."""
+        return self.face.__module__.split(".")[-1]
+
+
+# By the class of the network.
+NETWORKS: dict[type, Code] = {
+    uvit.UViT: Code(
+        "U-ViT",
+        image_uvit.ImageUViT,
+        (*COMMON, (uvit, None), (image_face, None), (image_uvit, None)),
+    ),
+    vit.ViT: Code(
+        "A vision transformer of today's parts",
+        image_vit.ImageViT,
+        (
+            *COMMON, (uvit, {"TIME_SCALE", "timestep_embedding"}), (vit, None),
+            (image_face, None), (image_vit, None),
+        ),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,26 +88,26 @@ class Component:
     Attributes:
         name: its place in a diffusers pipeline, and its folder.
         network: what is saved there.
-        code: the name of the file that holds its code; None = it is one of diffusers' own.
+        code: what the file with its code holds; None = it is one of diffusers' own.
     """
 
     name: str
     network: ModelMixin
-    code: str | None = None
+    code: Code | None = None
 
     @property
     def entry(self) -> list[str]:
         """The module and the class of the network, for model_index.json."""
-        return [self.code or "diffusers", type(self.network).__name__]
+        return [self.code.file if self.code else "diffusers", type(self.network).__name__]
 
 
 def component_of(model: Backbone) -> Component | None:
     """A network as diffusers opens it; None for one that it cannot, a user's own."""
-    if type(model) is uvit.UViT:
+    if (code := NETWORKS.get(type(model))) is not None:
         with torch.device("meta"):
-            network = image_uvit.ImageUViT(**arguments_of(model))
+            network = code.face(**arguments_of(model))
         network.load_state_dict(model.state_dict(), assign=True)
-        return Component("unet", network, "image_uvit")
+        return Component("unet", network, code)
     if type(model) is DiffusersDenoiser:
         name = {"unet2d": "unet", "dit": "transformer"}[model.config.kind]
         return Component(name, model.net)
@@ -107,10 +143,10 @@ def save_portable(
     """
     place = folder / component.name
     component.network.save_pretrained(place, **options)
-    if component.code is not None:
-        heading = "U-ViT on whole images: a network for pixels, as diffusers calls it."
-        code = self_contained(heading, NETWORK, image_uvit.ImageUViT)
-        (place / f"{component.code}.py").write_text(code, "utf-8")
+    if (code := component.code) is not None:
+        heading = f"{code.title} on whole images: a network for pixels, as diffusers calls it."
+        text = self_contained(heading, code.parts, code.face)
+        (place / f"{code.file}.py").write_text(text, "utf-8")
     scheduler.save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "DDIMPipeline",
@@ -122,8 +158,8 @@ def save_portable(
         index["_class_name"] = ["pixel_pipeline", "PixelPipeline"]
         index |= pipeline_settings(trained, sampling)
         heading = "Draws images with a network on raw pixels: classes, guidance, any noise."
-        code = self_contained(heading, PIPELINE, pixel_pipeline.PixelPipeline)
-        (folder / "pixel_pipeline.py").write_text(code, "utf-8")
+        text = self_contained(heading, PIPELINE, pixel_pipeline.PixelPipeline)
+        (folder / "pixel_pipeline.py").write_text(text, "utf-8")
     write_json(folder / "model_index.json", index)
     diffusion = trained.diffusion
     settings = {

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import logging
 import os
 import re
 import stat
@@ -20,6 +21,8 @@ from maskdm.images.vector import HAS_SVG, SVG_START, is_svg, rendered
 Content = Path | bytes | np.ndarray | Exception
 """An image as a source holds it: a file, an encoded file's bytes, uint8 or uint16 pixels (H, W) or
 (H, W, C), or the error that reading it raised."""
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs it also raises
 
 # Pillow has more formats, but one of them, EPS, runs another program on the file's content.
 FORMATS = "AVIF BMP DIB GIF HEIF ICO JPEG JPEG2000 PCX PNG PPM SGI TGA TIFF WEBP".split()

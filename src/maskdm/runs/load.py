@@ -14,7 +14,6 @@ from maskdm.families import BACKBONES
 from maskdm.models.adapters import NETWORKS, DiffusersDenoiser
 from maskdm.models.build import Backbone, build_model
 from maskdm.models.trained import TrainedModel
-from maskdm.models.uvit import UViT
 from maskdm.recipe import Diffusion, Sampling
 from maskdm.runs.averages import averaged_weights
 from maskdm.runs.find import Location, Note, find_checkpoint, find_model, read_index, read_settings
@@ -139,8 +138,8 @@ def load_network(folder: Path, index: dict[str, Any], variant: str | None = None
         return model
     config = index["model"]
     network = BACKBONES[config["kind"]].network_class
-    if network is UViT:  # its file's class is U-ViT with another face
-        return _whole(UViT, folder / "unet", variant)
+    if network is not DiffusersDenoiser:  # its file's class is the same with another face
+        return _whole(network, folder / "unet", variant)
     part = "unet" if (folder / "unet").is_dir() else "transformer"
     net = _whole(NETWORKS[config["kind"]], folder / part, variant)
     return DiffusersDenoiser.around(net, config)
