@@ -146,3 +146,22 @@ def test_own_loop_uses_public_names_only():
             names.add(node.attr)
     assert {"draw_visible", "masked_denoising_loss", "MaskDMPipeline"} <= names
     assert names <= {*maskdm.__all__}
+
+
+def test_few_images_compares_a_primer_with_equal_compute(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("few_images", PATH.with_name("few_images.py"))
+    few_images = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(few_images)
+    few_images.MEASURED_EVERY = "100%"
+    losses = few_images.main(["--out", str(tmp_path), "--scale", "0.04"])
+    last = {name: curve[max(curve)] for name, curve in losses.items()}
+    assert last["from-primer"] < last["fresh"]  # 20 steps that began somewhere
+    assert max(losses["fresh"]) == 10 < max(losses["fresh-longer"]) < 30
+    flops = {name: few_images.flops_of(tmp_path / name) for name in (*losses, "primer")}
+    spent = flops["primer"] + flops["from-primer"]
+    assert flops["fresh-longer"] == pytest.approx(spent, abs=flops["fresh"] / 10)
+    assert "lowest held-out loss" in capsys.readouterr().out
+    with Image.open(tmp_path / "samples.png") as page:
+        assert page.size == (4 * 8 * 34 + 3 * 16, 6 * 34) and page.getextrema() == (0, 255)
+    seen, few = (np.load(tmp_path / f"{name}.npy") for name in ("others", "few"))
+    assert len(few) == 533 and not {one.tobytes() for one in few} & {one.tobytes() for one in seen}
