@@ -18,9 +18,11 @@ from pathlib import Path
 import common
 
 STEPS = ["--num", "3", "--models", "S-64"]
+OTHERS = ["S-64-vit", "S-64-muon", "S-64-middle"]  # against S-64: do new parts cost their FLOPs?
 PLANS = {
     "quick": [
         ["step.py", *STEPS],
+        ["step.py", "--num", "3", "--models", *OTHERS, "--rates", "0", "0.5"],
         ["sampling.py", "--steps", "4", "--num", "3", "--batch-size", "2"],
         ["data.py", "--num", "5000", "--num-photos", "300", "--num-batches", "20"],
         ["evaluation.py"],
@@ -34,6 +36,8 @@ PLANS = {
         + ["--rates", "0", "--how", "compiled"],
         ["step.py", *STEPS, "--batch-size", "256", "--rates", "0.9", "--how", "graphs"],
         ["step.py", *STEPS, "--batch-size", "128", "--how", "unet"],
+        ["step.py", "--num", "3", "--models", *OTHERS, "--batch-size", "256"]
+        + ["--rates", "0", "0.5", "--how", "compiled"],
         ["sampling.py", "--steps", "10", "--how", "eager", "compiled"],
         ["data.py", "--num", "20000", "--num-photos", "1000"],
         ["evaluation.py"],

@@ -1,7 +1,8 @@
 """Training steps: how fast, how near to the device's limit, and what hiding patches saves.
 
-    python benchmarks/step.py [--models S-64 B-256 B-256-16] [--rates 0 0.5 0.9] [--batch-size 8]
-                              [--how eager compiled graphs baseline unet] [--num 5]
+    python benchmarks/step.py [--models S-64 B-256 B-256-16 S-64-vit S-64-muon S-64-middle]
+                              [--rates 0 0.5 0.9] [--batch-size 8] [--num 5]
+                              [--how eager compiled graphs baseline unet]
 
 A table for people on stderr, one JSON line a row on stdout. A step is draw, forward, backward,
 clipping, AdamW and moving average, as `maskdm train` runs it, from images on the device; warm-up
@@ -36,6 +37,7 @@ from maskdm.diffusion.schedule import make_schedule
 from maskdm.engine import make_accelerator
 from maskdm.masks import num_visible
 from maskdm.models.adapters import DiffusersDenoiser
+from maskdm.models.build import build_model
 from maskdm.models.compiling import CompiledForward
 from maskdm.models.uvit import TIME_SCALE, UViT, timestep_embedding
 from maskdm.recipe import Data, Diffusion, Mask, Model, Recipe, Stage
@@ -44,22 +46,41 @@ from maskdm.training.ema import make_average, update_average
 from maskdm.training.optim import make_optimizer
 from maskdm.training.ready import forward_and_backward
 from maskdm.training.step import backward, draw_batch
+from maskdm.training.work import stage_work
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model of the paper: image side, patch side, width, heads."""
+    """A model of the paper, or one of another kind: image side, patch side, width, heads.
+
+    Attributes:
+        kind: backbone.
+        optimizer: of the stage.
+        where: of the mask.
+    """
 
     image: int
     patch: int
     width: int
     heads: int
+    kind: str = "uvit"
+    optimizer: str = "adamw"
+    where: str = "input"
+
+    @property
+    def recipe_model(self) -> Model:
+        """As a recipe has it."""
+        sizes = {"patch_size": self.patch, "embed_dim": self.width, "num_heads": self.heads}
+        return Model(kind=self.kind, **sizes)
 
 
 SIZES = {
     "S-64": Size(64, 4, 512, 8),
     "B-256": Size(256, 4, 768, 12),
     "B-256-16": Size(256, 16, 768, 12),
+    "S-64-vit": Size(64, 4, 512, 8, kind="vit"),
+    "S-64-muon": Size(64, 4, 512, 8, optimizer="muon"),
+    "S-64-middle": Size(64, 4, 512, 8, where="middle"),
     "tiny": Size(16, 4, 64, 2),  # to try the script itself
 }
 DIFFUSION = Diffusion()
@@ -73,20 +94,21 @@ IMAGES_PER_SEC = {  # targets on an H200: model, hidden
 OF_DENSE = {8: 0.14, 32: 0.115}  # targets on two cores: S-64, 90 % hidden, by batch
 
 
-def make_stage(rate: float, batch_size: int) -> Stage:
+def make_stage(size: Size, rate: float, batch_size: int) -> Stage:
     """A stage that hides so much."""
-    mask = Mask(kind="patch" if rate else "none", rate=rate)
-    return Stage(name="bench", mask=mask, steps=1, batch_size=batch_size, lr=1e-4, clip=1.0)
+    mask = Mask(kind="patch" if rate else "none", rate=rate, where=size.where)
+    settings = {"optimizer": size.optimizer, "lr": 1e-4, "clip": 1.0}
+    return Stage(name="bench", mask=mask, steps=1, batch_size=batch_size, **settings)
 
 
 def our_step(
     size: Size, rate: float, batch_size: int, how: str, accelerator: Any
-) -> tuple[Callable[[int], None], Callable[[int], None], UViT]:
-    """The step as `maskdm train` runs it; its network and optimizer alone; the network."""
-    device = accelerator.device
-    model = UViT(size.image, size.patch, 3, size.width, num_heads=size.heads).to(device)
-    stage = make_stage(rate, batch_size)
-    recipe = Recipe(data=Data(size=size.image), model=Model(patch_size=size.patch), stages=(stage,))
+) -> tuple[Callable[[int], None], Callable[[int], None], float]:
+    """The step as `maskdm train` runs it; its network and optimizer alone; FLOPs for an image."""
+    device, stage = accelerator.device, make_stage(size, rate, batch_size)
+    recipe = Recipe(data=Data(size=size.image), model=size.recipe_model, stages=(stage,))
+    model = build_model(recipe).to(device)
+    flops = stage_work(recipe, model)[0].step_flops / batch_size
     average, optimizer = make_average(model), make_optimizer(model, stage)
     network = CompiledForward(model)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -94,6 +116,7 @@ def our_step(
     shape = (batch_size, size.image, size.image, 3)
     images = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
     example = draw_batch(images, None, recipe, stage, schedule, 0)
+    middle = [] if example.middle is None else [example.middle]
     if how != "eager":
         attempt = functools.partial(forward_and_backward, model, example)
         done = network.compile(example.x0.shape, attempt, cuda_graphs=how == "graphs")
@@ -110,12 +133,12 @@ def our_step(
         update_average(average, model, 0.999)
 
     def core(i: int) -> None:
-        answer = wrapped(example.x0, example.visible, example.t, None)
+        answer = wrapped(example.x0, example.visible, example.t, None, *middle)
         accelerator.backward(answer.float().square().mean())
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, core, model
+    return step, core, flops
 
 
 def baseline_step(
@@ -127,7 +150,7 @@ def baseline_step(
     average = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.99, 0.99))
     is_bf16 = accelerator.mixed_precision == "bf16"
-    visible = num_visible(make_stage(rate, batch_size).mask, model.grid)
+    visible = num_visible(make_stage(size, rate, batch_size).mask, model.grid)
     shape = (batch_size, size.image, size.image, 3)
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
     alphas = make_schedule("cosine").alpha(torch.linspace(0, 1, 1000)).to(device)
@@ -226,7 +249,7 @@ def main() -> None:
     }
     common.say(
         f"{facts['device']}, {precision}, copies {facts['copy_limit_gb_per_sec']:,.0f} GB/s\n"
-        "model    how      hidden tokens batch   ms/step    img/s  TFLOP/s of limit  of dense "
+        "model       how      hidden tokens batch   ms/step    img/s  TFLOP/s of limit  of dense "
         "(ideal)  other  spread     GiB  targets"
     )
     for name in args.models:
@@ -259,7 +282,7 @@ def text_of(model: str, row: dict[str, Any]) -> str:
     memory = "" if row["peak_mem_gib"] is None else f"{row['peak_mem_gib']:.1f}"
     of_dense = "" if row["of_dense"] is None else f"{row['of_dense']:.3f} ({row['ideal']:.3f})"
     return (
-        f"{model:8} {row['how']:8} {100 * row['hidden']:4.3g} % {row['tokens']:6} "
+        f"{model:11} {row['how']:8} {100 * row['hidden']:4.3g} % {row['tokens']:6} "
         f"{row['batch_size']:5} {row['ms_per_step']:9,.1f} {row['images_per_sec']:8,.1f} "
         f"{row['tflops']:8.3g} {100 * row['share_of_limit']:7.1f}% {of_dense:>17} "
         f"{other:>6} {100 * row['spread']:6.0f}% {memory:>7}  "
@@ -269,10 +292,10 @@ def text_of(model: str, row: dict[str, Any]) -> str:
 
 def prepared(
     size: Size, rate: float, batch_size: int, how: str, accelerator: Any
-) -> tuple[list[Callable[[int], None]], dict[str, Any], int]:
+) -> tuple[list[Callable[[int], None]], dict[str, Any], float]:
     """A way of doing a step: the step and perhaps its core; facts; FLOPs for an image."""
     grid = (size.image // size.patch, size.image // size.patch)
-    visible = num_visible(make_stage(rate, batch_size).mask, grid)
+    visible = num_visible(make_stage(size, rate, batch_size).mask, grid)
     facts = {"how": how, "hidden": rate, "tokens": visible, "batch_size": batch_size}
     if how == "unet":
         step, network = unet_step(size, batch_size, accelerator)
@@ -282,8 +305,8 @@ def prepared(
         with torch.device("meta"):
             counted = UViT(size.image, size.patch, 3, size.width, num_heads=size.heads)
         return [step], facts, 3 * counted.forward_flops(visible)
-    step, core, model = our_step(size, rate, batch_size, how, accelerator)
-    return [step, core], facts, 3 * model.forward_flops(visible)
+    step, core, flops = our_step(size, rate, batch_size, how, accelerator)
+    return [step, core], facts, flops
 
 
 def measured(
