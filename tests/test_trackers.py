@@ -239,5 +239,39 @@ def test_trackios_run_goes_on_when_it_is_continued(tmp_path):
     losses = {one["step"]: one["train/loss"] for one in logs if "train/loss" in one}
     expected = {line["step"]: line["loss"] for line in read_lines(run / "metrics.jsonl")}
     assert losses == pytest.approx({step: expected[step] for step in (8, 10, 11, 12, 14)})
-    assert [one["step"] for one in logs if "previews" in one] == [11, 14]
+    assert [one["step"] for one in logs if "previews" in one] == [6, 11, 14]
     assert all("progress/images" in one for one in logs if "train/loss" in one)
+
+
+def test_mlflows_run_goes_on_when_it_is_continued(tmp_path):
+    pytest.importorskip("mlflow", reason="pip install 'maskdm[mlflow]'")
+    code = (
+        "import sys, json\n"
+        "from maskdm.cli import main\n"
+        "assert main(['train', sys.argv[1], '--out', sys.argv[2], *sys.argv[3:]]) == 0\n"
+        "import mlflow\n"
+        "client = mlflow.MlflowClient()\n"
+        "(experiment,) = [one for one in client.search_experiments() if one.name == 'maskdm']\n"
+        "(run,) = client.search_runs([experiment.experiment_id])\n"
+        "losses = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "
+        "'train/loss')]\n"
+        "pictures = [file.path for file in client.list_artifacts(run.info.run_id, 'images')]\n"
+        "print('FOUND' + json.dumps([losses, run.data.params, pictures]))\n"
+    )
+    (tmp_path / "r.yaml").write_text(recipe_for(tmp_path, "mlflow").to_yaml())
+    run = tmp_path / "run"
+    train_until(recipe_for(tmp_path), run, 7)  # without a tracker
+    places = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+    for flags in ([], ["--stages.1.steps", "8"]):
+        command = [sys.executable, "-c", code, str(tmp_path / "r.yaml"), str(run), *flags]
+        answer = subprocess.run(
+            command, env={**os.environ, **places}, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert answer.returncode == 0, answer.stderr
+        assert "failed and is left out" not in answer.stdout, answer.stdout
+    losses, settings, pictures = json.loads(answer.stdout.split("FOUND")[1].splitlines()[0])
+    expected = {line["step"]: line["loss"] for line in read_lines(run / "metrics.jsonl")}
+    assert dict(losses) == pytest.approx({step: expected[step] for step in (8, 10, 11, 12, 14)})
+    assert settings["stages.0.mask.kind"] == "block"
+    steps = {int(part.split("+")[2]) for part in pictures}  # images/previews+step+11+...
+    assert steps == {6, 11, 14}
