@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -101,3 +102,26 @@ def test_the_quality_laboratory_runs_what_is_missing_and_draws_its_report(tmp_pa
     command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), str(table), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
     assert done.returncode != 0 and "give the variant another name" in done.stderr
+
+
+@pytest.mark.slow
+def test_peers_are_tuned_with_one_seed_and_repeated_with_fresh_ones(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    peers = importlib.import_module("peers")
+    small = {"NUM_SAMPLES": 4, "NUM_STEPS": 1, "SAMPLED_AT_ONCE": 4, "BATCH_SIZE": 2}
+    small |= {"RATES": {"diffusers": [1e-4, 1e-3]}, "TUNED_SEEDS": (1, 2)}
+    for name, value in small.items():
+        monkeypatch.setattr(peers, name, value)
+    results = tmp_path / "peers.jsonl"
+    command = ["peers.py", "--data", "faces:40", "--minutes", "0.005", "--only", "diffusers"]
+    monkeypatch.setattr(sys, "argv", [*command, "--results", str(results)])
+    assert peers.main() == 0
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    tuning, fresh = lines[:2], lines[2:]
+    assert [line["seed"] for line in lines] == [0, 0, 1, 2]
+    best = min(tuning, key=lambda line: line["frechet"])["lr"]
+    assert [line["lr"] for line in fresh] == [best, best]
+    assert all(line["images"] == 2 * line["steps"] > 0 for line in lines)
+    table = capsys.readouterr().out
+    assert f"| faces:40 | 0.005 | diffusers, tuned ({best:g}) |" in table
+    assert peers.main() == 0 and len(results.read_text().splitlines()) == 4  # nothing is missing
