@@ -69,7 +69,7 @@ gpu-check: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,app]'
 	@touch $@
 
 clean:

@@ -10,7 +10,7 @@ import maskdm
 ROOMS = (
     "words files settings choices families metrics recipe_data recipe_evaluation recipe_length "
     "recipe recipe_files seeds engine images tokens masks diffusion models runs sampling "
-    "evaluation export report training plan paper search commands cli __main__"
+    "evaluation export report training plan paper search app commands cli __main__"
 ).split()
 ROOT = Path(maskdm.__file__).parent
 FILES = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]

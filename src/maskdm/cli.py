@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 import maskdm
+from maskdm.commands.app import app
 from maskdm.commands.check import check
 from maskdm.commands.common import DONE, FAILED, WRONG_USAGE
 from maskdm.commands.compare import compare
@@ -34,7 +35,7 @@ from maskdm.files import expanded
 from maskdm.recipe import Recipe, Sampling
 from maskdm.recipe_files import load_recipe, recipe_names
 from maskdm.runs.find import find_model, is_model
-from maskdm.settings import changed, unchecked
+from maskdm.settings import unchecked
 from maskdm.words import one_line, suggestion
 
 # torch and diffusers take seconds to import: each command imports what it needs, so that help
@@ -57,6 +58,7 @@ Train raw-pixel diffusion models cheaply: masked pre-training, then denoising fi
   compare RUN RUN ...         which run is better, and is it more than noise; curves
   reproduce TABLE             a table or figure of the paper, at a scale that one has
   report RUN [RUN ...]        all of it on one page, an HTML file without a network
+  app RUN [RUN ...]           a web page on this machine: sample, watch, inpaint, compare
   import FILE OUT             take over a checkpoint of U-ViT's or of the paper's authors
   export RUN OUT              write the network for other runtimes: .pt2 (torch.export), .onnx
   push RUN OWNER/NAME         upload a model to the Hugging Face Hub, with its card
@@ -80,6 +82,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "compare": compare,
     "reproduce": reproduce,
     "report": report,
+    "app": app,
     "import": import_model,
     "export": export,
     "push": push,
@@ -116,7 +119,9 @@ OTHER_NAMES = {
 }
 OF_SAMPLING, SAMPLES = ("--batch-size",), ("sample", "inpaint", "evaluate")
 OF_PLAN = ("--gpu", "--gpus", "--share", "--json")  # flags that train does not have
-NEEDS_NO_RUN = "recipes check pack plan compare report import reproduce export push search".split()
+NEEDS_NO_RUN = (
+    "recipes check pack plan compare report app import reproduce export push search".split()
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -239,19 +244,13 @@ def _named_run(command: str, arguments: list[str]) -> Sampling:
         if command == "evaluate" and not is_model(arguments[0]):
             return Sampling()  # images of any origin
         sampling = find_model(arguments[0], note=lambda text: None).sampling  # it is said later
-        return _for_inpainting(sampling) if command == "inpaint" else sampling
+        return sampling.for_inpainting() if command == "inpaint" else sampling
     if "-h" in arguments or "--help" in arguments:
-        return _for_inpainting(Sampling()) if command == "inpaint" else Sampling()
+        return Sampling().for_inpainting() if command == "inpaint" else Sampling()
     raise ValueError(
         f"the model comes first: maskdm {command} RUN ..., where RUN is a run's folder, RUN@STAGE, "
         "a checkpoint, an exported model or a Hub id"
     )
-
-
-def _for_inpainting(sampling: Sampling) -> Sampling:
-    """Defaults of inpainting: even steps in log-SNR, and not too many."""
-    steps = min(sampling.steps, 100)
-    return changed(sampling, sampler="ddpm", eta=0.0, spacing="log-snr", steps=steps)
 
 
 def _is_ours(error: Exception) -> bool:

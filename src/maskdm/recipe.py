@@ -286,6 +286,11 @@ class Sampling(Settings):
             raise ValueError(f"eta is ddim's noise; sampler {self.sampler} has none: use eta 0")
         return self
 
+    def for_inpainting(self) -> Sampling:
+        """Its defaults for inpainting: even steps in log-SNR, and not too many."""
+        steps = min(self.steps, 100)
+        return changed(self, sampler="ddpm", eta=0.0, spacing="log-snr", steps=steps)
+
 
 class Recipe(Settings):
     """A whole run."""

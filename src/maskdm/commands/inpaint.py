@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
@@ -21,10 +21,6 @@ from maskdm.commands.common import (
     sampling_text,
     say_how_long,
 )
-from maskdm.recipe import Data
-
-if TYPE_CHECKING:
-    from maskdm.runs.load import Loaded
 
 ImageFile = Annotated[Path, tyro.conf.Positional, quiet(metavar="IMAGE")]
 
@@ -71,28 +67,32 @@ def inpaint(
         raise ValueError(f"--sampler {settings.sampler}: inpainting uses ddpm")
 
     import numpy as np
-    import torch
 
     from maskdm.images.output import save_images
-    from maskdm.models.class_names import class_number
+    from maskdm.models.class_names import class_numbers
     from maskdm.sampling.generate import default_labels
-    from maskdm.sampling.inpaint import inpaint, read_image_and_mask, with_hole
+    from maskdm.sampling.inpaint import (
+        inpaint,
+        labels_by_default,
+        read_image_and_mask,
+        with_hole,
+    )
 
     refuse_out(out, run)
     strong, weak = load(run, settings, ema)
-    config = strong.trained.model.config
-    picture, unknown = read_image_and_mask(image, mask, _preparation(strong))
-    number = None if label is None else class_number(config, label)
-    if number is None and config.num_classes and config.label_dropout:
-        number = config.num_classes  # no class
-    labels = None if number is None else torch.full((num,), number)
+    model = strong.trained.model
+    picture, unknown = read_image_and_mask(image, mask, strong.preparation)
+    if label is None:
+        labels = labels_by_default(model, num)
+    else:
+        labels = class_numbers(model.config, label, num)
     say_how_long(strong, settings, num, weak, resamplings)
     weak_model, progress = weak.trained if weak else None, sys.stderr.isatty()
     how = (num, seed, resamplings, jump, labels, weak_model, progress)
     images = inpaint(strong.trained, settings, picture, unknown, *how)
     if not is_main_process():
         return DONE
-    given = default_labels(strong.trained.model, range(num)) if labels is None else labels.numpy()
+    given = default_labels(model, range(num)) if labels is None else labels.numpy()
     if out.suffix.lower() == ".png":
         images = np.concatenate([with_hole(picture, unknown)[None], images])
     save_images(images, out, given)
@@ -100,11 +100,3 @@ def inpaint(
     print(f"{num} results from {strong.location.folder}, seed {seed}, {times}")
     print(f"{100 * unknown.mean():.3g} % of the pixels drawn -> {out}")
     return DONE
-
-
-def _preparation(model: Loaded) -> Data:
-    """How the images that a model was trained on were prepared, as far as is known."""
-    if model.location.run is not None:
-        return model.location.recipe.data
-    height, width, channels = model.trained.model.image_shape
-    return Data(size=(height, width), channels=channels)

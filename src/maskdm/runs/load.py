@@ -14,7 +14,7 @@ from maskdm.families import BACKBONES
 from maskdm.models.adapters import NETWORKS, DiffusersDenoiser
 from maskdm.models.build import Backbone, build_model
 from maskdm.models.trained import TrainedModel
-from maskdm.recipe import Diffusion, Sampling
+from maskdm.recipe import Data, Diffusion, Sampling
 from maskdm.runs.averages import averaged_weights
 from maskdm.runs.find import Location, Note, find_checkpoint, find_model, read_index, read_settings
 from maskdm.runs.folder import read_class_names
@@ -40,6 +40,14 @@ class Loaded:
     trained: TrainedModel
     sampling: Sampling
     location: Location
+
+    @property
+    def preparation(self) -> Data:
+        """How the images that it was trained on were prepared, as far as is known."""
+        if self.location.run is not None:
+            return self.location.recipe.data
+        height, width, channels = self.trained.model.image_shape
+        return Data(size=(height, width), channels=channels)
 
 
 def load_model(

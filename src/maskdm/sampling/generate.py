@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ from maskdm.tokens import gather_patches, patchify, scatter_patches, unpatchify
 
 Solve = Callable[[Denoise, Tensor, Tensor, list[Generator]], Tensor]
 """Noise (B, V, P) to patches (B, V, P), given the denoiser, log-SNR levels, image generators."""
+
+Look = Callable[[list[int], Tensor, Tensor], None]
+"""Sees images at each evaluation of the network: their numbers, x_t scaled as for `Denoise`,
+and the estimate of the clean image, both float32 (B, H, W, C). What it raises ends the drawing."""
 
 
 class Randomness(ABC):
@@ -83,6 +88,7 @@ def generate(
     progress: bool = False,
     solve: Solve | None = None,
     finish: Callable[[Tensor], Tensor] = to_uint8,
+    look: Look | None = None,
 ) -> np.ndarray:
     """Draws the images with the given numbers.
 
@@ -103,6 +109,7 @@ def generate(
         progress: show a bar.
         solve: what turns noise into patches; None = the sampler of the settings.
         finish: what becomes of images in [-1, 1], float32 (B, H, W, C).
+        look: sees the images while they are drawn.
 
     Returns:
         uint8 (n, H, W, C), or as `finish` makes it.
@@ -139,6 +146,9 @@ def generate(
         denoise = guided(wanted)
         if settings.clip_x0:
             denoise = clipped(denoise)
+        whole = functools.partial(_as_images, model, None if visible is None else positions)
+        if look is not None:
+            denoise = _seen(denoise, whole, functools.partial(look, indices[part]))
         own = randomness.generators("sampler", indices[part])
         # The solver's arithmetic stays in fp32: only the network's products are autocast.
         with autocast(device, dtype):
@@ -146,10 +156,8 @@ def generate(
                 x = solve(denoise, noise, levels, own)
             else:
                 x = SAMPLERS[settings.sampler].run(denoise, noise, levels, settings, own)
-        if visible is not None:
-            x = scatter_patches(x, positions, model.num_patches)
         bar.update(len(x))
-        return finish(unpatchify(x, model.patch_size, model.grid)).cpu().numpy()
+        return finish(whole(x)).cpu().numpy()
 
     num_visible = model.num_patches if visible is None else visible.shape[1]
     compile_for_sampling(trained, settings, weak, len(indices), num_visible)
@@ -157,6 +165,26 @@ def generate(
     with tqdm(total=num, desc="sampling", unit="img", leave=False, disable=off) as bar:
         parts = in_parts(model, settings, len(indices), draw)
     return np.concatenate(parts) if parts else np.empty((0, *shape), np.uint8)
+
+
+def _as_images(model: Backbone, positions: Tensor | None, patches: Tensor) -> Tensor:
+    """Patches (B, V, P) at positions (B, V), None = all, as images (B, H, W, C), else mid-grey."""
+    if positions is not None:
+        patches = scatter_patches(patches, positions, model.num_patches)
+    return unpatchify(patches, model.patch_size, model.grid)
+
+
+def _seen(
+    denoise: Denoise, whole: Callable[[Tensor], Tensor], see: Callable[[Tensor, Tensor], None]
+) -> Denoise:
+    """A denoiser that shows what it is given and what it answers, as whole images."""
+
+    def answer(x: Tensor, log_snr: float) -> Tensor:
+        x0 = denoise(x, log_snr)
+        see(whole(x), whole(x0))
+        return x0
+
+    return answer
 
 
 def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
@@ -184,6 +212,7 @@ def generate_on_all_ranks(
     visible: Tensor | None = None,
     progress: bool = False,
     solve: Solve | None = None,
+    look: Look | None = None,
 ) -> np.ndarray:
     """Draws images 0..num-1, each rank its share; every rank gets all: uint8 (num, H, W, C).
 
@@ -202,6 +231,7 @@ def generate_on_all_ranks(
             None if visible is None else visible[indices],
             progress and process_state().is_main_process,
             solve,
+            look=look,
         )
         return torch.from_numpy(images)
 

@@ -13,9 +13,10 @@ from torch import Generator, Tensor
 
 from maskdm.images.decode import upright
 from maskdm.images.prepare import prepare_image, read_picture
+from maskdm.models.build import Backbone
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Data, Sampling
-from maskdm.sampling.generate import generate_on_all_ranks
+from maskdm.sampling.generate import Look, generate_on_all_ranks
 from maskdm.sampling.samplers import Denoise, on_levels
 from maskdm.settings import changed
 from maskdm.tokens import patchify
@@ -33,6 +34,7 @@ def inpaint(
     labels: Tensor | None = None,
     weak: TrainedModel | None = None,
     progress: bool = False,
+    look: Look | None = None,
 ) -> np.ndarray:
     """Draws the unknown pixels of an image, num times, given the known ones.
 
@@ -44,7 +46,7 @@ def inpaint(
         num: pictures to draw.
         seed: names the sequence of pictures.
         resamplings, jump: see `repaint`.
-        labels, weak, progress: as for `generate`.
+        labels, weak, progress, look: as for `generate`.
 
     Returns:
         uint8 (num, H, W, C), at known pixels equal to the image.
@@ -72,7 +74,7 @@ def inpaint(
         return repaint(denoise, noise, levels, generators, x0, keep, resamplings, jump)
 
     images = generate_on_all_ranks(
-        trained, settings, num, seed, labels, weak, progress=progress, solve=solve
+        trained, settings, num, seed, labels, weak, progress=progress, solve=solve, look=look
     )
     return np.where(unknown[..., None], images, image)
 
@@ -130,6 +132,17 @@ def repaint(
             if turn < resamplings - 1:
                 x = renoised(x, power[end], power[start])
     return x
+
+
+def labels_by_default(model: Backbone, num: int) -> Tensor | None:
+    """Classes of results by default: no class, where the model knows that, int64 (num,).
+
+    None stands for what `generate` takes then: all classes in turn, or a model without.
+    """
+    config = model.config
+    if config.num_classes and config.label_dropout:
+        return torch.full((num,), config.num_classes)
+    return None
 
 
 def with_hole(image: np.ndarray, unknown: np.ndarray) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""The local web page on which one draws from models (`maskdm app`)."""
