@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from maskdm.engine import make_accelerator
+from maskdm.files import write_text
 from maskdm.models.compiling import CompiledForward
 from maskdm.recipe import Recipe
 from maskdm.runs.checkpoint import (
@@ -31,6 +32,7 @@ from maskdm.training.planning import (
     planned,
     recipe_and_folder,
 )
+from maskdm.training.probe import Probe
 from maskdm.training.ready import make_ready
 from maskdm.training.start import (
     claimed,
@@ -153,7 +155,8 @@ def train(
         feed = stack.enter_context(contextlib.closing(make_feed(recipe, store, accelerator)))
         monitor.say(f"feed    {feed.how}")
         stop, timer = stack.enter_context(StopRequest()), SaveTimer(recipe.checkpoint_minutes)
-        log_every, checkpoint_every = map(recipe.every, (recipe.log_every, recipe.checkpoint_every))
+        parts = (accelerator, model, wrapped, stepper, averages, feed)
+        probe = Probe(recipe, works, store, *parts)
         monitor.start(progress, recipe)
         if checkpoint is not None:  # a kill may have come between saving and looking
             checkups.catch_up(progress, average, monitor)
@@ -175,6 +178,8 @@ def train(
             averages.enter_stage(stage, model, begins=progress.stage_step == 0)
             enter_stage(optimizer, stage)
             work = works[progress.stage]
+            intervals = (recipe.log_every, recipe.checkpoint_every)
+            log_every, checkpoint_every = map(recipe.every, intervals)
             monitor.introduce_stage(recipe, progress, work)
             tick = Tick(progress)
             with tick.excluded_from_speed():
@@ -212,6 +217,13 @@ def train(
                 progress.stage_step += 1
                 progress.images += stage.batch_size
                 progress.flops += work.step_flops
+
+                # Until a plateau: let forks tell at set points whether the stage ends here.
+                if stage.until == "plateau":
+                    with tick.excluded_from_speed():
+                        recipe = probe.look(recipe, progress, network, monitor)
+                        stage = recipe.stages[progress.stage]
+                        checkups.replan(recipe)
 
                 # At set points read the losses and log them.
                 is_end = progress.stage_step == stage.steps
@@ -252,6 +264,8 @@ def train(
                             state = (model, average, optimizer, averages.narrow)
                             save_checkpoint(folder, progress, *state, is_stage_end=is_end)
                             prune_checkpoints(folder, checkpoint, recipe.keep_checkpoints)
+                            if is_end and progress.plateaus:
+                                write_text(run_dir / "recipe.yaml", recipe.to_yaml())
                         accelerator.wait_for_everyone()
                         timer.restart()
                         is_last = is_end and progress.stage + 1 == len(recipe.stages)
