@@ -106,8 +106,8 @@ def test_forks_cost_the_same_and_end_in_the_next_stage_alike(plateau):
     masked, whole = works[0].step_flops, works[1].step_flops
     stays = forks.masked * masked + forks.following * whole
     assert abs(stays - forks.whole * whole) <= whole / 2
-    assert forks.masked * masked == pytest.approx(4000 / 100 * masked, abs=whole)
-    assert forks.following * whole == pytest.approx(4000 / 100 * masked, abs=whole)
+    assert forks.masked * masked == pytest.approx(4000 / 200 * masked, abs=whole)
+    assert forks.following * whole == pytest.approx(4000 / 200 * masked, abs=whole)
     measuring = 2 * HELD_OUT * 10 * model.forward_flops(model.num_patches)
     assert forks.flops == stays + forks.whole * whole + measuring
     assert forks.points == (800, 1600, 2400, 3200)
@@ -179,13 +179,12 @@ def test_a_killed_run_takes_the_same_decision(plateau, tmp_path, monkeypatch, st
 def test_a_kill_between_checkpoint_and_recipe_loses_nothing(plateau, tmp_path, monkeypatch):
     on_a_surface(monkeypatch, {8: -0.1, 16: 0.1})
     quiet(plateau, tmp_path / "unbroken")
-    from maskdm.training import trainer
 
     def die(*_):
         raise Interrupted
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(trainer, "write_text", die)
+        patch.setattr(module, "write_text", die)
         quiet(plateau, tmp_path / "broken")
     assert load_recipe(tmp_path / "broken" / "recipe.yaml").stages[0].steps == 40
     quiet(plateau, tmp_path / "broken")
@@ -242,7 +241,7 @@ def test_forks_that_cost_too_much_are_refused_before_anything_is_written(plateau
 def test_plan_log_and_report_say_what_forks_cost_and_showed(plateau, tmp_path, capsys, monkeypatch):
     path = tmp_path / "recipe.yaml"
     path.write_text(plateau.to_yaml())
-    assert main(["plan", str(path)]) == 0
+    assert main(["plan", str(path), "--gpu", "h100"]) == 0
     assert re.search(r"forks +at most [\d.]+ [MG]FLOP of the training", capsys.readouterr().out)
     on_a_surface(monkeypatch, {8: -0.25, 16: 0.5})
     assert main(["train", str(path), "--out", str(tmp_path / "run")]) == 0

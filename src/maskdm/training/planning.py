@@ -163,7 +163,11 @@ def planned(
         )
     if before is not None and options.control == "none":
         draft = scaled(recipe, options.shrink) if options.shrink != 1 else recipe
-        return _continued(draft, before, options, run_dir, num_train, machine)
+        result = _continued(draft, before, options, run_dir, num_train, machine)
+        pairs = zip(before.stages, result.stages, strict=False)
+        if any((old.until, new.until) == ("steps", "plateau") for old, new in pairs):
+            refuse_plateaus(result, len(store))
+        return result
     return with_numbers(with_classes(recipe, store), options, len(store), num_train, machine)
 
 

@@ -15,7 +15,7 @@ from maskdm.recipe import Recipe
 from maskdm.training.work import StageWork, stage_work
 
 POINTS = 5  # a stage is probed at every fifth of its steps
-FORK_PART = 100  # half a fork takes a hundredth of the stage's FLOPs,
+FORK_PART = 200  # half a fork takes half a percent of the stage's FLOPs,
 FEWEST_STEPS = 10  # but so many steps of the next stage at least
 
 

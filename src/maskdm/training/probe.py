@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from maskdm.evaluation.dense_loss import dense_losses
 from maskdm.evaluation.quick import first_for_losses
+from maskdm.files import write_text
 from maskdm.images.feed import Feed
 from maskdm.images.order import held_out_subset
 from maskdm.images.store import Store
@@ -114,6 +116,15 @@ class Probe:
             recipe = settled(recipe, progress)
         monitor.go_on(recipe, progress)
         return recipe
+
+    def write_lengths(self, run_dir: Path, recipe: Recipe, progress: Progress) -> None:
+        """Writes the real length of a stage that has just ended into RUN/recipe.yaml.
+
+        To be called after its checkpoint, which knows it, too: a kill between loses nothing.
+        """
+        ended = progress.plateaus and progress.plateaus[-1].stage == progress.stage
+        if ended and progress.stage_step == recipe.stages[progress.stage].steps:
+            write_text(run_dir / "recipe.yaml", recipe.to_yaml())
 
     def _probed(
         self, recipe: Recipe, progress: Progress, forks: Forks, network: CompiledForward

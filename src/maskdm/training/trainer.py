@@ -10,8 +10,6 @@ from typing import Literal
 from torch import nn
 
 from maskdm.engine import make_accelerator
-from maskdm.files import write_text
-from maskdm.models.compiling import CompiledForward
 from maskdm.recipe import Recipe
 from maskdm.runs.checkpoint import (
     Progress,
@@ -33,7 +31,7 @@ from maskdm.training.planning import (
     recipe_and_folder,
 )
 from maskdm.training.probe import Probe
-from maskdm.training.ready import make_ready
+from maskdm.training.ready import CompiledForward, make_ready
 from maskdm.training.start import (
     claimed,
     initial_model,
@@ -264,8 +262,7 @@ def train(
                             state = (model, average, optimizer, averages.narrow)
                             save_checkpoint(folder, progress, *state, is_stage_end=is_end)
                             prune_checkpoints(folder, checkpoint, recipe.keep_checkpoints)
-                            if is_end and progress.plateaus:
-                                write_text(run_dir / "recipe.yaml", recipe.to_yaml())
+                            probe.write_lengths(run_dir, recipe, progress)
                         accelerator.wait_for_everyone()
                         timer.restart()
                         is_last = is_end and progress.stage + 1 == len(recipe.stages)
