@@ -126,7 +126,7 @@ def test_figure_2_is_repeated(tmp_path, monkeypatch, capsys):
     assert trained and [path.stat().st_mtime_ns for path in trained] == written
     page = (out / "README.md").read_text()
     assert "These figures mean nothing" in page and fig2.TITLE in page
-    found = re.findall(r"\| ([a-zA-Z -,]+) \| ([\d.e-]+) ", page)
+    found = re.findall(r"\| ([a-zA-Z ,-]+) \| ([\d.e-]+) ", page)
     rows = {name: float(value) for name, value in found}
     assert list(rows) == [fig2.DATA, fig2.PRIMER, fig2.JOINT, fig2.TUNED, fig2.DENSE]
     assert all(rows[fig2.DATA] < value for name, value in rows.items() if name != fig2.DATA)
