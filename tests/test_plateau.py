@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -174,6 +176,26 @@ def test_a_killed_run_takes_the_same_decision(plateau, tmp_path, monkeypatch, st
         assert load_recipe(tmp_path / "broken" / "recipe.yaml") == recipes[1]
     with pytest.raises(ValueError, match=r"\(stages.1.lr: 0.001 -> 0.01\)"):
         quiet(with_stage(plateau, 1, lr=0.01), tmp_path / "broken")
+
+
+def test_a_signal_among_forks_stops_at_once_and_loses_a_step(plateau, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "NOISE", float("inf"))
+    quiet(plateau, tmp_path / "unbroken")
+    real, asked = module.update_average, []
+
+    def signalled(*args):
+        real(*args)
+        asked.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "update_average", signalled)
+        result = quiet(plateau, tmp_path / "broken")
+    assert not result.finished and len(asked) == 1
+    assert result.checkpoint.name == "step-00000007"  # the first fifth is at 8
+    assert quiet(plateau, tmp_path / "broken").finished
+    assert_same_bits(tmp_path / "unbroken", tmp_path / "broken")
+    lines = [read_lines(tmp_path / name / PROBES) for name in ("unbroken", "broken")]
+    assert len(lines[0]) == 4 and lines[0] == lines[1]
 
 
 def test_a_kill_between_checkpoint_and_recipe_loses_nothing(plateau, tmp_path, monkeypatch):

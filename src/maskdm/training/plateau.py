@@ -59,7 +59,7 @@ def forks_of(
     measuring = 2 * num * NUM_BUCKETS * model.forward_flops(model.num_patches)
     training = masked * own.step_flops + (following + whole) * after.step_flops
     fifths = (round(stage.steps * i / POINTS) for i in range(1, POINTS))
-    points = tuple(step for step in fifths if step >= max(1, stage.warmup_steps))
+    points = tuple(step for step in fifths if step >= max(2, stage.warmup_steps))
     return Forks(masked, following, whole, training + measuring, points)
 
 

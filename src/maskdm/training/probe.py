@@ -41,12 +41,17 @@ from maskdm.training.optim import clip_gradients, enter_stage, learning_rate
 from maskdm.training.plateau import Forks, forks_of
 from maskdm.training.ready import Ready, make_ready
 from maskdm.training.step import backward, draw_batch
+from maskdm.training.stop import StopRequest, agreed
 from maskdm.training.work import StageWork
 
 WARMUP_PART = 5  # of a fork's steps, one in so many is warm-up at most
 NOISE = 2.0  # standard errors of a difference that decides
 # Of a fork's last steps: raw weights are noisy, and the stage's own average would hardly move.
 FORKS_AVERAGE = Average(kind="power", width=0.1)
+
+
+class Stopped(Exception):
+    """A signal came while forks were trained."""
 
 
 class Probe:
@@ -61,6 +66,7 @@ class Probe:
         wrapped, stepper: network and optimizer as the engine prepared them.
         averages: of the weights.
         feed: the run's batches.
+        stop: whether a signal came.
     """
 
     def __init__(
@@ -74,13 +80,22 @@ class Probe:
         stepper: AcceleratedOptimizer,
         averages: Averages[Backbone],
         feed: Feed,
+        stop: StopRequest,
     ):
         self._works, self._store, self._forks = works, store, dict[tuple[int, int], Forks]()
         self._accelerator, self._feed, self._averages = accelerator, feed, averages
         self._model, self._wrapped, self._stepper = model, wrapped, stepper
+        self._stop = stop
         num = len(store)
         self._held_out = first_for_losses(held_out_subset(num, recipe.data), num)
         self._labels = store.labels if recipe.model.classes else None
+
+    def is_next(self, recipe: Recipe, progress: Progress) -> bool:
+        """Whether forks are trained after the next step, so that a checkpoint is due before it."""
+        stage = recipe.stages[progress.stage]
+        if stage.until == "steps":
+            return False
+        return progress.stage_step + 1 in self._forks_of(recipe, progress).points
 
     def look(
         self, recipe: Recipe, progress: Progress, network: CompiledForward, monitor: Monitor
@@ -89,13 +104,11 @@ class Probe:
 
         The forks' FLOPs are added to the progress. They and what the stage saves are settled with
         the next stage, so that the run spends what it would have spent, to within a step.
+
+        Raises Stopped where a signal came meanwhile: the checkpoint before is to be continued.
         """
         number, stage = progress.stage, recipe.stages[progress.stage]
-        key = (number, stage.steps)
-        if key not in self._forks:
-            sizes = (self._works, self._model, len(self._store))
-            self._forks[key] = forks_of(recipe, number, *sizes)
-        forks, ends = self._forks[key], progress.stage_step == stage.steps
+        forks, ends = self._forks_of(recipe, progress), progress.stage_step == stage.steps
         if not ends and progress.stage_step not in forks.points:
             return recipe
         if not ends:
@@ -125,6 +138,13 @@ class Probe:
         ended = progress.plateaus and progress.plateaus[-1].stage == progress.stage
         if ended and progress.stage_step == recipe.stages[progress.stage].steps:
             write_text(run_dir / "recipe.yaml", recipe.to_yaml())
+
+    def _forks_of(self, recipe: Recipe, progress: Progress) -> Forks:
+        key = (progress.stage, recipe.stages[progress.stage].steps)
+        if key not in self._forks:
+            sizes = (self._works, self._model, len(self._store))
+            self._forks[key] = forks_of(recipe, progress.stage, *sizes)
+        return self._forks[key]
 
     def _probed(
         self, recipe: Recipe, progress: Progress, forks: Forks, network: CompiledForward
@@ -204,6 +224,8 @@ class Probe:
     ) -> None:
         """An optimizer step, as in the loop."""
         engine = self._accelerator
+        if agreed(engine, step % 10 == 0, self._stop.is_set)[0]:
+            raise Stopped
         pixels, labels = self._feed.next(images, stage.batch_size)
         ranks = engine.process_index, engine.num_processes
         batch = draw_batch(pixels, labels, recipe, stage, ready.schedule, step, *ranks)

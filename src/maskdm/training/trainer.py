@@ -30,7 +30,7 @@ from maskdm.training.planning import (
     planned,
     recipe_and_folder,
 )
-from maskdm.training.probe import Probe
+from maskdm.training.probe import Probe, Stopped
 from maskdm.training.ready import CompiledForward, make_ready
 from maskdm.training.start import (
     claimed,
@@ -153,7 +153,7 @@ def train(
         feed = stack.enter_context(contextlib.closing(make_feed(recipe, store, accelerator)))
         monitor.say(f"feed    {feed.how}")
         stop, timer = stack.enter_context(StopRequest()), SaveTimer(recipe.checkpoint_minutes)
-        parts = (accelerator, model, wrapped, stepper, averages, feed)
+        parts = (accelerator, model, wrapped, stepper, averages, feed, stop)
         probe = Probe(recipe, works, store, *parts)
         monitor.start(progress, recipe)
         if checkpoint is not None:  # a kill may have come between saving and looking
@@ -219,7 +219,12 @@ def train(
                 # Until a plateau: let forks tell at set points whether the stage ends here.
                 if stage.until == "plateau":
                     with tick.excluded_from_speed():
-                        recipe = probe.look(recipe, progress, network, monitor)
+                        try:
+                            recipe = probe.look(recipe, progress, network, monitor)
+                        except Stopped:
+                            assert checkpoint is not None  # of the step before
+                            monitor.say(f"stopped; {checkpoint} is saved: call again to go on")
+                            return TrainResult(False, average, checkpoint)
                         stage = recipe.stages[progress.stage]
                         checkups.replan(recipe)
 
@@ -229,7 +234,8 @@ def train(
                 may_ask = is_tick or progress.step % 10 == 0
                 stopping, overdue = agreed(accelerator, may_ask, stop.is_set, timer.is_due)
                 saving = is_end or stopping or overdue or progress.step % checkpoint_every == 0
-                saving = saving or checkups.measures_at(progress)  # so that failing loses nothing
+                # So that failing loses nothing.
+                saving = saving or checkups.measures_at(progress) or probe.is_next(recipe, progress)
                 showing = monitor.is_due
                 if is_tick or saving or (showing and num_ranks == 1):
                     try:
