@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from scipy import stats
 
 from maskdm.cli import main
 from maskdm.models.build import build_model
+from maskdm.paper import fig2
 from maskdm.paper import reproduce as module
 from maskdm.paper.reproduce import Wanted, recipes_of, reproduce, targets
 from maskdm.paper.scales import SCALES, at_scale
@@ -99,6 +103,76 @@ def check(target: str, folder: Path, monkeypatch, capsys) -> None:
     for name in recipes_of(target):
         assert f"| {name} |" in page
     assert (out / "picture.png").stat().st_size > 5000
+
+
+@pytest.mark.reproduce
+def test_figure_2_is_repeated(tmp_path, monkeypatch, capsys):
+    """As the others: a signal ends the second training, then it goes on."""
+    calls, real = [], fig2.train
+
+    def train(recipe, run_dir, **how):
+        calls.append(Path(run_dir).name)
+        if len(calls) == 2:
+            return TrainResult(False, None, Path("checkpoint"))
+        return real(recipe, run_dir, **how)
+
+    monkeypatch.setattr(fig2, "train", train)
+    out = tmp_path / "fig2"
+    assert main(["reproduce", "fig2", "--out", str(out)]) == 3
+    assert "the same command goes on" in capsys.readouterr().out
+    trained = sorted((out / "fig2-0" / "checkpoints").glob("step-*/optimizer.safetensors"))
+    written = [path.stat().st_mtime_ns for path in trained]
+    assert main(["reproduce", "fig2", "--out", str(out)]) == 0
+    assert trained and [path.stat().st_mtime_ns for path in trained] == written
+    page = (out / "README.md").read_text()
+    assert "These figures mean nothing" in page and fig2.TITLE in page
+    found = re.findall(r"\| ([a-zA-Z ,-]+) \| ([\d.e-]+) ", page)
+    rows = {name: float(value) for name, value in found}
+    assert list(rows) == [fig2.DATA, fig2.PRIMER, fig2.JOINT, fig2.TUNED, fig2.DENSE]
+    assert all(rows[fig2.DATA] < value for name, value in rows.items() if name != fig2.DATA)
+    assert (out / "picture.png").stat().st_size > 5000
+    assert (out / "fig2-0-dense" / "control.json").is_file()
+
+
+def test_figure_2_measures_points_by_known_distances():
+    points, fresh = fig2.roll(300, 0, "data"), fig2.roll(600, 0, "fresh")
+    found = fig2.distances(points, fresh)
+    for i, value in enumerate((found.x, found.y)):
+        assert value == pytest.approx(stats.wasserstein_distance(points[:, i], fresh[:, i]))
+    x, y = points[:, 0], fresh[:, 0]  # on a line, scipy's is the root of half the square
+    line = fig2.energy_distance(x[:, None], y[:, None])
+    assert line == pytest.approx(stats.energy_distance(x, y) ** 2)
+    apart = fig2.energy_distance(points, fresh + [3.0, 0.0])
+    assert 0 < found.energy < 0.01 < apart
+
+
+def test_figure_2_draws_each_pixel_by_itself_where_it_should(monkeypatch):
+    """One patch at a time is a sample of p(x) p(y): the network never sees two."""
+    seen = []
+
+    def generate(trained, settings, indices, seed, visible, finish):
+        seen.append(visible.tolist())
+        return torch.full((len(indices), 1, 2, 1), float(len(seen)))
+
+    monkeypatch.setattr(fig2, "generate", generate)
+    monkeypatch.setattr(
+        fig2, "load_model", lambda name: SimpleNamespace(trained=None, sampling=None)
+    )
+    assert fig2.points_of("run", 3, 0, [[0], [1]]).tolist() == [[1, 2]] * 3
+    assert seen == [[[0]] * 3, [[1]] * 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scale", "paper"], "fig2 at scale paper: the paper gives no numbers; use small"),
+        (["--scale", "smal"], "unknown scale 'smal': did you mean small"),
+        (["--flops", "1e9"], "fig2 has its own points and length"),
+    ],
+)
+def test_figure_2_refuses_what_it_has_not(tmp_path, capsys, options, message):
+    assert main(["reproduce", "fig2", "--out", str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_rows_of_several_seeds_have_means_and_their_spread(tmp_path):

@@ -182,6 +182,11 @@ class Stage(Settings):
     """Optimizer steps; 0 = as many as its share of the budget allows."""
     share: float = Field(1.0, gt=0)
     """Where steps is 0: the stage's part of the budget, in FLOPs, relative to the other stages'."""
+    until: Literal["steps", "plateau"] = "steps"
+    """plateau = `steps` is the most that a masked stage takes: it ends where short forks show that
+    the next stage gains more for the same FLOPs; what is saved goes to the next stage."""
+    probe_flops: int = Field(0, ge=0)
+    """FLOPs that such forks have taken; written at the stage's end."""
     batch_size: int = Field(gt=0)
     """Images per optimizer step, over all devices."""
     micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
@@ -374,6 +379,7 @@ class Recipe(Settings):
         self._check_sampling_steps()
         self._check_guidance()
         self._check_middle()
+        self._check_plateaus()
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stage names must differ, but they are {', '.join(names)}")
@@ -419,6 +425,22 @@ class Recipe(Settings):
                     f"stages.{i}.mask.where middle is for model.kind {' or '.join(kinds)}, not "
                     f"{self.model.kind}"
                 )
+
+    def _check_plateaus(self) -> None:
+        for i, stage in enumerate(self.stages):
+            if stage.until == "steps":
+                continue
+            why = None
+            if i + 1 == len(self.stages):
+                why = "compares a stage with the next, and this is the last"
+            elif not stage.mask.rate:
+                why = "is for stages with a mask"
+            elif stage.lr_schedule != "constant":
+                why = "needs lr_schedule constant: a decay has to know where the stage ends"
+            elif not self.data.held_out:
+                why = "needs held-out images: set data.held_out, to 5% say"
+            if why:
+                raise ValueError(f"stages.{i}.until plateau {why}; until steps needs nothing")
 
     def _check_guidance(self) -> None:
         guidance = self.sampling.guidance

@@ -103,6 +103,10 @@ def plan_text(plan: Plan) -> list[str]:
         f"steps of {plan.recipe.sampling.sampler}; maskdm evaluate draws "
         f"{plan.recipe.evaluation.num:,}: {duration(costs.evaluate_seconds or 0)}",
     }
+    if costs.probing_flops:
+        facts["forks"] = (
+            f"at most {flops_text(costs.probing_flops)} of the training, to find plateaus"
+        )
     lines.append("")
     for title, text in facts.items():
         lines += wrapped(text, f"{title:10}", 80)

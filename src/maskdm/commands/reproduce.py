@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +33,8 @@ def reproduce(
     kill. Exit codes: 0 done, 3 stopped by a signal after saving.
 
     Args:
-        target: table1 (or table1a, b, c), table2, table3, table4, fig4 (a, b, c), fig5a, fig5b,
-            fig6 or fig7. Figure 2 is examples/swiss_roll.py.
+        target: table1 (or table1a, b, c), table2, table3, table4, fig2, fig4 (a, b, c), fig5a,
+            fig5b, fig6 or fig7.
         scale: smoke = a minute or two on a CPU, shows that everything runs; small = 32 pixels, an
             evening on two cores; paper = as it is there.
         out: the folder of the runs and the page. Default: reproductions/TARGET-SCALE.
@@ -47,19 +48,28 @@ def reproduce(
     if seeds < 1:
         raise ValueError(f"--seeds {seeds}: at least one")
 
+    from maskdm.paper import fig2
     from maskdm.paper.page import write_page
-    from maskdm.paper.reproduce import Row, Wanted, number, recipes_of
+    from maskdm.paper.reproduce import FIG2, Row, Wanted, number, recipes_of
     from maskdm.paper.reproduce import reproduce as run
 
     wanted = Wanted(target, scale, source, flops, seeds, control)
     folder = out or Path("reproductions") / f"{target}-{scale}"
     names = recipes_of(target)
     refuse_unwritable(folder, "--out", is_folder=True)
+    if target == FIG2:
+        drawn = list[fig2.Row]()
+        for seed, one in enumerate(fig2.reproduce_fig2(wanted, expanded(folder), verbose)):
+            if one is None:
+                return _stopped()
+            drawn.append(one)
+            found = ", ".join(f"{name} {d.energy:.4f}" for name, d in one.distances.items())
+            print(f"seed {seed}  {flops_text(one.flops)}  energy distance: {found}", flush=True)
+        return _written(fig2.write_fig2(wanted, drawn, expanded(folder)))
     rows = list[Row]()
     for row in run(wanted, expanded(folder), verbose):
         if row is None:
-            print("stopped after saving: the same command goes on")
-            return STOPPED
+            return _stopped()
         rows.append(row)
         if is_main_process():
             dense = f", dense {number(row.control)}" if row.control else ""
@@ -68,7 +78,15 @@ def reproduce(
                 f"{number(row.found)}{dense}",
                 flush=True,
             )
-    if is_main_process():
-        for path in write_page(wanted, rows, folder):
-            print(f"-> {path}")
+    return _written(write_page(wanted, rows, folder) if is_main_process() else [])
+
+
+def _stopped() -> int:
+    print("stopped after saving: the same command goes on")
+    return STOPPED
+
+
+def _written(paths: Sequence[Path]) -> int:
+    for path in paths:
+        print(f"-> {path}")
     return DONE

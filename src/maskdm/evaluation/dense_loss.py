@@ -30,11 +30,19 @@ def measure_dense_loss(compared: Compared) -> Measured:
     return Measured(float(by_time.mean()), details={"by_time": by_time.tolist()})
 
 
-@torch.no_grad()
 def dense_loss(
     trained: TrainedModel, images: Array, labels: np.ndarray | None, settings: Sampling
 ) -> np.ndarray:
-    """Mean of min(SNR, 1) (x0 - x0_hat)^2 per value, over whole images, by time: float64 (10,).
+    """The mean of `dense_losses` over images, by time: float64 (10,), the cleanest first."""
+    by_time: np.ndarray = dense_losses(trained, images, labels, settings).mean(0).numpy()
+    return by_time
+
+
+@torch.no_grad()
+def dense_losses(
+    trained: TrainedModel, images: Array, labels: np.ndarray | None, settings: Sampling
+) -> Tensor:
+    """Mean of min(SNR, 1) (x0 - x0_hat)^2 per value of each whole image, by time: float64 (N, 10).
 
     Every image is noised once in each of ten buckets of times, the cleanest first; the times of all
     images spread evenly over the bucket. The weight bounds a good denoiser's loss at either end,
@@ -62,8 +70,7 @@ def dense_loss(
 
         return torch.cat(in_parts(trained.model, settings, len(numbers), of_part))  # (n, buckets)
 
-    losses = on_all_ranks(len(images), of_images).cpu().double()
-    return losses.mean(0).numpy()
+    return on_all_ranks(len(images), of_images).cpu().double()
 
 
 def _losses(

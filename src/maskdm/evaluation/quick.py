@@ -64,8 +64,8 @@ class QuickLook:
             self._settings = changed(self._settings, features="pca")
         self._labels = store.labels if recipe.model.classes else None
         num = len(store)
-        self._held_out = _first(held_out_subset(num, recipe.data), num)
-        self._trained_on = _first(training_subset(num, recipe.data), num)
+        self._held_out = first_for_losses(held_out_subset(num, recipe.data), num)
+        self._trained_on = first_for_losses(training_subset(num, recipe.data), num)
         self._reference: ReferenceFeatures | None = None  # computed when first needed
         if self._num:
             try:
@@ -131,7 +131,7 @@ def _measured(compared: Compared) -> dict[str, Any]:
     return columns
 
 
-def _first(subset: np.ndarray, num_images: int) -> np.ndarray:
+def first_for_losses(subset: np.ndarray, num_images: int) -> np.ndarray:
     """The first of a subset in a fixed order of all images: int64, at most MOST_IMAGES."""
     order = np.random.default_rng(derive_seed(SEED, "quick-losses")).permutation(num_images)
     chosen: np.ndarray = order[np.isin(order, subset)][:MOST_IMAGES]

@@ -86,6 +86,7 @@ def _shown(run: Run) -> dict[str, Any]:
         "evaluations": facts.evaluations(run),
         "stages": facts.stage_rows(run),
         "budget": facts.budget_text(run),
+        "decisions": facts.decisions(run),
         "settings": facts.settings_of(run),
         "starts": facts.starts(run),
         "recipe": run.recipe.to_yaml(),

@@ -14,7 +14,7 @@ FREE = (
     "num_previews preview_steps evaluate_every log_to sampling evaluation"
 ).split()
 # Settings of a stage that is not over, which change its weights: on request.
-ON_REQUEST = "batch_size optimizer lr lr_schedule warmup betas weight_decay clip ema".split()
+ON_REQUEST = "batch_size optimizer lr lr_schedule warmup betas weight_decay clip ema until".split()
 LONGER = ("steps", "restarts", "warmup", "share")  # what `extended` changes
 
 
@@ -91,6 +91,27 @@ def extended(old: Recipe, new: Recipe, progress: Progress) -> Recipe:
     stages = list(new.stages)
     stages[number] = changed(now, restarts=restarts, warmup=warmup)
     return changed(new, stages=tuple(stage.model_dump() for stage in stages))
+
+
+def settled(recipe: Recipe, progress: Progress) -> Recipe:
+    """The recipe with the real lengths of the stages that have ended at a plateau.
+
+    Those are then stages of so many steps, so that the recipe trains the same without forks. What
+    is settled already stays as it is.
+
+    Args:
+        recipe: of the run; stages without steps stay without.
+        progress: of the run.
+    """
+    stages = [stage.model_dump() for stage in recipe.stages]
+    for one in progress.plateaus:
+        if one.stage + 1 >= len(stages) or stages[one.stage]["until"] == "steps":
+            continue
+        facts = {"until": "steps", "warmup": one.warmup, "probe_flops": one.probe_flops}
+        stages[one.stage] |= facts
+        for row, change in zip(stages[one.stage :], (-one.fewer, one.more), strict=False):
+            row["steps"] = max(1, row["steps"] + change) if row["steps"] else 0
+    return changed(recipe, stages=stages) if progress.plateaus else recipe
 
 
 def has_decayed(stage: Stage, step: int) -> bool:

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +34,24 @@ FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+class Plateau(NamedTuple):
+    """How a stage with `until: plateau` has ended.
+
+    Attributes:
+        stage: its index.
+        fewer: steps that it has not taken.
+        more: steps that the next one takes instead; below 0 where the forks cost more than that.
+        probe_flops: floating-point operations of the forks.
+        warmup: its warm-up in steps, which may have been a part of its length.
+    """
+
+    stage: int
+    fewer: int
+    more: int
+    probe_flops: int
+    warmup: int
+
+
 @dataclass
 class Progress:
     """How far a run has come.
@@ -43,10 +61,13 @@ class Progress:
         stage: index of the current stage.
         stage_step: optimizer steps in it.
         images: images seen, the position in the endless order.
-        flops: floating-point operations of all training steps, forward and backward.
+        flops: floating-point operations of all training steps, forward and backward, and of the
+            forks of `until: plateau`.
         elapsed_sec: seconds of training, over all resumes.
         tick: (loss, gradient norm) of the steps since the last line of metrics.
         scaler: state of the fp16 loss scaler, empty otherwise.
+        probe_flops: of the present stage's forks so far.
+        plateaus: how stages with `until: plateau` have ended.
     """
 
     step: int = 0
@@ -57,6 +78,8 @@ class Progress:
     elapsed_sec: float = 0.0
     tick: list[tuple[float, float]] = field(default_factory=list)
     scaler: dict[str, Any] = field(default_factory=dict)
+    probe_flops: int = 0
+    plateaus: list[Plateau] = field(default_factory=list)
 
 
 def save_checkpoint(
@@ -155,8 +178,10 @@ def read_progress(path: Path) -> Progress:
     """The counters of a whole checkpoint. Raises ValueError where they are damaged."""
     try:
         content = parsed_json((path / "progress.json").read_text("utf-8"))
+        content = {"probe_flops": 0, "plateaus": [], **content}  # earlier versions have none
         progress = Progress(**{key: content[key] for key in Progress.__dataclass_fields__})
         progress.tick = [(loss, norm) for loss, norm in progress.tick]
+        progress.plateaus = [Plateau(*one) for one in progress.plateaus]
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = one_line(error)
         raise ValueError(f"checkpoint {path}: progress.json is damaged: {why}") from None

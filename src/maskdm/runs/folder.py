@@ -16,7 +16,7 @@ from maskdm.images.huggingface import PREFIX
 from maskdm.images.known import KNOWN
 from maskdm.recipe import Recipe
 from maskdm.recipe_files import Change, differences, load_recipe
-from maskdm.runs.changes import accepted_changes
+from maskdm.runs.changes import accepted_changes, settled
 from maskdm.runs.checkpoint import Progress, read_progress
 from maskdm.runs.find import find_checkpoint
 from maskdm.words import one_line
@@ -83,7 +83,7 @@ def _changes(run_dir: Path, recipe: Recipe, change: bool) -> list[Change]:
     if progress is None:  # nothing was saved, so that nothing can be lost
         return differences(old, recipe)
     try:
-        return accepted_changes(old, recipe, progress, change)
+        return accepted_changes(settled(old, progress), recipe, progress, change)
     except ValueError as error:
         raise ValueError(f"{run_dir} holds {error}") from None
 

@@ -1,4 +1,4 @@
-"""Files of JSON lines that a run appends to: metrics.jsonl, quality.jsonl."""
+"""Files of JSON lines that a run appends to: metrics.jsonl, quality.jsonl, probes.jsonl."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from maskdm.files import parsed_json, write_text
 
 Line = dict[str, Any]
+PROBES = "probes.jsonl"  # what forks have shown (`until: plateau`)
 
 
 def append_line(path: Path, line: Line) -> None:

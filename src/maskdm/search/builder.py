@@ -100,6 +100,7 @@ class Builder:
             "lr_schedule": "constant",
             "warmup": 0,
             "restarts": (),
+            "until": "steps",
             "start_from": "raw",
         }
         row["warmup_from"] = min(own.warmup_from, row["lr"])

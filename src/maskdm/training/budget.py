@@ -61,6 +61,7 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
         if isinstance(warmup, int):
             warmup = min(round(warmup * factor), steps or warmup)
         lengths = {"steps": steps, "warmup": warmup, "ema": ema, "restarts": ()}
+        lengths["probe_flops"] = round(stage.probe_flops * factor)
         stages.append({**stage.model_dump(), **lengths})
     intervals = {
         name: max(1, round(value * factor))

@@ -89,6 +89,10 @@ class Checkups:
             draw_sheet(list(images), self._recipe).save(sheet)
         update_report(self._run_dir, monitor.say)
 
+    def replan(self, recipe: Recipe) -> None:
+        """Takes up stages of other lengths."""
+        self._recipe = recipe
+
     def measures_at(self, progress: Progress) -> bool:
         """Whether the model is measured at this step."""
         every = self._recipe.every(self._recipe.evaluate_every)

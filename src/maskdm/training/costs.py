@@ -15,6 +15,7 @@ from maskdm.models.backbone import Backbone
 from maskdm.recipe import Recipe, Stage
 from maskdm.training.budget import MANY_IMAGES, besides
 from maskdm.training.ema import share_of_first
+from maskdm.training.plateau import probing_flops
 from maskdm.training.speed import Speed, known_speed
 from maskdm.training.work import stage_work, total_flops
 from maskdm.words import counted
@@ -55,6 +56,7 @@ class Costs:
     Attributes:
         stages: of training.
         flops: of all of them.
+        probing_flops: the most that forks of `until: plateau` take; they are among these.
         seconds: of training; None = unknown.
         preview_flops, measuring_flops: of all previews, and of all measurements, in the run.
         preview_seconds, measuring_seconds: their time; None = unknown.
@@ -64,6 +66,7 @@ class Costs:
 
     stages: tuple[StageCost, ...]
     flops: int
+    probing_flops: int
     seconds: float | None
     preview_flops: int
     measuring_flops: int
@@ -108,7 +111,7 @@ def costs_of(
                 images,
                 None if num_train is None else images / num_train,
                 images * work.num_visible,
-                stage.steps * work.step_flops,
+                stage.steps * work.step_flops + stage.probe_flops,
                 None if speed is None else stage.steps * speed.step_sec[i],
             )
         )
@@ -127,6 +130,7 @@ def costs_of(
     return Costs(
         tuple(stages),
         total_flops(recipe, works),
+        probing_flops(recipe, num_images or MANY_IMAGES),
         None if speed is None else math.fsum(stage.seconds or 0 for stage in stages),
         apart.previews * one,
         apart.measuring * one,

@@ -24,7 +24,7 @@ from maskdm.masks import mask_text
 from maskdm.models.backbone import Backbone
 from maskdm.recipe import Budget, Recipe, Stage
 from maskdm.runs.checkpoint import Progress
-from maskdm.runs.lines import append_line, keep_lines_until
+from maskdm.runs.lines import PROBES, append_line, keep_lines_until
 from maskdm.training.costs import costs_of, warnings_of
 from maskdm.training.remaining import Remaining as Remaining
 from maskdm.training.speed import ThisMachine
@@ -75,6 +75,7 @@ class Monitor:
     def __init__(self, run_dir: Path, remaining: Remaining, active: bool, show: bool):
         self._run_dir, self._path = run_dir, run_dir / "metrics.jsonl"
         self.quality_path = run_dir / "quality.jsonl"
+        self._probes_path = run_dir / PROBES
         self._active = active
         self._show = active and show
         self._remaining, self._total_flops = remaining, remaining.total_flops
@@ -89,6 +90,7 @@ class Monitor:
         if self._active:
             keep_lines_until(self._path, progress.step)
             keep_lines_until(self.quality_path, progress.step)
+            keep_lines_until(self._probes_path, progress.step)
             if progress.step < recipe.num_steps:
                 self._trackers = Trackers(recipe, self._run_dir, progress.step, self.say)
         if self._show and sys.stderr.isatty():
@@ -177,6 +179,18 @@ class Monitor:
             append_line(self.quality_path, line)
         if self._trackers is not None:
             self._trackers.log("quality", line)
+
+    def log_probe(self, line: dict[str, Any]) -> None:
+        """Appends a line to probes.jsonl. Raises OSError on a full disk."""
+        if self._active:
+            append_line(self._probes_path, line)
+        if self._trackers is not None:
+            self._trackers.log("probe", line)
+
+    def go_on(self, recipe: Recipe, progress: Progress) -> None:
+        """Takes up stages of other lengths, and where training goes on after forks of it."""
+        self._remaining.replan(recipe)
+        self._remaining.begin(progress)
 
     def log_preview(self, picture: Image.Image, step: int) -> None:
         """Sends a preview, RGB, to the trackers."""

@@ -19,12 +19,13 @@ from maskdm.images.store import Store
 from maskdm.models.build import weightless_model
 from maskdm.recipe import Budget, Recipe
 from maskdm.recipe_files import load_recipe
-from maskdm.runs.changes import extended
+from maskdm.runs.changes import extended, settled
 from maskdm.runs.checkpoint import Progress
 from maskdm.runs.find import CONTROL
 from maskdm.runs.folder import progress_of
 from maskdm.settings import changed
 from maskdm.training.budget import INTERVALS, MANY_IMAGES, longer, scaled, with_steps
+from maskdm.training.plateau import refuse_plateaus
 from maskdm.training.speed import Machine
 from maskdm.training.speed import ThisMachine as ThisMachine
 from maskdm.training.work import stage_work, total_flops
@@ -162,7 +163,11 @@ def planned(
         )
     if before is not None and options.control == "none":
         draft = scaled(recipe, options.shrink) if options.shrink != 1 else recipe
-        return _continued(draft, before, options, run_dir, num_train, machine)
+        result = _continued(draft, before, options, run_dir, num_train, machine)
+        pairs = zip(before.stages, result.stages, strict=False)
+        if any((old.until, new.until) == ("steps", "plateau") for old, new in pairs):
+            refuse_plateaus(result, len(store))
+        return result
     return with_numbers(with_classes(recipe, store), options, len(store), num_train, machine)
 
 
@@ -178,7 +183,8 @@ def with_numbers(
     Args:
         num_images: of the source; `num_train` of them are trained on. None = unknown.
 
-    Raises ValueError for a budget that is too small, or in epochs of unknown images.
+    Raises ValueError for a budget that is too small, or in epochs of unknown images, and for
+    stages that cannot be probed for their plateau.
     """
     draft = scaled(recipe, options.shrink) if options.shrink != 1 else recipe
     if options.budget.is_set:
@@ -191,11 +197,10 @@ def with_numbers(
     num_images, num_train = num_images or MANY_IMAGES, num_train or MANY_IMAGES
     draft = with_size(draft, num_train, machine)
     result = with_steps(draft, num_images, num_train, machine, rescale=options.budget.is_set)
-    return (
-        result
-        if options.control == "none"
-        else dense_control(result, options.control_equal, machine)
-    )
+    if options.control != "none":
+        return dense_control(result, options.control_equal, machine)
+    refuse_plateaus(result, num_images)
+    return result
 
 
 def with_classes(recipe: Recipe, store: Store) -> Recipe:
@@ -304,6 +309,7 @@ def _continued(
     """The recipe that continues the run in a folder: with its numbers, or longer."""
     (progress,) = broadcast_object_list([progress_of(run_dir)])
     progress = progress or Progress()
+    before, draft = settled(before, progress), settled(draft, progress)
     asked = _with_numbers_of(before, draft, with_lengths=options.budget.is_set)
     if options.budget.is_set and (options.more or options.budget != before.budget):
         extra, total = _extra(options, before.budget, run_dir)

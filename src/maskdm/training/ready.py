@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from maskdm.diffusion.schedule import Schedule, schedule_of
 from maskdm.models.backbone import Backbone
-from maskdm.models.compiling import CompiledForward, NotCompiled, wants_compiling
+from maskdm.models.compiling import CompiledForward as CompiledForward
+from maskdm.models.compiling import NotCompiled, wants_compiling
 from maskdm.recipe import Diffusion, Recipe, Stage
 from maskdm.training.step import Batch, draw_batch
 

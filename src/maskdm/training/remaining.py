@@ -28,16 +28,21 @@ class Remaining:
     def __init__(
         self, recipe: Recipe, works: Sequence[StageWork], model: Backbone, num_images: int
     ):
-        self._recipe, self._works = recipe, works
+        self._works = works
         self.total_flops = total_flops(recipe, list(works))
-        looks = set_points(recipe, recipe.preview_every if recipe.num_previews else 0)
-        self._points = sorted(looks | set_points(recipe, recipe.evaluate_every))
+        self.replan(recipe)
         one = model.forward_flops(works[0].num_patches)
         self._look_flops = one * besides(recipe, num_images).total / max(1, len(self._points))
         self._flops_per_sec: float | None = None
         self.images_per_sec: float | None = None
         self._look_sec: float | None = None  # of the last preview and measurement
         self._since, self._seen = time.perf_counter(), (0, 0)
+
+    def replan(self, recipe: Recipe) -> None:
+        """Takes up stages of other lengths, of as many FLOPs in all."""
+        self._recipe = recipe
+        looks = set_points(recipe, recipe.preview_every if recipe.num_previews else 0)
+        self._points = sorted(looks | set_points(recipe, recipe.evaluate_every))
 
     def begin(self, progress: Progress) -> None:
         """To be called whenever training begins or goes on after a pause."""

@@ -10,7 +10,6 @@ from typing import Literal
 from torch import nn
 
 from maskdm.engine import make_accelerator
-from maskdm.models.compiling import CompiledForward
 from maskdm.recipe import Recipe
 from maskdm.runs.checkpoint import (
     Progress,
@@ -31,7 +30,8 @@ from maskdm.training.planning import (
     planned,
     recipe_and_folder,
 )
-from maskdm.training.ready import make_ready
+from maskdm.training.probe import Probe, Stopped
+from maskdm.training.ready import CompiledForward, make_ready
 from maskdm.training.start import (
     claimed,
     initial_model,
@@ -153,7 +153,8 @@ def train(
         feed = stack.enter_context(contextlib.closing(make_feed(recipe, store, accelerator)))
         monitor.say(f"feed    {feed.how}")
         stop, timer = stack.enter_context(StopRequest()), SaveTimer(recipe.checkpoint_minutes)
-        log_every, checkpoint_every = map(recipe.every, (recipe.log_every, recipe.checkpoint_every))
+        parts = (accelerator, model, wrapped, stepper, averages, feed, stop)
+        probe = Probe(recipe, works, store, *parts)
         monitor.start(progress, recipe)
         if checkpoint is not None:  # a kill may have come between saving and looking
             checkups.catch_up(progress, average, monitor)
@@ -175,6 +176,8 @@ def train(
             averages.enter_stage(stage, model, begins=progress.stage_step == 0)
             enter_stage(optimizer, stage)
             work = works[progress.stage]
+            intervals = (recipe.log_every, recipe.checkpoint_every)
+            log_every, checkpoint_every = map(recipe.every, intervals)
             monitor.introduce_stage(recipe, progress, work)
             tick = Tick(progress)
             with tick.excluded_from_speed():
@@ -213,13 +216,26 @@ def train(
                 progress.images += stage.batch_size
                 progress.flops += work.step_flops
 
+                # Until a plateau: let forks tell at set points whether the stage ends here.
+                if stage.until == "plateau":
+                    with tick.excluded_from_speed():
+                        try:
+                            recipe = probe.look(recipe, progress, network, monitor)
+                        except Stopped:
+                            assert checkpoint is not None  # of the step before
+                            monitor.say(f"stopped; {checkpoint} is saved: call again to go on")
+                            return TrainResult(False, average, checkpoint)
+                        stage = recipe.stages[progress.stage]
+                        checkups.replan(recipe)
+
                 # At set points read the losses and log them.
                 is_end = progress.stage_step == stage.steps
                 is_tick = is_end or progress.step % log_every == 0
                 may_ask = is_tick or progress.step % 10 == 0
                 stopping, overdue = agreed(accelerator, may_ask, stop.is_set, timer.is_due)
                 saving = is_end or stopping or overdue or progress.step % checkpoint_every == 0
-                saving = saving or checkups.measures_at(progress)  # so that failing loses nothing
+                # So that failing loses nothing.
+                saving = saving or checkups.measures_at(progress) or probe.is_next(recipe, progress)
                 showing = monitor.is_due
                 if is_tick or saving or (showing and num_ranks == 1):
                     try:
@@ -252,6 +268,7 @@ def train(
                             state = (model, average, optimizer, averages.narrow)
                             save_checkpoint(folder, progress, *state, is_stage_end=is_end)
                             prune_checkpoints(folder, checkpoint, recipe.keep_checkpoints)
+                            probe.write_lengths(run_dir, recipe, progress)
                         accelerator.wait_for_everyone()
                         timer.restart()
                         is_last = is_end and progress.stage + 1 == len(recipe.stages)

@@ -45,5 +45,6 @@ def stage_work(recipe: Recipe, model: Backbone | None = None) -> list[StageWork]
 
 
 def total_flops(recipe: Recipe, works: list[StageWork]) -> int:
-    """Floating-point operations of all steps of all stages."""
-    return sum(w.step_flops * s.steps for w, s in zip(works, recipe.stages, strict=True))
+    """Floating-point operations of all steps of all stages, with the forks that were made."""
+    pairs = zip(works, recipe.stages, strict=True)
+    return sum(work.step_flops * stage.steps + stage.probe_flops for work, stage in pairs)
