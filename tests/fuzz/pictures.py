@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import PIL
 from PIL import Image, ImageCms, TiffImagePlugin, features
 
 from fuzz.damage import EXTREMES, damaged
@@ -48,7 +49,6 @@ FORMS: list[Form] = [
     ("TIFF", "tiff", "F", {}),
     ("TIFF", "tiff", "1", {"compression": "group4"}),
     ("TIFF", "tiff", "RGB", {"compression": "jpeg"}),
-    ("TIFF", "tiff", "YCbCr", {"compression": "raw"}),
     ("TIFF", "tiff", "L", {"tiffinfo": {262: 0}}),
     ("TIFF", "tiff", "RGB", {"tiffinfo": {274: 6, 33432: "x" * 99}, "icc_profile": SRGB}),
     ("TIFF", "tiff", "RGB", {"save_all": True, "append_images": 2, "big_tiff": True}),
@@ -61,6 +61,8 @@ FORMS: list[Form] = [
     ("SGI", "png", "RGB", {}),  # formats without a suffix of their own, under another's name
     ("ICO", "png", "RGBA", {"sizes": [(16, 16)]}),
 ]
+if int(PIL.__version__.split(".")[0]) >= 13:  # earlier ones do not read what they write here
+    FORMS.append(("TIFF", "tiff", "YCbCr", {"compression": "raw"}))
 if features.check("jpg_2000"):
     FORMS += [("JPEG2000", "jp2", mode, {}) for mode in ("L", "LA", "RGB", "RGBA", "I;16")]
 if features.check("avif"):
