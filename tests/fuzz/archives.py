@@ -15,10 +15,9 @@ from random import Random
 import numpy as np
 
 from fuzz.damage import EXTREMES, damaged
-from fuzz.pictures import FORMS, UNKNOWN_RANGE, damaged_picture, picture
+from fuzz.pictures import damaged_picture, sound_picture
 
 Members = list[tuple[str, bytes]]
-SOUND = [form for form in FORMS if form[2] not in UNKNOWN_RANGE]
 STRANGE_NAMES = (
     "../../outside.png", "/outside/x.png", "..\\..\\x.png", "C:\\x\\y.png", "a//b.png", "./x.png",
     "cat/./x.png", "cat/../../../x.png", "~/x.png", "a\nb.png", "\x1b[31mred\x1b[0m.png", "x.png/",
@@ -59,7 +58,7 @@ def members(random: Random, num: int = 3) -> Members:
     result: Members = []
     for name in ("cat", "dog"):
         for number in range(num):
-            suffix, content = picture(random, random.choice(SOUND))
+            suffix, content = sound_picture(random)
             result.append((f"{name}/{number}.{suffix}", content))
     return result
 

@@ -73,8 +73,7 @@ def reading(source: str, random: Random, pixels: int, is_valid: bool, classes: i
 def of_pictures(folder: Path, random: Random, is_valid: bool, fixtures: Path) -> Case:
     pixels = 0
     for number in range(8):
-        form = random.choice(archives.SOUND)
-        suffix, content = pictures.picture(random, form)
+        suffix, content = pictures.sound_picture(random)
         if not is_valid and (number < 7 or random.random() < 0.5):
             suffix, content = pictures.damaged_picture(random)
         pixels = max(pixels, pictures.declared_pixels(content))
