@@ -547,7 +547,7 @@ def test_retrainings_are_thin_lines_around_their_mean():
 )
 def test_a_loss_axis_has_round_ticks_over_any_range(losses, most, tmp_path):
     rows = [
-        {"stage": "show", "hidden": 0.0, "images": 8 * i, "loss": loss}
+        {"step": i, "stage": "show", "hidden": 0.0, "images": 8 * i, "loss": loss}
         for i, loss in enumerate(losses, 1)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -180,7 +180,11 @@ def test_damaged_classes_and_evaluations_are_one_line(run, capsys, content):
     assert "classes.json is damaged" in text and "remove it" in text
 
 
-@pytest.mark.parametrize("end", ['{"step": 3, "st', "\0\0\0\0", "17", "null"])
+@pytest.mark.parametrize(
+    "end",
+    ['{"step": 3, "st', "\0\0\0\0", "17", "null", '{"loss": 1}', '{"step": 3, "loss": "1"}',
+     '{"step": "3"}', '{"step": 3, "stage": 1}'],
+)  # fmt: skip
 def test_lines_before_a_damaged_one_are_read(tmp_path, end):
     path = tmp_path / "quality.jsonl"
     for step in (1, 2):

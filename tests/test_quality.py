@@ -475,6 +475,7 @@ def test_best_names_the_average_with_the_lowest_held_out_loss_and_keeps_it(
     assert load_model(f"{run_dir}@best").location.folder == best
     with (run_dir / "quality.jsonl").open("a") as file:  # killed before its checkpoint was there
         file.write(json.dumps({**lines[1], "step": 10_000, "dense_loss": 0.1}) + "\n")
+        file.write(json.dumps({"dense_loss": 0.1}) + "\n")  # damaged
     assert find_model(f"{run_dir}@best").folder == best
 
 

@@ -9,6 +9,10 @@ from typing import Any
 from maskdm.files import parsed_json, write_text
 
 Line = dict[str, Any]
+NUMBERS = (
+    "images flops elapsed_sec loss lr hidden images_per_sec dense_loss dense_loss_train".split()
+)
+OR_NONE = ("dense_loss", "images_per_sec")
 PROBES = "probes.jsonl"  # what forks have shown (`until: plateau`)
 
 
@@ -26,10 +30,22 @@ def read_lines(path: Path) -> list[Line]:
             line = parsed_json(text)
         except ValueError:
             break
-        if not isinstance(line, dict):
+        if not _is_whole(line):
             break
         lines.append(line)
     return lines
+
+
+def _is_whole(line: Any) -> bool:
+    """Whether a line has a step, and numbers and names where its readers count on them."""
+    if not (isinstance(line, dict) and isinstance(line.get("step"), int)):
+        return False
+    numbers = all(
+        isinstance(line[key], (int, float)) or (key in OR_NONE and line[key] is None)
+        for key in NUMBERS
+        if key in line
+    )
+    return numbers and isinstance(line.get("stage", ""), str)
 
 
 def keep_lines_until(path: Path, step: int) -> None:
