@@ -11,9 +11,9 @@ images seen, steps. Trials whose line is there are skipped. Nothing else may run
 Rows: `maskdm` is this package's recipe for such images, with all that a run costs from its start
 to its exported model. `lucidrains` is the U-Net and the settings of denoising-diffusion-pytorch's
 Trainer, `diffusers` UNet2DModel and the settings of diffusers' training script, both with a width
-that fits the size, and without loading, previews and measuring, which their seconds do not count;
-`-tuned` is the best of some learning rates, which seed 0 chose. Needs `pip install
-denoising-diffusion-pytorch`.
+that fits the size and a learning rate that falls along a cosine; their seconds do not count
+loading, previews and measuring. "Tuned" is the best of some learning rates, which seed 0 chose,
+with fresh seeds. Needs `pip install denoising-diffusion-pytorch`.
 """
 
 from __future__ import annotations

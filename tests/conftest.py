@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import maskdm  # noqa: F401  # isort: skip (before torch: it sets how threads wait)
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ settings.register_profile("maskdm", deadline=None, derandomize=True)  # nothing 
 settings.load_profile("maskdm")
 
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
@@ -31,6 +35,19 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
     torch.manual_seed(0)  # for inputs that a test doesn't care about
+
+
+@pytest.fixture
+def browser():
+    """A headless Chromium, where there are one and its client."""
+    client = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine")
+    with client.sync_playwright() as player:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = player.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
 
 
 def tiny_settings() -> dict[str, Any]:

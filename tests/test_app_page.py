@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +22,6 @@ from maskdm.cli import main
 from maskdm.images.store import open_store
 from maskdm.recipe import Recipe
 from maskdm.training.trainer import train
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -109,19 +106,6 @@ def test_other_web_sites_cannot_reach_it(served):
     assert served.answer("/", Host="evil.example")[0] == 400  # a name that leads to this machine
     for path in ("/docs", "/openapi.json", "/gradio_api/docs", "/gradio_api/mcp/"):
         assert served.answer(path)[0] in (404, 405), path
-
-
-@pytest.fixture
-def browser():
-    """A headless Chromium, where there are one and its client."""
-    client = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium on this machine")
-    with client.sync_playwright() as player:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = player.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
 
 
 def opened(browser, served: Served, width: int, scheme: str, requests: list[str]):

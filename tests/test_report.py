@@ -25,7 +25,6 @@ from maskdm.runs.lines import read_lines
 from maskdm.training.trainer import train
 from maskdm.words import figure, flops_text
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 SELF_CLOSING = {"meta", "img", "input", "br", "path"}
 
 
@@ -357,19 +356,6 @@ def test_figures_are_judged_in_plain_words():
 
 
 # In a real browser
-
-
-@pytest.fixture
-def browser():
-    """A headless Chromium, where there are one and its client."""
-    client = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium on this machine")
-    with client.sync_playwright() as player:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = player.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
 
 
 def test_axis_slider_and_values_work_in_a_browser(run, browser):

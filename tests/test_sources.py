@@ -995,6 +995,14 @@ def test_a_tar_whose_file_claims_to_be_endless_is_refused(tmp_path):
             list(open_source(str(path)).items())
 
 
+@pytest.mark.parametrize("name", ["BZh9/a.png", "]"])
+def test_a_tar_whose_first_name_looks_like_a_compression_is_read(tmp_path, name):
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        for one in (name, "b.png"):
+            archive.addfile(_info(one, png(1)), io.BytesIO(png(1)))
+    assert "b.png" in [item.name for item in open_source(str(tmp_path / "in.tar")).items()]
+
+
 def _info(name: str, content: bytes) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.size = len(content)

@@ -68,4 +68,5 @@ class ImageFace(Backbone):
         """As any of diffusers' models, with this file beside the weights, named as the class's."""
         options |= {"variant": variant, "max_shard_size": max_shard_size}
         super().save_pretrained(save_directory, safe_serialization=safe_serialization, **options)
-        shutil.copyfile(__file__, Path(save_directory) / f"{type(self).__module__}.py")
+        name = type(self).__module__.rpartition(".")[2]
+        shutil.copyfile(__file__, Path(save_directory) / f"{name}.py")

@@ -46,11 +46,10 @@ MAX_CHOICES = 1_000_000  # files that a pair of braces in a pattern may stand fo
 # What reading a damaged, encrypted or foreign archive may raise.
 ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 READ_ERRORS = (*ARCHIVE_ERRORS, OSError, EOFError, RuntimeError, LookupError, MemoryError)
-UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
-    b"]\0": lzma.open,
+UNPACKERS: dict[bytes, Callable[[Any], Any]] = {  # by how a file begins
+    rb"\x1f\x8b\x08": gzip.open,
+    rb"BZh.1AY&SY": bz2.open,
+    rb"\xfd7zXZ|\]\0\0\x80": lzma.open,
 }
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 EDGE_BYTES = 2**20  # at each end of a file, for its fingerprint
@@ -208,8 +207,9 @@ def _unpacked(file: IO[bytes]) -> IO[bytes]:
     tarfile itself unpacks whole blocks, however much they hold.
     """
     reader = io.BufferedReader(cast(io.RawIOBase, file))  # to look at its first bytes
-    head = reader.peek(8)
-    unpack = next((one for start, one in UNPACKERS.items() if head.startswith(start)), None)
+    head = reader.peek(10)
+    ways = (way for start, way in UNPACKERS.items() if re.match(start, head, re.DOTALL))
+    unpack = next(ways, None)
     return unpack(reader) if unpack else reader
 
 

@@ -190,7 +190,6 @@ def best_line(run: Path) -> Line | None:
         for line in lines
         if line.get("dense_loss")
         and line.get("stage") in stages
-        and isinstance(line.get("step"), int)
         and _at(run, line["step"]).is_dir()
     ]
     return min(known, key=lambda line: line["dense_loss"], default=None)
