@@ -26,10 +26,9 @@ NUM_TRAIN, NUM_TEST = 4000, 1000
 def drawn(numbers: range, side: int, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Faces, uint8 (N, side, side, 3), and their attributes, int (N,) each."""
     faces = [face_of(number, seed) for number in numbers]
-    pixels = np.stack([draw_face(face, 64) for face in faces])
-    pixels = pixels.reshape(len(faces), side, 64 // side, side, 64 // side, 3).mean(axis=(2, 4))
+    pixels = np.stack([draw_face(face, side) for face in faces])
     attributes = {name: np.array([getattr(f, name) for f in faces]) for name in ATTRIBUTES}
-    return pixels.round().astype(np.uint8), attributes
+    return pixels, attributes
 
 
 def shares_of(images: np.ndarray) -> dict[str, dict[str, float]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from maskdm.cli import main
-from maskdm.images.faces import ATTRIBUTES, FacesSource, draw_face, face_of
+from maskdm.images.faces import ATTRIBUTES, SKINS, FacesSource, draw_face, face_of
 from maskdm.images.open import open_source
 from maskdm.images.store import open_store
 from maskdm.recipe import Data
@@ -42,6 +42,17 @@ def test_each_attribute_is_drawn(attribute):
             assert one.shape == (side, side, 3)
             for other in pictures[:i]:
                 assert np.abs(one - other).max() > 40
+
+
+@pytest.mark.parametrize("attribute", ["mouth", "eyes"])
+def test_small_faces_have_bold_features(attribute):
+    """On every skin, at 16 pixels: several pixels tell any two mouths and pairs of eyes apart."""
+    for skin in range(len(SKINS)):
+        face = face_of(2)._replace(hat=0, hair=1, mouth=0, eyes=0, skin=skin)
+        pictures = [draw_face(face._replace(**{attribute: i}), 16).astype(int) for i in range(3)]
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            apart = np.abs(pictures[i] - pictures[j]).max(axis=-1) > 50
+            assert apart.sum() >= 4
 
 
 def test_attributes_are_uniform_and_independent():
@@ -82,7 +93,7 @@ def test_they_are_packed_checked_and_trained_on(tmp_path, capsys):
     assert main(["check", "faces:40", "--size", "16"]) == 0
     assert "faces drawn by code, 40 images" in capsys.readouterr().out
     recipe = load_recipe("faces")
-    assert recipe.data.source == "faces" and recipe.stages[-1].mask.kind == "none"
+    assert recipe.data.source == "faces@16" and recipe.stages[-1].mask.kind == "none"
     flags = "--data.source faces:40 --stages.0.steps 2 --stages.1.steps 2 --model.num-classes 4"
     flags += " --stages.0.batch-size 4 --stages.1.batch-size 4 --evaluation.quick-num 0"
     assert main(["train", "faces", "--out", str(tmp_path / "run"), *flags.split()]) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from maskdm.seeds import derive_seed
 
 NUM_IMAGES, SIDE = 4096, 64  # by default
 FINER = 4  # drawn so many times larger, then averaged: smooth edges
+BOLD_BELOW = 32  # pixels a side: smaller faces have larger eyes and mouths, as icons do
 VERSION = 1  # part of the fingerprint: raise it when the same number would give another face
 
 SKINS = ((255, 219, 172), (241, 194, 125), (198, 134, 66), (141, 85, 36), (92, 58, 33))
@@ -35,6 +36,7 @@ CLOTHES = (
     (50, 50, 55),
 )
 GROUNDS = ((160, 205, 240), (245, 225, 165), (190, 225, 180), (240, 190, 195), (210, 200, 235))
+DARK = (35, 30, 35)
 
 ATTRIBUTES = {
     "hat": ("none", "cap", "beanie", "top-hat"),
@@ -68,7 +70,8 @@ class Face(NamedTuple):
 class FacesSource(Source):
     """`faces`, `faces:N` or `faces:N:SEED`: N faces, N=4,096 and seed 0 by default.
 
-    The class is the hat. `faces@SIDE` draws them with that many pixels a side instead of 64.
+    The class is the hat. `faces@SIDE` draws them with that many pixels a side instead of 64; below
+    32, heads, eyes and mouths are larger and bolder, so that they can be told apart.
     """
 
     kind = "faces drawn by code"
@@ -86,6 +89,7 @@ class FacesSource(Source):
             )
         self.class_names = list(ATTRIBUTES["hat"])
         facts = f"faces {VERSION} {self.num_images} {self._seed} {self._side}"
+        facts += " bold" * (self._side < BOLD_BELOW)
         self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()
 
     def items(self, part: tuple[int, int] = (0, 1)) -> Iterator[Item]:
@@ -116,20 +120,21 @@ def face_of(number: int, seed: int = 0) -> Face:
 
 def draw_face(face: Face, side: int = SIDE) -> np.ndarray:
     """Draws a face: uint8 (side, side, 3), RGB."""
-    scale = side * FINER
+    scale, is_bold = side * FINER, side < BOLD_BELOW
+    width = face.width * (1.17 if is_bold else 1)
     image = Image.new("RGB", (scale, scale), GROUNDS[face.ground])
     draw = ImageDraw.Draw(image)
     skin, hair = SKINS[face.skin], HAIRS[face.hair_colour]
-    clothes, dark = CLOTHES[face.clothes], (35, 30, 35)
+    clothes = CLOTHES[face.clothes]
     words = face.words
 
     def box(left: float, top: float, right: float, bottom: float) -> tuple[float, ...]:
         """Corners round the face's middle, in parts of the side."""
-        across = [0.5 + face.x + face.width * value for value in (left, right)]
+        across = [0.5 + face.x + width * value for value in (left, right)]
         down = [0.52 + face.y + value for value in (top, bottom)]
         return across[0] * scale, down[0] * scale, across[1] * scale, down[1] * scale
 
-    # From back to front: long hair, shoulders, head, short hair, eyes, mouth, hat.
+    # From back to front: long hair, shoulders, head, short hair, eyes and mouth, hat.
     if words["hair"] == "long":
         draw.rounded_rectangle(box(-0.3, -0.32, 0.3, 0.36), 0.2 * scale, hair)
     draw.ellipse(box(-0.42, 0.3, 0.42, 0.9), clothes)
@@ -138,20 +143,7 @@ def draw_face(face: Face, side: int = SIDE) -> np.ndarray:
     if words["hair"] != "bald":
         draw.pieslice(box(-0.26, -0.34, 0.26, 0.22), 180, 360, hair)
         draw.ellipse(box(-0.2, -0.16, 0.2, 0.1), skin)
-    for middle in (-0.1, 0.1):
-        if words["eyes"] == "closed":
-            draw.arc(box(middle - 0.05, -0.06, middle + 0.05, 0.02), 0, 180, dark, scale // 45)
-            continue
-        draw.ellipse(box(middle - 0.055, -0.07, middle + 0.055, 0.03), "white")
-        draw.ellipse(box(middle - 0.026, -0.048, middle + 0.026, 0.012), dark)
-        if words["eyes"] == "glasses":
-            draw.ellipse(box(middle - 0.085, -0.1, middle + 0.085, 0.06), None, dark, scale // 40)
-    if words["mouth"] == "smile":
-        draw.chord(box(-0.12, 0.02, 0.12, 0.2), 10, 170, (190, 50, 60))
-    elif words["mouth"] == "open":
-        draw.ellipse(box(-0.06, 0.1, 0.06, 0.22), (120, 25, 35))
-    else:
-        draw.rectangle(box(-0.09, 0.15, 0.09, 0.175), (150, 60, 60))
+    (_bold_features if is_bold else _fine_features)(draw, box, words, scale)
     if words["hat"] == "cap":
         draw.pieslice(box(-0.27, -0.42, 0.27, 0.06), 180, 360, clothes)
         draw.rounded_rectangle(box(-0.05, -0.21, 0.4, -0.15), 0.03 * scale, clothes)
@@ -159,7 +151,46 @@ def draw_face(face: Face, side: int = SIDE) -> np.ndarray:
         draw.pieslice(box(-0.27, -0.46, 0.27, 0.1), 180, 360, clothes)
         draw.rounded_rectangle(box(-0.28, -0.24, 0.28, -0.14), 0.04 * scale, "white")
     elif words["hat"] == "top-hat":
-        draw.rectangle(box(-0.2, -0.55, 0.2, -0.2), dark)
+        draw.rectangle(box(-0.2, -0.55, 0.2, -0.2), DARK)
         draw.rectangle(box(-0.2, -0.27, 0.2, -0.22), clothes)
-        draw.rectangle(box(-0.32, -0.22, 0.32, -0.18), dark)
+        draw.rectangle(box(-0.32, -0.22, 0.32, -0.18), DARK)
     return np.asarray(image.reduce(FINER))
+
+
+Box = Callable[[float, float, float, float], tuple[float, ...]]
+
+
+def _fine_features(draw: ImageDraw.ImageDraw, box: Box, words: dict[str, str], scale: int) -> None:
+    """Eyes and a mouth that 32 pixels can show."""
+    for middle in (-0.1, 0.1):
+        if words["eyes"] == "closed":
+            draw.arc(box(middle - 0.05, -0.06, middle + 0.05, 0.02), 0, 180, DARK, scale // 45)
+            continue
+        draw.ellipse(box(middle - 0.055, -0.07, middle + 0.055, 0.03), "white")
+        draw.ellipse(box(middle - 0.026, -0.048, middle + 0.026, 0.012), DARK)
+        if words["eyes"] == "glasses":
+            draw.ellipse(box(middle - 0.085, -0.1, middle + 0.085, 0.06), None, DARK, scale // 40)
+    if words["mouth"] == "smile":
+        draw.chord(box(-0.12, 0.02, 0.12, 0.2), 10, 170, (190, 50, 60))
+    elif words["mouth"] == "open":
+        draw.ellipse(box(-0.06, 0.1, 0.06, 0.22), (120, 25, 35))
+    else:
+        draw.rectangle(box(-0.09, 0.15, 0.09, 0.175), (150, 60, 60))
+
+
+def _bold_features(draw: ImageDraw.ImageDraw, box: Box, words: dict[str, str], scale: int) -> None:
+    """Eyes and a mouth that 16 pixels can show: nothing is thinner than a pixel there."""
+    for middle in (-0.105, 0.105):
+        if words["eyes"] == "closed":
+            draw.rectangle(box(middle - 0.06, -0.04, middle + 0.06, 0.025), DARK)
+            continue
+        draw.ellipse(box(middle - 0.073, -0.1, middle + 0.073, 0.06), "white")
+        draw.ellipse(box(middle - 0.038, -0.065, middle + 0.038, 0.025), DARK)
+        if words["eyes"] == "glasses":
+            draw.rectangle(box(middle - 0.1, -0.13, middle + 0.1, 0.09), None, DARK, scale // 20)
+    if words["mouth"] == "smile":
+        draw.chord(box(-0.145, 0.0, 0.145, 0.26), 5, 175, "white", (150, 30, 40), scale // 40)
+    elif words["mouth"] == "open":
+        draw.ellipse(box(-0.073, 0.1, 0.073, 0.27), (90, 10, 25))
+    else:
+        draw.rectangle(box(-0.11, 0.16, 0.11, 0.225), (205, 60, 70))
