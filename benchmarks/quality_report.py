@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import common
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
@@ -38,6 +40,13 @@ def rates_text(line: Line) -> str:
     return ", ".join(f"{lr:g}" for lr in dict.fromkeys(line["lr"]))
 
 
+def label(line: Line, lines: list[Line]) -> str:
+    """The variant, with its FLOPs where most trials of its experiment have others."""
+    usual = statistics.median(one["flops"] for one in lines)
+    is_usual = 0.9 < line["flops"] / usual < 1.1
+    return line["variant"] + ("" if is_usual else f", {line['flops'] / 1e12:.3g} TFLOP")
+
+
 def by_experiment(lines: list[Line]) -> dict[str, list[Line]]:
     """Lines by experiment, in the order of their first ones."""
     groups: dict[str, list[Line]] = defaultdict(list)
@@ -53,18 +62,19 @@ def bracket_table(lines: list[Line]) -> str:
         "|---|---|---|---|---|",
     ]
     first = [line for line in lines if line["seed"] == 0] or lines
-    order = list(dict.fromkeys(line["variant"] for line in first))
+    order = list(dict.fromkeys(label(line, lines) for line in first))
     best = {
-        variant: min((line for line in first if line["variant"] == variant), key=distance)
-        for variant in order
+        name: min((line for line in first if label(line, lines) == name), key=distance)
+        for name in order
     }
-    for line in sorted(first, key=lambda line: (order.index(line["variant"]), line["lr"])):
+    for line in sorted(first, key=lambda line: (order.index(label(line, lines)), line["lr"])):
+        name = label(line, lines)
         low, high = line["metrics"]["frechet"]["interval"]
         value = f"{distance(line):.3f}"
+        value = f"**{value}**" if line is best[name] else value
         seed = f", seed {line['seed']}" if line["seed"] else ""
-        value = f"**{value}**" if line is best[line["variant"]] else value
         rows.append(
-            f"| {line['variant']}{seed} | {rates_text(line)} | {value} ({low:.3f} to {high:.3f}) | "
+            f"| {name}{seed} | {rates_text(line)} | {value} ({low:.3f} to {high:.3f}) | "
             f"{line['dense_loss']:.5f} | {line['images']:,} |"
         )
     return "\n".join(rows)
@@ -72,7 +82,7 @@ def bracket_table(lines: list[Line]) -> str:
 
 def best_rates(lines: list[Line], variant: str) -> list[float] | None:
     """The learning rates of a variant's best trial with the first seed."""
-    first = [line for line in lines if line["seed"] == 0 and line["variant"] == variant]
+    first = [line for line in lines if line["seed"] == 0 and label(line, lines) == variant]
     rates: list[float] | None = min(first, key=distance)["lr"] if first else None
     return rates
 
@@ -83,7 +93,7 @@ def fresh_seeds(lines: list[Line], variant: str) -> list[Line]:
     Where the rates come from another experiment, there is no first seed: all count.
     """
     rates = best_rates(lines, variant)
-    fresh = [line for line in lines if line["variant"] == variant and line["seed"] > 0]
+    fresh = [line for line in lines if label(line, lines) == variant and line["seed"] > 0]
     return [line for line in fresh if rates is None or line["lr"] == rates]
 
 
@@ -147,6 +157,18 @@ def seeds_table(groups: dict[str, list[Line]]) -> str:
     return "\n".join(rows)
 
 
+def _figure(num: int) -> tuple[Figure, list[Axes]]:
+    """A figure of panels, at most three in a row."""
+    rows = -(-num // 3)
+    columns = -(-num // rows)
+    figure = Figure(figsize=(4.3 * columns, 3.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(np.ravel(figure.subplots(rows, columns)))
+    for empty in panels[num:]:
+        empty.remove()
+    return figure, panels[:num]
+
+
 def draw_rates(groups: dict[str, list[Line]], path: Path) -> None:
     """Distance against learning rate, a panel for each experiment with both sides."""
     shown = {
@@ -154,11 +176,8 @@ def draw_rates(groups: dict[str, list[Line]], path: Path) -> None:
         for name, lines in groups.items()
         if {"dense", "half"} <= {x["variant"] for x in lines}
     }
-    figure = Figure(figsize=(4.3 * len(shown), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (name, lines) in zip(
-        np.atleast_1d(figure.subplots(1, len(shown))), shown.items(), strict=True
-    ):
+    figure, panels = _figure(len(shown))
+    for axes, (name, lines) in zip(panels, shown.items(), strict=True):
         for variant in ("dense", "half"):
             same = [x for x in lines if x["variant"] == variant and len({*x["lr"]}) == 1]
             tried = sorted((x for x in same if x["seed"] == 0), key=lambda x: x["lr"])
@@ -180,25 +199,23 @@ def draw_rates(groups: dict[str, list[Line]], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    figure.axes[0].set_ylabel("Fréchet distance, lower is better")
+    for axes in panels[:: figure.axes[0].get_gridspec().ncols]:
+        axes.set_ylabel("Fréchet distance, lower is better")
     figure.savefig(path, dpi=100)
 
 
 def draw_losses(groups: dict[str, list[Line]], path: Path) -> None:
     """The loss on held-out images against FLOPs: a line for each fresh seed of either side."""
     shown = {name: sides(lines) for name, lines in groups.items() if all(sides(lines))}
-    figure = Figure(figsize=(4.3 * len(shown), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (name, both) in zip(
-        np.atleast_1d(figure.subplots(1, len(shown))), shown.items(), strict=True
-    ):
+    figure, panels = _figure(len(shown))
+    for axes, (name, both) in zip(panels, shown.items(), strict=True):
         for lines, title in zip(both, ("dense", "50 % hidden, then whole"), strict=True):
             for i, line in enumerate(lines):
                 flops, losses = np.array(line["curve"]).T
                 axes.plot(flops / 1e12, losses, marker=".", color=COLOURS[line["variant"]],
                           alpha=0.8, label=title if i == 0 else None)  # fmt: skip
         axes.set_yscale("log")
-        ticks = [0.01, 0.02, 0.03, 0.05, 0.1, 0.2]
+        ticks = [0.007, 0.01, 0.02, 0.03, 0.05]
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_title(name, loc="left", fontsize=11)
@@ -206,7 +223,8 @@ def draw_losses(groups: dict[str, list[Line]], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    figure.axes[0].set_ylabel("loss on held-out images")
+    for axes in panels[:: figure.axes[0].get_gridspec().ncols]:
+        axes.set_ylabel("loss on held-out images")
     figure.savefig(path, dpi=100)
 
 
