@@ -179,7 +179,7 @@ def _fine_features(draw: ImageDraw.ImageDraw, box: Box, words: dict[str, str], s
 
 
 def _bold_features(draw: ImageDraw.ImageDraw, box: Box, words: dict[str, str], scale: int) -> None:
-    """Eyes and a mouth that 16 pixels can show: nothing is thinner than a pixel there."""
+    """Eyes and a mouth that 16 pixels can show: large, and of strong contrast."""
     for middle in (-0.105, 0.105):
         if words["eyes"] == "closed":
             draw.rectangle(box(middle - 0.06, -0.04, middle + 0.06, 0.025), DARK)
