@@ -115,8 +115,10 @@ def saving(dense: list[Line], masked: list[Line]) -> tuple[float, float, float]:
     would reach it sooner, so that this says too little of what is saved.
     """
     logs = []
+    masked_by_seed = {line["seed"]: line for line in masked}
     for one in dense:
-        (other,) = [line for line in masked if line["seed"] == one["seed"]]
+        if (other := masked_by_seed.get(one["seed"])) is None:
+            continue
         flops, losses = np.log(np.array(other["curve"])).T
         falling = np.minimum.accumulate(losses)
         reached = np.interp(-math.log(one["dense_loss"]), -falling, flops)
