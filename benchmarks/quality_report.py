@@ -110,9 +110,9 @@ def ratio_of(
 def saving(dense: list[Line], masked: list[Line]) -> tuple[float, float, float]:
     """How many times fewer FLOPs masked runs need to reach the dense runs' last held-out loss.
 
-    Seed by seed, between measurements in straight lines on logarithms; the mean with a 95 %
-    interval. The learning rate decays towards the end of a run: one that is planned to end there
-    would reach it sooner, so that this says too little of what is saved.
+    Seed by seed where both sides have it, between measurements in straight lines on logarithms;
+    the mean with a 95 % interval. The learning rate decays towards the end of a run: one that is
+    planned to end there would reach it sooner, so that this says too little of what is saved.
     """
     logs = []
     masked_by_seed = {line["seed"]: line for line in masked}
@@ -143,7 +143,7 @@ def seeds_table(groups: dict[str, list[Line]]) -> str:
     ]
     for experiment, lines in groups.items():
         dense, masked = sides(lines)
-        if min(len(dense), len(masked)) < 2:
+        if len({line["seed"] for line in dense} & {line["seed"] for line in masked}) < 2:
             continue
         cells = [
             f"{np.mean([*map(distance, group)]):.3f} ("

@@ -97,6 +97,8 @@ def test_the_quality_laboratory_runs_what_is_missing_and_draws_its_report(tmp_pa
     dense = [{"seed": seed, "flops": 8e12, "dense_loss": 0.02} for seed in (1, 2)]
     masked = [{"seed": seed, "curve": [[1e12, 0.04], [4e12, 0.01]]} for seed in (2, 1)]
     assert report["saving"](dense, masked)[0] == pytest.approx(4)
+    alone = {**dense[0], "seed": 9}  # whose masked run has yet to be trained
+    assert report["saving"]([*dense, alone], masked) == report["saving"](dense, masked)
     # A trial's settings don't change behind its name.
     table.write_text(TABLE.replace("embed_dim: 16", "embed_dim: 32"))
     command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), str(table), *flags]

@@ -167,6 +167,25 @@ def test_budgets_that_cannot_be_are_refused_in_a_line(shared, tmp_path, budget, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_budget_that_looking_would_use_up_names_what_to_leave_out(shared):
+    """Each preview of 1,000 images takes 20 s; without them a minute is enough."""
+    recipe = shared(hours=1 / 60)
+    looks = {"num_previews": 1000, "preview_steps": 20, "preview_every": "50%"}
+    looking = Recipe(**{**recipe.model_dump(), **looks})
+    with pytest.raises(ValueError, match="--evaluate-every 0 --num-previews 0"):
+        budget.with_steps(looking, 1797, 1697, FixedSpeed())
+    less = {"num_previews": 0, "evaluate_every": 0}
+    planned = budget.with_steps(
+        Recipe(**{**looking.model_dump(), **less}), 1797, 1697, FixedSpeed()
+    )
+    assert planned.stages[0].steps > 100
+    # Without a clock it is stages of given length that use a budget up.
+    stages = [{**recipe.stages[0].model_dump(), "steps": 10**6}, recipe.stages[1].model_dump()]
+    long = Recipe(**{**recipe.model_dump(), "stages": stages, "budget": {"flops": 1e9}})
+    with pytest.raises(ValueError, match=r"give more, or shorten them with --stages\.N\.steps"):
+        budget.with_steps(long, 1797, 1697, FixedSpeed())
+
+
 def test_a_run_without_steps_or_budget_is_refused(shared):
     with pytest.raises(ValueError, match="stages.0.steps is needed where the run has no budget"):
         shared()

@@ -46,6 +46,10 @@ ATTRIBUTES = {
 }
 
 
+Box = Callable[[float, float, float, float], tuple[float, ...]]
+"""From left, top, right, bottom round a face's middle, in parts of its side, to pixels."""
+
+
 class Face(NamedTuple):
     """What a face shows: indices into `ATTRIBUTES` and the colours, shifts in parts of its side."""
 
@@ -155,9 +159,6 @@ def draw_face(face: Face, side: int = SIDE) -> np.ndarray:
         draw.rectangle(box(-0.2, -0.27, 0.2, -0.22), clothes)
         draw.rectangle(box(-0.32, -0.22, 0.32, -0.18), DARK)
     return np.asarray(image.reduce(FINER))
-
-
-Box = Callable[[float, float, float, float], tuple[float, ...]]
 
 
 def _fine_features(draw: ImageDraw.ImageDraw, box: Box, words: dict[str, str], scale: int) -> None:

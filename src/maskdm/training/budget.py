@@ -111,10 +111,13 @@ def with_steps(
         if speed is not None:
             apart += besides(planned, num_images).total * speed.forward_sec
         if apart > MOST_BESIDES * wanted:
+            fixed, way_out = "stages with steps", "or shorten them with --stages.N.steps"
+            if speed is not None:
+                fixed = "previews, measuring, and " + fixed
+                way_out = "or do without some: --evaluate-every 0 --num-previews 0"
             raise ValueError(
                 f"the budget of {_text(budget, wanted)} is too small: {_text(budget, apart)} of it "
-                "go to what has a fixed length"
-                + (" (previews and measuring among it)" if speed else "")
+                f"go to {fixed}: give more, {way_out}"
             )
     for i, stage in enumerate(planned.stages):
         if stage.steps < FEWEST_STEPS:
