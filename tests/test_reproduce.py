@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -143,6 +144,14 @@ def test_figure_2_measures_points_by_known_distances():
     x, y = points[:, 0], fresh[:, 0]  # on a line, scipy's is the root of half the square
     line = fig2.energy_distance(x[:, None], y[:, None])
     assert line == pytest.approx(stats.energy_distance(x, y) ** 2)
+    assert fig2.energy_distance(np.zeros((1, 2)), np.array([[3.0, 4.0]])) == 10
+    a, b = points[:37], fresh[:23] * 2
+
+    def mean(u: np.ndarray, v: np.ndarray) -> float:
+        return np.mean([np.hypot(*(one - other)) for one in u for other in v])
+
+    expected = 2 * mean(a, b) - mean(a, a) - mean(b, b)
+    assert fig2.energy_distance(a, b) == pytest.approx(expected, rel=1e-12)
     apart = fig2.energy_distance(points, fresh + [3.0, 0.0])
     assert 0 < found.energy < 0.01 < apart
 
