@@ -35,7 +35,11 @@ pytest.importorskip("optuna")
 
 from maskdm.search.forest import Diverged, Forest, Stopped, name_of  # noqa: E402
 from maskdm.search.halving import (  # noqa: E402
+    Job,
+    Outcome,
     Plan,
+    Trial,
+    promoted,
     rank_correlation,
     trials_of_full_length,
     verdict_of,
@@ -240,6 +244,24 @@ def test_where_masks_do_not_help_it_says_so_and_gives_the_dense_recipe(tmp_path)
     figure = tree_figure(search.forest.nodes(), found.trials)
     labels = [text.get_text() for text in figure.axes[0].texts]
     assert len(labels) == len(found.trials) and any("diverged" in one for one in labels)
+
+
+def test_what_a_rate_or_batch_gains_does_not_count_as_the_masks():
+    """Where no dense schedule has had the best masked one's, one gets them on the next rung."""
+    best = Schedule((BEST,), 0.4, lr=2.0, batch=0.5)
+    other = Schedule((("block", 0.5),), 0.4)
+    dense, twin = Schedule(), Schedule(lr=2.0, batch=0.5)
+    plan = Plan.of(How(candidates=9, rungs=2), 1e12, 1e12)
+
+    def next_after(*scored: tuple[Schedule, float]) -> list[Schedule]:
+        outcomes = [Outcome(score, {}, None, 0, 0.0, "") for _, score in scored]
+        trials = [Trial(i, Job(scored[i][0], 0), one) for i, one in enumerate(outcomes)]
+        return [job.schedule for job in promoted(plan, trials, 1)]
+
+    assert next_after((dense, 3.0), (other, 2.0), (best, 1.0)) == [dense, best, twin]
+    # It has had its chance, and the best dense one was better.
+    assert next_after((dense, 3), (other, 2), (best, 1), (twin, 4)) == [dense, best, other]
+    assert next_after((dense, 3), (other, 1), (best, 2)) == [dense, other, best]
 
 
 def test_a_gain_within_the_noise_is_none(whole):

@@ -151,16 +151,22 @@ def ordered(trials: Sequence[Trial]) -> list[Trial]:
 def promoted(plan: Plan, trials: Sequence[Trial], rung: int) -> list[Job]:
     """The jobs of a rung after the first: the best of the rung before.
 
-    Dense schedules have a part of all places, and masked ones at least one.
+    Dense schedules have a part of all places, and masked ones at least one. Where there is a place
+    left, the best masked schedule's learning rate and batch are tried on whole images too: else a
+    gain that is theirs would count as the mask's.
     """
     best = ordered([one for one in trials if one.job.rung == rung - 1])
     size = plan.how.sizes[rung]
     dense = [one for one in best if one.job.schedule.is_dense][: dense_places_of(size)]
     masked = [one for one in best if not one.job.schedule.is_dense]
-    places = size - len(dense)
-    others = [one for one in best if one not in dense and one not in masked[:1]]
-    chosen = ordered([*dense, *masked[:1], *others[: places - len(masked[:1])]])
-    return [Job(one.job.schedule, rung, params=one.job.params) for one in chosen]
+    sure = [*dense, *masked[:1]]
+    jobs = [Job(one.job.schedule, rung, params=one.job.params) for one in sure]
+    tried = {one.job.schedule for one in trials}
+    twins = [one.job.schedule.without_masks for one in masked[:1]]
+    jobs += [Job(one, rung) for one in twins if one not in tried][: size - len(sure)]
+    others = [one for one in best if one not in sure]
+    jobs += [Job(one.job.schedule, rung, params=one.job.params) for one in others]
+    return jobs[:size]
 
 
 def finalists(plan: Plan, trials: Sequence[Trial]) -> tuple[Schedule, Schedule | None]:

@@ -104,6 +104,11 @@ class Schedule:
         """Whether it has no masked stage."""
         return not self.masks
 
+    @property
+    def without_masks(self) -> Schedule:
+        """Dense training with the same learning rate and batch."""
+        return Schedule(lr=self.lr, batch=self.batch)
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Schedule:
         """A schedule from what `as_json` gave."""
