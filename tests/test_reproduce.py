@@ -189,5 +189,5 @@ def test_rows_of_several_seeds_have_means_and_their_spread(tmp_path):
     wanted = Wanted("table2", "smoke", flops=1e8, seeds=2, with_control=False)
     (row,) = reproduce(wanted, tmp_path)
     assert len(row.found) == len(row.runs) == 2 and row.found[0] != row.found[1]
-    assert module.number([1.0, 2.0]) == "1.5 ± 0.71" and module.number([]) == ""
+    assert module.number([2e-4, 2.2e-4]) == "0.000210 ± 0.000014" and module.number([]) == ""
     assert not list(tmp_path.glob("*-dense"))

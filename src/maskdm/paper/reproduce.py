@@ -20,6 +20,7 @@ from maskdm.runs.load import load_model
 from maskdm.settings import changed
 from maskdm.training.planning import dense_control
 from maskdm.training.trainer import train
+from maskdm.words import decimals_of, fixed
 
 FIG2 = "fig2"  # which is of no images, and has no packaged recipe: `fig2.py`
 
@@ -180,5 +181,9 @@ def number(values: Sequence[float]) -> str:
     """A mean, with its standard deviation where there are several: `1.23 ± 0.04`."""
     if not values:
         return ""
-    mean = f"{statistics.fmean(values):.4g}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2g}"
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return fixed(mean, None)
+    spread = statistics.stdev(values)
+    decimals = decimals_of([spread])
+    return f"{fixed(mean, decimals)} ± {fixed(spread, decimals)}"
