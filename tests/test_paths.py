@@ -16,7 +16,10 @@ import maskdm
 from maskdm.cli import main
 from maskdm.images.output import refuse_output, save_images
 from maskdm.images.store import cache_dir
+from maskdm.recipe_files import load_recipe
 from maskdm.runs.find import find_model
+from maskdm.settings import changed
+from maskdm.training.planning import named_folder
 from maskdm.training.trainer import train
 
 PHOTOS = 24
@@ -241,3 +244,22 @@ def test_a_relative_source_is_known_from_another_folder(home, changed, monkeypat
 def test_an_array_among_the_images_is_no_image(home):
     out = home / "photos" / "a.npz"
     assert main(["sample", str(home / "run"), "--num=1", "--steps=1", f"--out={out}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "source", "folder"),
+    [
+        ("table1-a-block2-50", None, "table1-a-block2-50"),
+        ("faces", None, "faces"),
+        ("photos64", "/data/my cats.zip", "photos64-my-cats"),
+        ("celeba64", "hf:someone/birds", "celeba64-birds"),
+    ],
+)
+def test_a_run_is_named_after_its_recipe_and_images_that_are_not_the_recipes(
+    recipe, source, folder
+):
+    whole = load_recipe(recipe)
+    if source:
+        whole = changed(whole, data=changed(whole.data, source=source))
+    assert named_folder(recipe, whole) == Path("runs") / folder
+    assert named_folder(recipe, whole, "dense") == Path("runs") / f"{folder}-dense"

@@ -63,7 +63,7 @@ Train raw-pixel diffusion models cheaply: masked pre-training, then denoising fi
   export RUN OUT              write the network for other runtimes: .pt2 (torch.export), .onnx
   push RUN OWNER/NAME         upload a model to the Hugging Face Hub, with its card
 
-`maskdm COMMAND --help` explains a command. A first try, five minutes on a laptop:
+`maskdm COMMAND --help` explains a command. A first try, three minutes on a laptop:
 
   maskdm train digits --out runs/digits
   maskdm sample runs/digits --num 64 --out digits.png

@@ -438,7 +438,7 @@ class Recipe(Settings):
             elif stage.lr_schedule != "constant":
                 why = "needs lr_schedule constant: a decay has to know where the stage ends"
             elif not self.data.held_out:
-                why = "needs held-out images: set data.held_out, to 5% say"
+                why = "needs held-out images: set data.held_out, for example to 0.05"
             if why:
                 raise ValueError(f"stages.{i}.until plateau {why}; until steps needs nothing")
 

@@ -18,7 +18,7 @@ from maskdm.images.order import training_subset
 from maskdm.images.store import Store
 from maskdm.models.build import weightless_model
 from maskdm.recipe import Budget, Recipe
-from maskdm.recipe_files import load_recipe
+from maskdm.recipe_files import load_recipe, recipe_names
 from maskdm.runs.changes import extended, settled
 from maskdm.runs.checkpoint import Progress
 from maskdm.runs.find import CONTROL
@@ -122,13 +122,15 @@ def named_folder(name: str, recipe: Recipe, control: str = "none") -> Path:
     """Where a run goes that was given no folder.
 
     Args:
-        name: of the recipe or its file: runs/NAME-SOURCE, or runs/NAME where the source says no
-            more. Or a run's folder: itself.
+        name: of the recipe or its file: runs/NAME-SOURCE, or runs/NAME where the source is the
+            packaged recipe's own or says no more. Or a run's folder: itself.
         control: other than `none` = a control, in a folder beside its run's.
     """
     run = expanded(name)
     if (run / "recipe.yaml").is_file():
         return run if control == "none" else Path(f"{run}-{control}")
+    if name in recipe_names() and load_recipe(name).data.source == recipe.data.source:
+        return Path("runs") / "-".join([name, *([] if control == "none" else [control])])
     source = Path(recipe.data.source.rstrip("/").split("://")[-1]).name
     source = re.sub(r"[^\w-]+", "-", source.split(".")[0]).strip("-")
     stem = Path(name).stem
