@@ -98,7 +98,7 @@ def tree_figure(nodes: Sequence[Node], trials: Sequence[Trial]) -> Figure:
 
     by_run = {trial.outcome.run: trial for trial in trials if trial.outcome}
     places = _places(nodes, by_run)
-    height = max(3.0, 0.17 * (1 + max(places.values(), default=0)))
+    height = max(3.0, 0.2 * (1 + max(places.values(), default=0)))
     figure = Figure(figsize=(10, height), layout="constrained")
     axes = figure.add_subplot()
     known = {node.name: node for node in nodes}
@@ -115,9 +115,11 @@ def tree_figure(nodes: Sequence[Node], trials: Sequence[Trial]) -> Figure:
             axes.plot(node.flops, places[node.name], marker=".", color=colour)
             seed = f", seed +{trial.job.seed}" if trial.job.seed else ""
             score = figure_text(trial.score) if math.isfinite(trial.score) else "diverged"
-            text = f" {score}  {trial.job.schedule}{seed}"
-            axes.text(node.flops, places[node.name], text, fontsize=5.5, va="center")
-    axes.set_xlim(0, 1.6 * max((node.flops for node in nodes), default=1))
+            text = f"  {score}  {trial.job.schedule}{seed}"
+            axes.text(node.flops, places[node.name], text, fontsize=7, va="center")
+    longest = max((node.flops for node in nodes), default=1)
+    axes.set_xlim(0, 1.9 * longest)  # room for the texts
+    axes.set_xticks([at for at in axes.get_xticks() if at <= longest])
     axes.xaxis.set_major_formatter(lambda value, place: flops_text(value))
     axes.set_xlabel("cost of training; blue: whole images, grey: masked, darker = more hidden")
     axes.set_yticks([])
