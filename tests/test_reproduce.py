@@ -51,6 +51,8 @@ def test_recipes_become_smaller_alike(scale):
         assert recipe.diffusion.prediction == {"smoke": "eps", "small": "x0"}[scale]
         works = [stage_work(one) for one in (before, recipe)]  # on the same grid
         assert [one.num_visible for one in works[0]] == [one.num_visible for one in works[1]]
+        kinds = {stage.ema.kind for stage in recipe.stages}
+        assert kinds == {{"smoke": "warmup", "small": "power"}[scale]}
     most = max(flops_of(recipe) for recipe in smaller.values())
     assert most == pytest.approx(SCALES[scale].flops, rel=0.05)
     steps = [sum(stage.steps for stage in one["table1-a-patch-50"].stages) / 250_000

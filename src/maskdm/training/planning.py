@@ -129,12 +129,11 @@ def named_folder(name: str, recipe: Recipe, control: str = "none") -> Path:
     run = expanded(name)
     if (run / "recipe.yaml").is_file():
         return run if control == "none" else Path(f"{run}-{control}")
-    if name in recipe_names() and load_recipe(name).data.source == recipe.data.source:
-        return Path("runs") / "-".join([name, *([] if control == "none" else [control])])
     source = Path(recipe.data.source.rstrip("/").split("://")[-1]).name
     source = re.sub(r"[^\w-]+", "-", source.split(".")[0]).strip("-")
     stem = Path(name).stem
-    parts = [stem, *([source] if source and source not in stem else [])]
+    is_own = name in recipe_names() and load_recipe(name).data.source == recipe.data.source
+    parts = [stem, *([] if is_own or not source or source in stem else [source])]
     return Path("runs") / "-".join([*parts, *([] if control == "none" else [control])])
 
 
