@@ -180,6 +180,7 @@ def test_figure_2_draws_each_pixel_by_itself_where_it_should(monkeypatch):
         (["--scale", "paper"], "fig2 at scale paper: the paper gives no numbers; use small"),
         (["--scale", "smal"], "unknown scale 'smal': did you mean small"),
         (["--flops", "1e9"], "fig2 has its own points and length"),
+        (["--only", "fig2"], "fig2 has its own points and length"),
     ],
 )
 def test_figure_2_refuses_what_it_has_not(tmp_path, capsys, options, message):
@@ -193,3 +194,27 @@ def test_rows_of_several_seeds_have_means_and_their_spread(tmp_path):
     assert len(row.found) == len(row.runs) == 2 and row.found[0] != row.found[1]
     assert module.number([2e-4, 2.2e-4]) == "0.000210 ± 0.000014" and module.number([]) == ""
     assert not list(tmp_path.glob("*-dense"))
+
+
+def test_a_page_of_some_recipes_and_of_those_done_before_a_kill(tmp_path, monkeypatch, capsys):
+    command = ["reproduce", "table1c", "--out", str(tmp_path), "--flops", "1e9", "--no-control"]
+    assert main([*command, "--only", "table1-c-block8"]) == 0
+    page = (tmp_path / "README.md").read_text()
+    assert re.findall(r"\| (table1\S+) \|", page) == ["table1-c-block8"] and "missing" not in page
+    run = load_recipe(tmp_path / "table1-c-block8-0" / "recipe.yaml")
+    both = {name: load_recipe(name) for name in recipes_of("table1c")}
+    alike = at_scale(both, SCALES["smoke"], flops=1e9)["table1-c-block8"]  # beside the others
+    assert [stage.steps for stage in run.stages] == [stage.steps for stage in alike.stages]
+
+    def stop(recipe, run_dir, **how):
+        return real(recipe, run_dir, **how) if "patch" in run_dir.name else stopped
+
+    real, stopped = module.train, TrainResult(False, None, Path("checkpoint"))
+    monkeypatch.setattr(module, "train", stop)
+    assert main(command) == 3
+    page = (tmp_path / "README.md").read_text()
+    assert "**3 of 4 recipes are still missing.**" in page
+    assert re.findall(r"\| (table1\S+) \|", page) == ["table1-a-patch-50"]
+    capsys.readouterr()
+    assert main([*command, "--only", "table1-scratch"]) == 2
+    assert "unknown recipe of table1c 'table1-scratch'" in capsys.readouterr().err

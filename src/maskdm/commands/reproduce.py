@@ -24,13 +24,14 @@ def reproduce(
     flops: Annotated[float | None, quiet(metavar="FLOPS")] = None,
     seeds: int = 1,
     control: bool = True,
+    only: Annotated[tuple[str, ...], quiet(metavar="RECIPE ...")] = (),
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> int:
     """Run a table or figure of the paper again, at a scale that one has.
 
     Trains each of its recipes and, for the same FLOPs, each one's dense control; evaluates them;
-    writes a page with the paper's figures beside, and a picture. The same command goes on after a
-    kill. Exit codes: 0 done, 3 stopped by a signal after saving.
+    writes a page with the paper's figures beside, and a picture, anew after each recipe. The same
+    command goes on after a kill. Exit codes: 0 done, 3 stopped by a signal after saving.
 
     Args:
         target: table1 (or table1a, b, c), table2, table3, table4, fig2, fig4 (a, b, c), fig5a,
@@ -43,6 +44,7 @@ def reproduce(
         flops: of the most expensive recipe, to which all others keep their ratio.
         seeds: trainings of each recipe.
         control: train the dense controls.
+        only: of the target's recipes, these alone. Default: all.
         verbose: show the trainings.
     """
     if seeds < 1:
@@ -50,12 +52,12 @@ def reproduce(
 
     from maskdm.paper import fig2
     from maskdm.paper.page import write_page
-    from maskdm.paper.reproduce import FIG2, Row, Wanted, number, recipes_of
+    from maskdm.paper.reproduce import FIG2, Row, Wanted, number
     from maskdm.paper.reproduce import reproduce as run
 
-    wanted = Wanted(target, scale, source, flops, seeds, control)
+    wanted = Wanted(target, scale, source, flops, seeds, control, only)
     folder = out or Path("reproductions") / f"{target}-{scale}"
-    names = recipes_of(target)
+    names = [] if target == FIG2 else wanted.recipes
     refuse_unwritable(folder, "--out", is_folder=True)
     if target == FIG2:
         drawn = list[fig2.Row]()
@@ -66,7 +68,7 @@ def reproduce(
             found = ", ".join(f"{name} {d.energy:.4f}" for name, d in one.distances.items())
             print(f"seed {seed}  {flops_text(one.flops)}  energy distance: {found}", flush=True)
         return _written(fig2.write_fig2(wanted, drawn, expanded(folder)))
-    rows = list[Row]()
+    rows, paths = list[Row](), list[Path]()
     for row in run(wanted, expanded(folder), verbose):
         if row is None:
             return _stopped()
@@ -78,7 +80,8 @@ def reproduce(
                 f"{number(row.found)}{dense}",
                 flush=True,
             )
-    return _written(write_page(wanted, rows, folder) if is_main_process() else [])
+            paths = write_page(wanted, rows, folder)  # of what there is, should this be killed
+    return _written(paths)
 
 
 def _stopped() -> int:

@@ -109,8 +109,10 @@ def reproduce_fig2(wanted: Wanted, out: Path, show: bool = False) -> Iterator[Ro
     """
     if wanted.scale not in LENGTHS and named(wanted.scale, SCALES, "scale"):
         raise ValueError(f"{FIG2} at scale {wanted.scale}: the paper gives no numbers; use small")
-    if wanted.sources or wanted.flops:
-        raise ValueError(f"{FIG2} has its own points and length: leave out --source and --flops")
+    if wanted.sources or wanted.flops or wanted.only:
+        raise ValueError(
+            f"{FIG2} has its own points and length: leave out --source, --flops and --only"
+        )
     factor = LENGTHS[wanted.scale]
     num = max(100, round(factor * NUM_SAMPLES))
     out.mkdir(parents=True, exist_ok=True)

@@ -50,9 +50,12 @@ def page_lines(wanted: Wanted, rows: Sequence[Row]) -> list[str]:
     sources = dict.fromkeys(load_recipe(row.runs[0] / "recipe.yaml").data.source for row in rows)
     title = METRICS["frechet"].title_in(rows[0].features)
     seeds = f"{wanted.seeds} seeds, ± their standard deviation" if wanted.seeds > 1 else "one seed"
+    names = wanted.recipes
+    missing = len(names) - len(rows)
     lines = [
         f"# {'; '.join(titles)}",
         "",
+        *([f"**{missing} of {len(names)} recipes are still missing.**", ""] if missing else []),
         f"{scale.means} Images: {', '.join(sources)}, {recipe.data.shape[0]} pixels; "
         f"{recipe.evaluation.num:,} samples; {seeds}.",
         "",

@@ -36,6 +36,7 @@ class Wanted:
         flops: of the most expensive recipe, instead of the scale's.
         seeds: how many.
         with_control: whether each masked recipe's dense control is trained, too.
+        only: of its recipes, these (and the primers they need); () = all.
     """
 
     target: str
@@ -44,6 +45,12 @@ class Wanted:
     flops: float | None = None
     seeds: int = 1
     with_control: bool = True
+    only: tuple[str, ...] = ()
+
+    @property
+    def recipes(self) -> list[str]:
+        """What is to be trained, in order. Raises ValueError for what the target does not have."""
+        return recipes_of(self.target, self.only)
 
 
 @dataclass
@@ -89,10 +96,14 @@ def targets() -> list[str]:
     return sorted({*names, *(name.rstrip("abc") for name in names), FIG2})
 
 
-def recipes_of(target: str) -> list[str]:
+def recipes_of(target: str, only: Sequence[str] = ()) -> list[str]:
     """Names of a target's recipes and of those whose primers they need, which come first.
 
-    Raises ValueError for an unknown target.
+    Args:
+        target: one of `targets`.
+        only: these of its recipes; none = all.
+
+    Raises ValueError for an unknown target, and for recipes that it does not have.
     """
     named(target, dict.fromkeys(targets()), "table or figure")
     chosen = [
@@ -101,6 +112,9 @@ def recipes_of(target: str) -> list[str]:
         if name == target or name.rstrip("abc") == target
         for recipe in one.recipes
     ]
+    for name in only:
+        named(name, dict.fromkeys(chosen), f"recipe of {target}")
+    chosen = [name for name in chosen if name in only or not only]
     primers = [primer_of(name)[0] for name in chosen if name in paper_tables()["primers"]]
     return list(dict.fromkeys([*primers, *chosen]))
 
@@ -124,12 +138,12 @@ def reproduce(wanted: Wanted, out: Path, show: bool = False) -> Iterator[Row | N
 
     Raises ValueError for what cannot be trained; what was done before remains.
     """
+    names, scale = wanted.recipes, named(wanted.scale, SCALES, "scale")
     recipes = {name: load_recipe(name) for name in recipes_of(wanted.target)}
-    scale = named(wanted.scale, SCALES, "scale")
-    recipes = at_scale(recipes, scale, wanted.sources, wanted.flops)
+    recipes = at_scale(recipes, scale, wanted.sources, wanted.flops)  # all keep their ratio
     controls: dict[str, float] = {}  # rows of equal FLOPs and fine-tuning share one
-    for name, recipe in recipes.items():
-        row = Row(name)
+    for name in names:
+        row, recipe = Row(name), recipes[name]
         for seed in range(wanted.seeds):
             run = out / f"{name}-{seed}"
             whole = changed(recipe, seed=seed, **_beginning(name, out, seed))
