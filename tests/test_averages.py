@@ -12,7 +12,7 @@ from test_training import assert_same_bits, quiet, train_until
 from maskdm.cli import main
 from maskdm.models.power_average import gamma_of_width, inner_product
 from maskdm.recipe import Average, Recipe
-from maskdm.runs.averages import combination, save_snapshot, snapshots_of
+from maskdm.runs.averages import combination, num_snapshots, save_snapshot, snapshots_of
 from maskdm.runs.load import load_model
 from maskdm.training.ema import Averages, decay_of, make_average, update_average
 
@@ -83,7 +83,8 @@ def test_runs_keep_snapshots_and_draw_from_any_average(averaged, tmp_path, capsy
     run = tmp_path / "run"
     quiet(averaged, run)
     kept = snapshots_of(run, "show", 10**9)
-    assert len(kept) >= 16 and kept[-1].stage_step == 60 and kept[-1].widths == (0.1, 0.05)
+    assert len(kept) == 16 == num_snapshots(averaged.stages[1])
+    assert kept[-1].stage_step == 60 and kept[-1].widths == (0.1, 0.05)
     own = load_model(run).trained.model.state_dict()
     same = load_model(run, width=0.1).trained.model.state_dict()
     wider = load_model(run, width=0.2).trained.model.state_dict()

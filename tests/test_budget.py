@@ -18,6 +18,7 @@ from maskdm.models.build import build_model
 from maskdm.recipe import Average, Recipe, Stage
 from maskdm.recipe_files import load_recipe, recipe_names
 from maskdm.runs.checkpoint import Progress
+from maskdm.runs.find import Location, find_model, training_of
 from maskdm.training import budget, planning, speed
 from maskdm.training.budget import scaled
 from maskdm.training.ema import decay_of, make_average, update_average
@@ -261,6 +262,59 @@ def test_learning_rates_change_only_on_request(tiny, changed, tmp_path):
     assert saved(tmp_path / "run").stages[0].restarts == (3,)  # where the last checkpoint is
     with pytest.raises(ValueError, match="diffusion.prediction: x0 -> v"):
         quiet(changed(stages=stages, diffusion={"prediction": "v"}), tmp_path / "run", change=True)
+
+
+def test_a_rate_that_was_too_high_can_be_changed_again(tiny, changed, tmp_path):
+    run, rates = tmp_path / "run", (1e-1, 5e-4)
+    high, low = (
+        changed(stages=[{**stage.model_dump(), "lr": rate} for stage in tiny.stages])
+        for rate in rates
+    )
+    train_until(tiny, run, 4)
+    train_until(high, run, 5, change=True)  # dies before it has saved anything
+    quiet(low, run, change=True)
+    assert (saved(run).stages[0].restarts, saved(run).stages[0].lr) == ((3,), 5e-4)
+
+
+@pytest.mark.parametrize("kinds", [("muon", "adamw"), ("adamw", "muon")])
+def test_another_optimizer_goes_on_without_the_moments_of_the_former(
+    tiny, changed, tmp_path, kinds
+):
+    first, second = (
+        changed(stages=[{**stage.model_dump(), "optimizer": kind} for stage in tiny.stages])
+        for kind in kinds
+    )
+    train_until(first, tmp_path / "run", 4)
+    quiet(second, tmp_path / "run", change=True)
+    names = {name.rpartition(".")[2] for name in state(tmp_path / "run") if ".qkv." in name}
+    assert names >= {"momentum" if kinds[1] == "muon" else "exp_avg"}
+    assert not names & {"momentum" if kinds[1] == "adamw" else "exp_avg"}
+
+
+def test_how_a_step_is_computed_may_change(tiny, changed, tmp_path):
+    train_until(tiny, tmp_path / "run", 4)
+    stages = [
+        {**stage.model_dump(), "micro_batch_size": 4, "activation_checkpointing": True}
+        for stage in tiny.stages
+    ]
+    data = {**tiny.data.model_dump(), "resident": "on"}
+    quiet(changed(stages=stages, data=data, compile="off"), tmp_path / "run")
+    assert saved(tmp_path / "run").stages[1].micro_batch_size == 4
+
+
+def test_a_run_that_grows_is_found_by_its_newest_checkpoint(tiny, tmp_path):
+    run = tmp_path / "run"
+    quiet(tiny, run)
+    assert find_model(run).folder == run / "model"
+    longer = {"images": "+80"}
+    train_until(tiny, run, 14, **longer)
+    location = find_model(run)
+    assert location.folder.name == "step-00000012"  # and not the model of the former end
+    assert training_of(location)["step"] == 12
+    assert training_of(Location(run / "model", run)) is None  # nothing says how far it was trained
+    quiet(saved(run), run)
+    assert find_model(run).folder == run / "model"
+    assert training_of(find_model(run))["step"] == saved(run).num_steps
 
 
 def test_the_images_may_be_named_differently(changed, tmp_path, image_folder, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from maskdm.models.adapters import DiffusersDenoiser
 from maskdm.models.uvit import UViT
 from maskdm.recipe import Stage
 from maskdm.training.optim import enter_stage, make_optimizer, orthogonalized
@@ -55,6 +56,37 @@ def test_muon_and_adamw_step_as_those_of_torch():
         tolerance = 0.002 if name in inside else 1e-6  # torch's Muon computes in bfloat16
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
         assert name not in inside or (a - network().get_parameter(name)).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_a_step_that_overflows_changes_nothing(kind):
+    """GradScaler only tells a fused optimizer of it, and its first scales overflow by design."""
+    model = network()
+    optimizer = make_optimizer(model, MUON.model_copy(update={"optimizer": kind}))
+    scaler = torch.amp.GradScaler("cpu")
+    for seed in range(3):
+        before = [p.detach().clone() for p in model.parameters()]
+        scaler.scale(sum(p.square().sum() for p in model.parameters())).backward()
+        if seed == 1:
+            for parameter in model.parameters():
+                parameter.grad.fill_(torch.inf)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        same = [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+        assert all(same) == (seed == 1)
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_tables_of_classes_are_no_matrices_for_muon():
+    sizes = {"image_size": 8, "patch_size": 2, "channels": 1, "embed_dim": 16, "num_heads": 2}
+    model = DiffusersDenoiser("dit", **sizes, depth=2, num_classes=3)
+    (matrices, _) = make_optimizer(model, MUON).param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    found = [names[id(p)] for p in matrices["params"]]
+    tables = [n for n in names.values() if n.endswith("embedding_table.weight")]
+    assert tables and not {*tables} & {*found} and any("attn1.to_q" in name for name in found)
 
 
 def test_a_stage_without_muon_steps_as_adamw():

@@ -63,7 +63,7 @@ class Interrupted(Exception):
     pass
 
 
-def train_until(recipe: Recipe, run_dir: Path, step: int) -> None:
+def train_until(recipe: Recipe, run_dir: Path, step: int, **options) -> None:
     """Trains until a step is done and dies there, as a kill would."""
 
     def die(self: Checkups, progress: Progress, *others: object) -> None:
@@ -72,7 +72,7 @@ def train_until(recipe: Recipe, run_dir: Path, step: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Checkups, "look", die)
-        quiet(recipe, run_dir)
+        quiet(recipe, run_dir, **options)
 
 
 def test_both_stages_run_and_leave_what_they_should(tiny, tmp_path):
@@ -396,6 +396,17 @@ def test_half_written_checkpoints_are_passed_over_with_a_note(tiny, tmp_path):
     quiet(tiny, tmp_path / "unbroken")
     assert_same_bits(tmp_path, tmp_path / "unbroken")
     assert not list(folder.glob("writing-*"))
+
+
+def test_a_run_without_a_readable_checkpoint_is_left_alone(tiny, tmp_path):
+    """Beginning anew would take from it all that could be brought back."""
+    quiet(tiny, tmp_path)
+    for file in tmp_path.glob("checkpoints/step-*/optimizer.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"can be read \(step-00000011: optimizer.safetensors has"):
+        quiet(tiny, tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_pruning_never_takes_the_checkpoint_that_was_just_saved(tiny, tmp_path):

@@ -15,6 +15,7 @@ from maskdm.images.order import training_subset
 from maskdm.images.store import open_store
 from maskdm.models.build import build_model
 from maskdm.models.uvit import UViT
+from maskdm.models.vit import ViT
 from maskdm.recipe import Data, Recipe, Sampling
 from maskdm.runs.load import load_model, load_weak
 from maskdm.sampling.generate import generate
@@ -25,11 +26,15 @@ from maskdm.training.transfer import transfer_weights
 SMALL = {"image_size": 8, "patch_size": 2, "channels": 1, "embed_dim": 16, "depth": 3}
 
 
-def uvit(**changes) -> UViT:
-    model = UViT(**{**SMALL, "num_heads": 2, **changes})
+def uvit(kind: type[UViT | ViT] = UViT, **changes) -> UViT | ViT:
+    model = kind(**{**SMALL, "num_heads": 2, **changes})
     for parameter in model.parameters():  # nothing is zero or one, so that nothing fits by chance
         torch.nn.init.normal_(parameter)
     return model
+
+
+def vit(**changes) -> ViT:
+    return uvit(ViT, **changes)
 
 
 def test_equal_models_are_copied_whole():
@@ -76,6 +81,27 @@ def test_classes_come_go_and_change():
     lines = transfer_weights(three, unconditional)
     assert torch.equal(unconditional.pos_embed, three.pos_embed[1:])
     assert "not used: label_embed" in lines
+
+
+def test_as_many_rows_of_other_classes_do_not_fit():
+    """Two classes and "no class" have three rows, as have three classes without it."""
+    source, target = uvit(num_classes=2, label_dropout=0.1), uvit(num_classes=3, label_dropout=0)
+    fresh = target.label_embed.weight.detach().clone()
+    assert "left fresh: label_embed" in transfer_weights(source, target)
+    assert torch.equal(target.label_embed.weight, fresh)
+
+
+@pytest.mark.parametrize("modulation", [True, False])
+def test_a_vit_starts_from_one_of_another_grid(modulation):
+    options = {"modulation": modulation}
+    source, target = vit(options=options), vit(options=options, image_size=16)
+    before = source.num_extras
+    with torch.no_grad():
+        source.pos_embed[before:] = torch.arange(4.0).repeat_interleave(4)[:, None]
+    assert "positions interpolated from 4x4 to 8x8" in transfer_weights(source, target)
+    assert torch.equal(target.pos_embed[:before], source.pos_embed[:before])
+    column = target.pos_embed.detach()[before:, 0].view(8, 8)[:, 3]
+    torch.testing.assert_close(column[3:5], torch.tensor([1.25, 1.75]), rtol=1e-4, atol=1e-4)
 
 
 def test_what_does_not_fit_is_left_fresh_and_named():
@@ -229,6 +255,10 @@ def test_an_init_counts_where_no_checkpoint_is_whole(tiny, changed, source_run, 
     damaged = again / "checkpoints" / "step-00000003"
     damaged.mkdir(parents=True)
     (again / "checkpoints" / "latest").write_text("step-00000003\n")
+    with pytest.raises(ValueError, match="none of the checkpoints in .* remove them to begin anew"):
+        train(recipe, again, show=False)
+    assert [*again.iterdir()] == [again / "checkpoints"]
+    shutil.rmtree(damaged)
     train(recipe, again, show=False)
     name = "checkpoints/step-00000011"
     first, second = weights(once / name), weights(again / name)

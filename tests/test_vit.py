@@ -115,3 +115,16 @@ def test_patches_pass_by_the_middle(kind, depth):
     is_inside = F.one_hot(some, 7).sum(1).bool()
     torch.testing.assert_close(again[~is_inside], changed[~is_inside])
     assert (again - changed)[is_inside].abs().amax(-1).min() > 1e-4
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_blocks_add_in_full_precision_under_autocast(parts):
+    """Else each of them rounds the sum of all before it to eight bits."""
+    model, sums = small(options=parts), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, given, answer: sums.append(answer.dtype))
+    patches, visible, t = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = model(patches, visible, t)
+    assert {*sums} == {torch.float32}
+    torch.testing.assert_close(answer.float(), model(patches, visible, t), rtol=0.1, atol=0.1)

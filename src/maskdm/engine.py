@@ -72,6 +72,13 @@ def make_accelerator(requested_precision: str) -> tuple[Accelerator, str, str]:
     return accelerator, precision, reason
 
 
+def make_another(accelerator: Accelerator) -> Accelerator:
+    """An engine of the same devices and precision, for networks that are tried and thrown away."""
+    return Accelerator(
+        cpu=accelerator.device.type == "cpu", mixed_precision=accelerator.mixed_precision
+    )
+
+
 def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
     """Decides the compute precision: `fp32`, `bf16` or `fp16`, and says why.
 
@@ -117,8 +124,8 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()})"
 
 
-def main_first(action: Callable[[], T]) -> T:
-    """Runs an action on the first rank, then on the others, which find it done; returns its result.
+def from_main(action: Callable[[], T]) -> T:
+    """Runs an action on the first rank alone; every rank gets its result.
 
     A ValueError of the first rank is raised on all, so that none waits. To be called on every rank.
     """
@@ -126,14 +133,24 @@ def main_first(action: Callable[[], T]) -> T:
         try:
             result = action()
         except ValueError as error:
-            broadcast_object_list([str(error)])
+            broadcast_object_list([None, str(error)])
             raise
-        broadcast_object_list([None])
+        broadcast_object_list([result, None])
         return result
-    (refusal,) = broadcast_object_list([None])
+    result, refusal = broadcast_object_list([None, None])
     if refusal is not None:
         raise ValueError(refusal)
-    return action()
+    return result
+
+
+def main_first(action: Callable[[], T]) -> T:
+    """Runs an action on the first rank, then on the others, which find it done; returns its result.
+
+    Raises a ValueError of the first rank as `from_main` does. To be called on every rank.
+    """
+    done = list[T]()
+    from_main(lambda: done.append(action()))
+    return done[0] if done else action()
 
 
 def on_all_ranks(num: int, compute: Callable[[list[int]], Tensor]) -> Tensor:

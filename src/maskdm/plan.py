@@ -20,6 +20,7 @@ from maskdm.images.store import is_store, open_store
 from maskdm.models.backbone import Backbone
 from maskdm.models.build import weightless_model
 from maskdm.recipe import Recipe, Stage
+from maskdm.runs.averages import num_snapshots
 from maskdm.settings import changed
 from maskdm.training.budget import set_points
 from maskdm.training.costs import Costs, costs_of, warnings_of
@@ -145,7 +146,11 @@ def make_plan(
     ]
     costs = costs_of(recipe, model, speed, num_images, num_train)
     pixels = math.prod(recipe.data.shape)
-    state = 4 * num_params * 4  # weights, average, two moments
+    # Weights, average, two moments; a power average has a narrower one beside it, and snapshots of
+    # both in fp16.
+    is_power = any(stage.ema.kind == "power" for stage in recipe.stages)
+    state = 4 * num_params * (5 if is_power else 4)
+    snapshots = 2 * 2 * num_params * sum(num_snapshots(stage) for stage in recipe.stages)
     return Plan(
         recipe,
         num_params,
@@ -156,7 +161,8 @@ def make_plan(
         Disk(
             None if num_images is None else num_images * pixels,
             state * (recipe.keep_checkpoints + len(recipe.stages) - 1)
-            + 4 * num_params * len(set_points(recipe, recipe.keep_every)),
+            + 4 * num_params * len(set_points(recipe, recipe.keep_every))
+            + snapshots,
             4 * num_params,
             recipe.evaluation.num * pixels,
         ),
@@ -249,7 +255,8 @@ def memory_of(
     (work,) = stage_work(recipe.model_copy(update={"stages": (stage,)}))
     kept, largest = _saved_bytes(recipe, min(size, share), work)
     activations = (kept + 2 * largest) * bytes_of_compute // 4
-    return Memory(num_bytes, num_bytes, 2 * num_bytes, num_bytes, activations)
+    averages = num_bytes * (2 if stage.ema.kind == "power" else 1)
+    return Memory(num_bytes, num_bytes, 2 * num_bytes, averages, activations)
 
 
 def _saved_bytes(recipe: Recipe, num: int, work: StageWork) -> tuple[int, int]:

@@ -149,7 +149,8 @@ class ViT(Backbone, ModelMixin):
         if self.label_embed is not None:
             conditions.append(self.label_embed(labels))
         x = self.patch_embed(patches)
-        x = x + F.embedding(positions + self.num_extras, self.pos_embed).to(x.dtype)  # (B, V, D)
+        # Under autocast the positions, in fp32, keep what the blocks add to in fp32.
+        x = x + F.embedding(positions + self.num_extras, self.pos_embed)  # (B, V, D)
         condition = None
         if self.parts.modulation:
             condition = F.silu(torch.stack(conditions).sum(dim=0))
@@ -213,7 +214,7 @@ class Block(nn.Module):
         self, x: Tensor, condition: Tensor | None, turns: Tensor | None, skip: Tensor | None
     ) -> Tensor:
         if self.merge is not None and skip is not None:
-            x = self.merge(torch.cat([x, skip], dim=-1))
+            x = self.merge(torch.cat([x, skip], dim=-1)).to(x.dtype)
         if self.modulate is None:
             x = x + self._attention(self.norm1(x), turns)
             return x + self._mlp(self.norm2(x))
@@ -227,7 +228,8 @@ class Block(nn.Module):
         batch, length, dim = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L, D / heads) each
-        q, k = self.q_norm(q), self.k_norm(k)
+        dtype = self.norm1.weight.dtype  # torch is slow to norm by weights of another one
+        q, k = self.q_norm(q.to(dtype)), self.k_norm(k.to(dtype))
         if turns is not None:
             q, k = turned(q, turns), turned(k, turns)
         x = F.scaled_dot_product_attention(q, k, v)

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from maskdm.files import parsed_json
+from maskdm.files import parsed_json, write_whole
 from maskdm.models.power_average import gamma_of_width, inner_product
 from maskdm.recipe import Stage
 from maskdm.words import listed
@@ -49,7 +49,13 @@ def is_snapshot_due(stage: Stage, stage_step: int) -> bool:
     """Whether a stage's averages are kept at this step of it: sixteen times, at its end too."""
     if stage.ema.kind != "power":
         return False
-    return stage_step == stage.steps or stage_step % max(1, stage.steps // NUM_SNAPSHOTS) == 0
+    parts = [NUM_SNAPSHOTS * step // stage.steps for step in (stage_step - 1, stage_step)]
+    return parts[0] < parts[1]
+
+
+def num_snapshots(stage: Stage) -> int:
+    """How many snapshots a stage leaves."""
+    return min(NUM_SNAPSHOTS, stage.steps) if stage.ema.kind == "power" else 0
 
 
 def save_snapshot(
@@ -64,10 +70,8 @@ def save_snapshot(
         for name, value in average.named_parameters()
     }
     facts = {"stage": stage.name, "step": step, "stage_step": stage_step, "widths": [*averages]}
-    path = folder / f"step-{step:08d}.safetensors"
-    writing = path.with_suffix(".writing")
-    save_file(tensors, writing, {"snapshot": json.dumps(facts)})
-    writing.replace(path)
+    content = save(tensors, {"snapshot": json.dumps(facts)})
+    write_whole(folder / f"step-{step:08d}.safetensors", lambda file: file.write(content))
 
 
 def snapshots_of(run_dir: Path, stage: str, until_step: int) -> list[Snapshot]:

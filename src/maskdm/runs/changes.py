@@ -8,11 +8,12 @@ from maskdm.recipe_files import Change, differences
 from maskdm.runs.checkpoint import Progress
 from maskdm.settings import changed
 
-# Settings that change no weight: they may change whenever a run is continued.
+# Settings that change no weight, but for rounding: they may change whenever a run is continued.
 FREE = (
     "log_every checkpoint_every checkpoint_minutes keep_checkpoints keep_every preview_every "
-    "num_previews preview_steps evaluate_every log_to sampling evaluation"
+    "num_previews preview_steps evaluate_every log_to sampling evaluation compile"
 ).split()
+FREE_OF_STAGE = ("micro_batch_size", "activation_checkpointing")
 # Settings of a stage that is not over, which change its weights: on request.
 ON_REQUEST = "batch_size optimizer lr lr_schedule warmup betas weight_decay clip ema until".split()
 LONGER = ("steps", "restarts", "warmup", "share")  # what `extended` changes
@@ -52,12 +53,14 @@ def _is_accepted(
     change: Change, old: Recipe, new: Recipe, progress: Progress, on_request: bool
 ) -> bool:
     group, _, rest = change.name.partition(".")
-    if group in FREE or group == "budget":
+    if group in FREE or group == "budget" or change.name == "data.resident":
         return True
     if group != "stages" or len(old.stages) != len(new.stages):
         return False
     number, _, setting = rest.partition(".")
     stage, name = int(number), setting.partition(".")[0]
+    if name in FREE_OF_STAGE:
+        return True
     if stage < progress.stage:
         return False
     if name in LONGER and old.stages[stage].steps < new.stages[stage].steps:
@@ -84,7 +87,7 @@ def extended(old: Recipe, new: Recipe, progress: Progress) -> Recipe:
     begins_anew = now.lr != before.lr or now.lr_schedule != before.lr_schedule
     begins_anew = begins_anew or (now.steps > before.steps and has_decayed(before, step))
     if 0 < step < now.steps and begins_anew:
-        restarts = (*restarts, step)
+        restarts = (*(restart for restart in restarts if restart < step), step)
     warmup = now.warmup
     if restarts == before.restarts and now.steps != before.steps and warmup == before.warmup:
         warmup = before.warmup_steps if step else now.warmup

@@ -91,7 +91,7 @@ def training_of(location: Location) -> dict[str, Any] | None:
     checkpoint = location.folder
     if location.is_exported:
         newest = find_checkpoint(location.run / "checkpoints")
-        if newest is None:
+        if newest is None or _goes_on(location.run):  # an export of the run's former end
             return None
         checkpoint = newest
     progress, stages = read_settings(checkpoint / "progress.json"), location.recipe.stages
@@ -121,7 +121,8 @@ def find_model(name: str | Path, note: Note = print) -> Location:
         return Location(stage_checkpoint(Path(run), stage), Path(run))
     path = exported_folder(name)
     for folder in (path, path / "model"):
-        if (folder / "model_index.json").is_file():
+        is_former = folder != path and _goes_on(path)
+        if (folder / "model_index.json").is_file() and not is_former:
             return Location(folder, _run_around(folder))
     if (path / "progress.json").is_file():
         if problem := damage(path):
@@ -138,6 +139,14 @@ def find_model(name: str | Path, note: Note = print) -> Location:
         f"{name} is not a run's folder, a checkpoint or an exported model"
         + ("" if path.exists() else " (it does not exist)")
     )
+
+
+def _goes_on(run: Path) -> bool:
+    """Whether a run is not at its end, so that its exported model is that of a former one."""
+    newest = max((path.name for path in run.glob("checkpoints/step-*")), default=None)
+    if newest is None or not (run / "recipe.yaml").is_file():
+        return False
+    return newest < _at(run, load_recipe(run / "recipe.yaml").num_steps).name
 
 
 def stage_checkpoint(run: Path, stage: str) -> Path:

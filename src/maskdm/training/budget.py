@@ -120,7 +120,7 @@ def with_steps(
                 f"go to {fixed}: give more, {way_out}"
             )
     for i, stage in enumerate(planned.stages):
-        if stage.steps < FEWEST_STEPS:
+        if parts[i] and stage.steps < FEWEST_STEPS:
             raise ValueError(
                 f"the budget leaves {counted(stage.steps, 'step')} of {_text(budget, prices[i])} "
                 f"for stage {stage.name}: give more, or lower --stages.{i}.batch-size"
@@ -152,9 +152,9 @@ def longer(
     if extra.hours:
         amount = 3600 * extra.hours
     parts = _parts(recipe, works)
-    is_over = progress.stage + 1 == len(parts)
+    is_last = progress.stage + 1 == len(parts)
     parts = [part if i >= progress.stage else 0.0 for i, part in enumerate(parts)]
-    if not is_over and progress.stage_step >= recipe.stages[progress.stage].steps:
+    if not is_last and progress.stage_step >= recipe.stages[progress.stage].steps:
         parts[progress.stage] = 0.0
     flops = amount / _price_of_flop(parts, prices, works)
     stages = [

@@ -27,7 +27,11 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Changes all parameters that have gradients."""
+        """Changes all parameters that have gradients, none where the loss scaler found overflow."""
+        # It tells a fused AdamW so, in place of leaving the step out.
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["muon"]]
         try:
@@ -85,11 +89,14 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 def make_optimizer(model: nn.Module, stage: Stage) -> MuonAdamW:
     """A fresh optimizer with the stage's settings.
 
-    Its groups are the matrices of the network's blocks, which Muon is for, and all else.
+    Its groups are the matrices of the network's blocks, which Muon is for, and all else; tables of
+    embeddings, of which a batch uses a few rows, are no matrices.
     """
     matrices, others = list[nn.Parameter](), list[nn.Parameter]()
+    tables = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
     for name, parameter in model.named_parameters():
-        (matrices if parameter.ndim == 2 and "block" in name else others).append(parameter)
+        is_matrix = parameter.ndim == 2 and "block" in name and id(parameter) not in tables
+        (matrices if is_matrix else others).append(parameter)
     groups = [
         {"params": params, "is_matrices": params is matrices, "muon": False}
         for params in (matrices, others)
@@ -103,12 +110,17 @@ def make_optimizer(model: nn.Module, stage: Stage) -> MuonAdamW:
 def enter_stage(optimizer: torch.optim.Optimizer, stage: Stage) -> None:
     """Gives an optimizer the stage's settings; clearing its moments is left to the caller.
 
+    Moments of matrices that another optimizer left, which a run may change on request, are dropped.
     A run has one optimizer: the engine keeps every one that it prepared, and its loss scaler
     would unscale the gradients once for each.
     """
     for group in optimizer.param_groups:
         group.update(lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay)
         group["muon"] = stage.optimizer == "muon" and group["is_matrices"]
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if state and ("momentum" in state) != group["muon"]:
+                del optimizer.state[parameter]
 
 
 def learning_rate(stage: Stage, stage_step: int) -> float:

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
-from maskdm.engine import process_state
+from maskdm.engine import from_main
 from maskdm.families import MODEL_SIZES
 from maskdm.files import expanded, write_text
 from maskdm.images.order import training_subset
@@ -152,10 +150,8 @@ def planned(
     and for classes that only some images have.
     """
     num_train = len(training_subset(len(store), recipe.data))
-    before: Recipe | None = None
-    if process_state().is_main_process and (run_dir / "recipe.yaml").is_file():
-        before = load_recipe(run_dir / "recipe.yaml")
-    (before,) = broadcast_object_list([before])
+    own = run_dir / "recipe.yaml"
+    before = from_main(lambda: load_recipe(own) if own.is_file() else None)
     if options.more and (before is None or options.control != "none"):
         raise ValueError(
             f"{run_dir} holds no run that could grow: give the budget without a plus"
@@ -308,8 +304,7 @@ def _continued(
     machine: Machine,
 ) -> Recipe:
     """The recipe that continues the run in a folder: with its numbers, or longer."""
-    (progress,) = broadcast_object_list([progress_of(run_dir)])
-    progress = progress or Progress()
+    progress = from_main(lambda: progress_of(run_dir)) or Progress()
     before, draft = settled(before, progress), settled(draft, progress)
     asked = _with_numbers_of(before, draft, with_lengths=options.budget.is_set)
     if options.budget.is_set and (options.more or options.budget != before.budget):

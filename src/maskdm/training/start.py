@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from maskdm.diffusion.schedule import schedule_of
-from maskdm.engine import main_first
+from maskdm.engine import from_main, main_first
 from maskdm.files import refuse_unwritable
 from maskdm.images.feed import Feed
 from maskdm.images.open import refuse_inside
@@ -20,7 +20,7 @@ from maskdm.models.backbone import Backbone
 from maskdm.models.build import build_model
 from maskdm.recipe import Recipe
 from maskdm.runs.environment import environment
-from maskdm.runs.find import find_checkpoint
+from maskdm.runs.find import damage, find_checkpoint
 from maskdm.runs.folder import claimed_run_folder
 from maskdm.runs.load import load_model
 from maskdm.sampling.samplers import refuse_settings
@@ -31,12 +31,17 @@ from maskdm.training.work import stage_work
 
 
 def refuse_recipe(recipe: Recipe, run_dir: Path, num_ranks: int) -> None:
-    """Raises ValueError for a recipe that cannot be trained, or sampled when it is trained."""
+    """Raises ValueError for a recipe that cannot be trained, or sampled when it is trained.
+
+    Also for a run whose checkpoints are all unreadable: it would begin anew, and remove them. To be
+    called on every rank.
+    """
     stage_work(recipe)  # masks that the grid cannot have
     refuse_settings(schedule_of(recipe.final_diffusion, recipe.data.size), recipe.sampling)
     refuse_inside(recipe.data.source, run_dir, "--out")
     refuse_unwritable(run_dir, "--out", is_folder=True)
     refuse_trackers(recipe.log_to)
+    from_main(lambda: _refuse_unreadable(run_dir / "checkpoints"))
     for i, stage in enumerate(recipe.stages):
         if stage.batch_size % num_ranks:
             below = stage.batch_size // num_ranks * num_ranks
@@ -44,6 +49,15 @@ def refuse_recipe(recipe: Recipe, run_dir: Path, num_ranks: int) -> None:
                 f"stages.{i}.batch_size {stage.batch_size} does not divide among {num_ranks} "
                 f"devices: use {f'{below} or ' if below else ''}{below + num_ranks}"
             )
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    found = [path.name for path in sorted(folder.glob("step-*"))]
+    if found and find_checkpoint(folder) is None:
+        raise ValueError(
+            f"none of the checkpoints in {folder} can be read ({found[-1]}: "
+            f"{damage(folder / found[-1])}): bring them back, or remove them to begin anew"
+        )
 
 
 def open_images(recipe: Recipe, accelerator: Accelerator, show: bool) -> Store:
@@ -82,8 +96,8 @@ def initial_model(recipe: Recipe, run_dir: Path, store: Store) -> tuple[Backbone
     model = build_model(recipe, _class_names(recipe, store))
     if recipe.init is None:
         return model, []
-    (checkpoint,) = broadcast_object_list([find_checkpoint(run_dir / "checkpoints")])
-    if checkpoint is not None:  # a run that is continued has weights of its own
+    if from_main(lambda: find_checkpoint(run_dir / "checkpoints")) is not None:
+        # A run that is continued has weights of its own.
         return model, []
     source = load_model(recipe.init, weights=recipe.init_weights)
     try:

@@ -9,6 +9,7 @@ from torch import Tensor
 from maskdm.families import BACKBONES
 from maskdm.models.backbone import Backbone
 from maskdm.models.uvit import UViT
+from maskdm.models.vit import ViT
 from maskdm.words import listed
 
 
@@ -33,8 +34,10 @@ def transfer_weights(source: Backbone, target: Backbone) -> list[str]:
     fitting = {
         name: old[name] for name in new if name in old and old[name].shape == new[name].shape
     }
+    if source.num_classes != target.num_classes:  # rows of one number would mean other classes
+        fitting = {name: value for name, value in fitting.items() if not _is_class_table(name)}
     resized, not_copied = [], 0
-    if isinstance(source, UViT) and isinstance(target, UViT):
+    if isinstance(source, UViT | ViT) and isinstance(target, UViT | ViT):
         positions = _positions(source, target)
         if positions is not None:
             fitting["pos_embed"] = positions
@@ -72,7 +75,12 @@ def transfer_weights(source: Backbone, target: Backbone) -> list[str]:
     return lines
 
 
-def _positions(source: UViT, target: UViT) -> Tensor | None:
+def _is_class_table(name: str) -> bool:
+    """Whether a weight is a backbone's table of classes: ours or diffusers'."""
+    return name.startswith("label_embed.") or "class_embed" in name
+
+
+def _positions(source: UViT | ViT, target: UViT | ViT) -> Tensor | None:
     """The source's positions for the target's tokens; None where the widths differ."""
     old, new = source.pos_embed.detach(), target.pos_embed.detach()
     if old.shape[1] != new.shape[1]:
@@ -83,13 +91,14 @@ def _positions(source: UViT, target: UViT) -> Tensor | None:
         grid = F.interpolate(grid, target.grid, mode="bicubic", antialias=True)
     patches = grid[0].flatten(1).T  # (N, D)
     extras = new[: target.num_extras].clone()
-    extras[-1] = old[before - 1]  # the time's comes last, after the class's if there is one
     if before == target.num_extras:
         extras = old[:before]
+    elif isinstance(source, UViT) and isinstance(target, UViT):
+        extras[-1] = old[before - 1]  # the time's comes last, after the class's if there is one
     return torch.cat([extras, patches])
 
 
-def _labels(source: UViT, target: UViT) -> Tensor | None:
+def _labels(source: UViT | ViT, target: UViT | ViT) -> Tensor | None:
     """The target's class table with the source's "no class" row; None where not both have one."""
     configs = [source.config, target.config]
     if not all(config.num_classes and config.label_dropout for config in configs):
