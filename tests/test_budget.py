@@ -343,6 +343,18 @@ def test_the_dense_control_spends_the_same(tiny, tmp_path):
     assert saved(tmp_path / "steps").stages[0].steps == 11
 
 
+def test_the_control_of_a_run_that_has_grown_grows_alike(tiny, changed, tmp_path):
+    """Its decayed rate begins anew, as the run's does, and recipe.yaml says so."""
+    decaying = {**tiny.stages[1].model_dump(), "lr_schedule": "cosine", "steps": 6}
+    for extra in ({}, {"images": "+48"}):
+        quiet(changed(stages=[decaying]), tmp_path / "run", **extra)
+        control = saved(tmp_path / "run")
+        quiet(control, tmp_path / "run-dense", control="dense")
+    (stage,) = saved(tmp_path / "run-dense").stages
+    assert (stage.steps, stage.restarts) == (12, (6,))
+    assert stage.restarts == saved(tmp_path / "run").stages[0].restarts
+
+
 def test_classes_are_found_and_half_of_them_refused(changed, tmp_path, image_folder):
     model = {"patch_size": 2, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": "auto"}
     data = {"source": str(image_folder), "size": 8, "channels": 1}

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,18 +22,22 @@ from scipy.stats import spearmanr
 from maskdm.cli import main
 from maskdm.images.store import open_store
 from maskdm.models.build import build_model
-from maskdm.recipe import Recipe
+from maskdm.recipe import Evaluation, Mask, Recipe
 from maskdm.recipe_files import load_recipe
 from maskdm.runs.checkpoint import read_progress
 from maskdm.runs.find import find_checkpoint
 from maskdm.runs.lines import read_lines
 from maskdm.seeds import derive_seed
 from maskdm.settings import changed
+from maskdm.training.speed import Speed
 from maskdm.training.trainer import train
 from maskdm.training.work import stage_work, total_flops
 
 pytest.importorskip("optuna")
 
+from maskdm.search import local  # noqa: E402
+from maskdm.search.book import Book  # noqa: E402
+from maskdm.search.builder import Builder  # noqa: E402
 from maskdm.search.forest import Diverged, Forest, Stopped, name_of  # noqa: E402
 from maskdm.search.halving import (  # noqa: E402
     Job,
@@ -45,8 +50,19 @@ from maskdm.search.halving import (  # noqa: E402
     verdict_of,
 )
 from maskdm.search.local import LocalTrainer  # noqa: E402
-from maskdm.search.report import tree_figure, verdict_text, winner_text  # noqa: E402
-from maskdm.search.search import Found, Search, carried_out, opened  # noqa: E402
+from maskdm.search.report import (  # noqa: E402
+    tree_figure,
+    trials_json,
+    verdict_text,
+    winner_text,
+)
+from maskdm.search.search import (  # noqa: E402
+    Found,
+    Search,
+    _flops_of_hours,
+    carried_out,
+    opened,
+)
 from maskdm.search.space import How, Schedule, Space  # noqa: E402
 
 BEST = ("patch", 0.5)
@@ -206,6 +222,79 @@ def test_killed_and_continued_it_gives_the_same_and_trains_nothing_twice(whole, 
     assert found.verdict == whole[1].verdict
 
 
+@pytest.mark.parametrize("adds", [3, 14, 29, 37, 41])
+def test_killed_while_it_adds_trials_it_gives_the_same(whole, tmp_path, monkeypatch, adds):
+    """In a generation of proposals, between rungs, among fresh seeds."""
+    add, done = Book._add, []
+
+    def killed(self: Book, *job: Any) -> None:
+        if len(done) == adds:
+            raise KeyboardInterrupt
+        done.append(job)
+        add(self, *job)
+
+    fake = Fake(base_recipe())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Book, "_add", killed)
+        run(begin(tmp_path, fake))
+    found = run(begin(tmp_path, fake))
+    assert outcomes(found) == outcomes(whole[1]) and found.verdict == whole[1].verdict
+    assert fake.trained == whole[2].trained
+
+
+def test_all_processes_take_the_flops_that_the_first_has_measured(tmp_path):
+    class Machine:
+        def __init__(self, sec: float):
+            self.sec = sec
+
+        def speed(self, recipe: Recipe) -> Speed:
+            return Speed((self.sec, self.sec), self.sec)
+
+    first, second = (
+        _flops_of_hours(tmp_path, base_recipe(), 2.0, Machine(sec)) for sec in (0.1, 0.2)
+    )
+    assert first == second
+    assert _flops_of_hours(tmp_path / "other", base_recipe(), 2.0, Machine(0.2)) == first / 2
+    (tmp_path / "hours.json").write_text("{")
+    with pytest.raises(ValueError, match="hours.json is damaged"):
+        _flops_of_hours(tmp_path, base_recipe(), 2.0, Machine(0.1))
+
+
+def test_what_is_not_searched_stays_as_the_recipe_has_it():
+    base = base_recipe()
+    first, last = (stage.model_dump() for stage in base.stages)
+    mask = {**first["mask"], "where": "middle", "rounding": "floor"}
+    rows = [{**first, "mask": mask, "probe_flops": 10**6}, {**last, "start_from": "ema"}]
+    base = changed(base, stages=rows)
+    builder = Builder(base, SPACE, build_model(base), (1e10, 1e10))
+    built = builder.recipe(Schedule((("patch", 0.75),), 0.4), 1e10)
+    assert built.stages[0].mask == Mask(kind="patch", rate=0.75, where="middle", rounding="floor")
+    assert built.stages[1].start_from == "ema" and built.stages[0].probe_flops == 0
+
+
+def test_finalists_have_a_distance_whatever_the_recipe_measures(tmp_path, monkeypatch):
+    asked = []
+
+    def evaluate(loaded: Any, settings: Evaluation, sampling: Any) -> Any:
+        asked.append(settings.metrics)
+        return SimpleNamespace(record={"metrics": {"frechet": {"value": 1.0}}})
+
+    monkeypatch.setattr(local, "evaluate_model", evaluate)
+    monkeypatch.setattr(local, "load_model", lambda folder, note: None)
+    for metrics in ((), ("precision", "recall"), ("recall", "sliced")):
+        recipe = base_recipe()
+        recipe = changed(recipe, evaluation=changed(recipe.evaluation, metrics=metrics))
+        local.LocalTrainer.distance(None, recipe, tmp_path)
+    assert asked == [("frechet",), ("precision", "recall", "frechet"), ("recall", "sliced")]
+
+
+def test_results_are_json_where_something_diverged(whole):
+    verdict = replace(whole[1].verdict, masked=None, distance_gain=(-math.inf, 0.0))
+    text = trials_json(whole[1].trials, verdict, 1)
+    content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert content["distance_gain"] == [None, 0.0]
+
+
 def test_workers_share_a_search(whole, tmp_path, monkeypatch):
     monkeypatch.setattr("maskdm.search.search.POLL_SEC", 0.05)
     fakes, found = [Fake(base_recipe()) for _ in range(3)], list[Found]()
@@ -305,6 +394,11 @@ def test_what_cannot_be_searched_is_refused(tmp_path, capsys):
         (["--flops", "1e9", "--how.candidates", "6"], "use 18 candidates"),
         (["--flops", "1e9", "--space.kinds", "none"], "hides nothing"),
         (["--flops", "1e9", "--how.proxy", "x"], "proxy"),
+        (["--flops", "1e12", "--data.held-out", "0.0001"], "0.0001 of 1797 images are none"),
+        (
+            ["--flops", "1e12", "--how.proxy", "kid", "--evaluation.quick-num", "200"],
+            "means nothing in features pca",
+        ),  # fmt: skip
         (["--flops", "1e3", "--out", str(tmp_path / "y")], "is too small"),
     ):
         assert main(["search", "digits", *arguments]) == 2

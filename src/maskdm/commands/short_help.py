@@ -50,7 +50,7 @@ FLAGS = {
         "--out FOLDER": "The search's folder. Default: searches/RECIPE-SOURCE.",
         "--storage URL": "Any storage of Optuna's. Default: SQLite in the folder.",
         "--how.candidates N": "Schedules tried at the shortest length. Default: 27.",
-        "--how.proxy NAME": "What orders the trials: dense_loss, frechet, sliced or kid.",
+        "--how.proxy NAME": "What orders the trials: dense_loss, sliced or kid.",
         "--space.rates ...": "Fractions hidden. Also --space.kinds, --space.shares, --space.lrs, "
         "--space.masked-lrs, --space.batches, --space.masked-stages.",
     },

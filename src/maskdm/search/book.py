@@ -87,14 +87,14 @@ class Book:
             search is over.
         """
         with self._lock:
-            trials = self.trials()
-            if all(trial.outcome for trial in trials):
-                jobs = self._next(trials)
+            trials, begun = self.trials(), self._begun()
+            if begun or all(trial.outcome for trial in trials):
+                jobs = self._next(trials[: len(trials) - begun])
                 if not jobs:
                     return None
                 on_new([job for job, _ in jobs])
-                for job, distributions in jobs:
-                    self._add(job, distributions)
+                for place in range(begun, len(jobs)):
+                    self._add(*jobs[place], (place, len(jobs)))
                 trials = self.trials()
             for trial in trials:
                 if trial.outcome is None and self._claim(trial.number):
@@ -123,6 +123,12 @@ class Book:
                 self._study.tell(one.number, outcome.score)
             trials.append(Trial(one.number, job, outcome))
         return trials
+
+    def _begun(self) -> int:
+        """How many of the newest jobs are there, where a kill came before their last; or 0."""
+        stored = self._study.get_trials(deepcopy=False)
+        place, num = stored[-1].user_attrs.get("batch", (0, 1)) if stored else (0, 1)
+        return place + 1 if place + 1 < num else 0
 
     def _next(self, trials: Sequence[Trial]) -> list[tuple[Job, Distributions]]:
         """What follows when all trials are over; empty = nothing."""
@@ -185,14 +191,18 @@ class Book:
             )
         return study
 
-    def _add(self, job: Job, distributions: Distributions) -> None:
-        """Writes a job into the storage, whole or not at all."""
+    def _add(self, job: Job, distributions: Distributions, batch: tuple[int, int]) -> None:
+        """Writes a job into the storage, whole or not at all.
+
+        Args:
+            batch: its place among the jobs that are added together, and their number.
+        """
         self._study.add_trial(
             create_trial(
                 state=TrialState.RUNNING,
                 params=job.params if distributions else {},
                 distributions=distributions,
-                user_attrs=_job_as_json(job),
+                user_attrs={**_job_as_json(job), "batch": batch},
             )
         )
 

@@ -79,8 +79,8 @@ class Builder:
         """Whether the grid can have the masks, and each stage has steps at the shortest length."""
         grid = grid_shape(*self.base.data.shape[:2], self.base.model.patch_size)
         try:
-            for kind, rate in schedule.masks:
-                num_visible(Mask(kind=kind, rate=rate, block=self._space.block), grid)
+            for number in range(len(schedule.masks)):
+                num_visible(self._mask(number, schedule), grid)
             self.recipe(schedule, self.lengths[0])
         except ValueError:
             return False
@@ -89,11 +89,10 @@ class Builder:
     def _masked(self, number: int, schedule: Schedule) -> dict[str, Any]:
         """Settings of a masked stage, without its steps."""
         own = self.base.stages[0]
-        kind, rate = schedule.masks[number]
         row: dict[str, Any] = {
             **own.model_dump(),
             "name": f"masked-{number + 1}",
-            "mask": {"kind": kind, "rate": rate, "block": self._space.block},
+            "mask": self._mask(number, schedule).model_dump(),
             "steps": 1,
             "batch_size": self._batch(own, schedule),
             "lr": own.lr * schedule.lr * schedule.masked_lr,
@@ -101,6 +100,7 @@ class Builder:
             "warmup": 0,
             "restarts": (),
             "until": "steps",
+            "probe_flops": 0,
             "start_from": "raw",
         }
         row["warmup_from"] = min(own.warmup_from, row["lr"])
@@ -109,6 +109,11 @@ class Builder:
         steps = int(self.lengths[0] * least / self._price(row))
         row["warmup"] = min(own.warmup_steps, steps // WARMUP_PART)
         return row
+
+    def _mask(self, number: int, schedule: Schedule) -> Mask:
+        """A masked stage's mask: what is not searched of it is that of the recipe's first stage."""
+        kind, rate = schedule.masks[number]
+        return changed(self.base.stages[0].mask, kind=kind, rate=rate, block=self._space.block)
 
     def _whole(self, schedule: Schedule, flops: float) -> dict[str, Any]:
         """Settings of the last stage, without its steps."""
@@ -121,7 +126,8 @@ class Builder:
             "batch_size": self._batch(own, schedule),
             "lr": own.lr * schedule.lr,
             "restarts": (),
-            "start_from": "raw",
+            "probe_flops": 0,
+            "start_from": "raw" if schedule.is_dense else own.start_from,
             "ema": {**own.ema.model_dump(), "decay": own.ema.decay ** (1 / factor)},
         }
         row["warmup_from"] = min(own.warmup_from, row["lr"])

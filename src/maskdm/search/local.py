@@ -11,6 +11,7 @@ from maskdm.evaluation.evaluate import evaluate_model
 from maskdm.evaluation.quick import QuickLook
 from maskdm.files import whole_folder
 from maskdm.images.store import Store
+from maskdm.metrics import METRICS
 from maskdm.recipe import Evaluation, Recipe
 from maskdm.runs.find import find_checkpoint
 from maskdm.runs.load import load_model
@@ -63,7 +64,10 @@ class LocalTrainer:
     def distance(self, recipe: Recipe, folder: Path) -> dict[str, dict[str, Any]]:
         """The metrics of the recipe's evaluation, or the Fréchet distance, with intervals."""
         settings: Evaluation = recipe.evaluation
-        settings = changed(settings, metrics=settings.metrics or ("frechet",))
+        metrics = settings.metrics
+        if all(METRICS[name].higher_is_better for name in metrics):  # a distance decides
+            metrics = (*metrics, "frechet")
+        settings = changed(settings, metrics=metrics)
         loaded = load_model(folder, note=lambda text: None)
         record = evaluate_model(loaded, settings, recipe.sampling).record
         shutil.rmtree(folder / "evaluation", ignore_errors=True)

@@ -128,30 +128,37 @@ def tree_figure(nodes: Sequence[Node], trials: Sequence[Trial]) -> Figure:
 
 
 def trials_json(trials: Sequence[Trial], verdict: Verdict, spent: int) -> str:
-    """Everything, for machines."""
+    """Everything, for machines; what diverged, or was not measured, is null."""
     rows = [
         {"number": one.number, "rung": one.job.rung, "seed": one.job.seed}
         | {"schedule": one.job.schedule.as_json()}
         | (one.outcome.as_json() if one.outcome else {})
         for one in trials
     ]
-    return json.dumps(
-        {
-            "winner": verdict.winner.as_json(),
-            "masks_pay": verdict.masks_pay,
-            "metric": verdict.metric,
-            "dense": verdict.dense.as_json(),
-            "masked": verdict.masked and verdict.masked.as_json(),
-            "distances": verdict.distances,
-            "losses": verdict.losses,
-            "distance_gain": verdict.distance_gain,
-            "loss_gain": verdict.loss_gain,
-            "rank_correlation": verdict.correlation,
-            "spent_flops": spent,
-            "trials": rows,
-        },
-        indent=1,
-    )
+    content = {
+        "winner": verdict.winner.as_json(),
+        "masks_pay": verdict.masks_pay,
+        "metric": verdict.metric,
+        "dense": verdict.dense.as_json(),
+        "masked": verdict.masked and verdict.masked.as_json(),
+        "distances": verdict.distances,
+        "losses": verdict.losses,
+        "distance_gain": verdict.distance_gain,
+        "loss_gain": verdict.loss_gain,
+        "rank_correlation": verdict.correlation,
+        "spent_flops": spent,
+        "trials": rows,
+    }
+    return json.dumps(_finite(content), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """A value of JSON's types with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _places(nodes: Sequence[Node], by_run: dict[str, Trial]) -> dict[str, float]:

@@ -14,16 +14,18 @@ from filelock import FileLock
 
 from maskdm.engine import make_accelerator
 from maskdm.files import refuse_unwritable, write_text
+from maskdm.images.order import num_held_out
 from maskdm.images.store import Store
 from maskdm.models.backbone import Backbone
 from maskdm.models.build import build_model
 from maskdm.recipe import Budget, Recipe
+from maskdm.runs.find import read_settings
 from maskdm.search.book import BUSY, Book
 from maskdm.search.builder import Builder
 from maskdm.search.forest import Forest, Stopped, Trainer
 from maskdm.search.halving import Job, Outcome, Plan, Trial, Verdict, plan_text, verdict_of
 from maskdm.search.local import LocalTrainer
-from maskdm.search.space import How, Schedule, Space
+from maskdm.search.space import PROXIES, How, Schedule, Space
 from maskdm.settings import changed
 from maskdm.training.budget import FEWEST_SAMPLES, MOST_ON_SAMPLES
 from maskdm.training.planning import RunOptions, ThisMachine, planned
@@ -126,6 +128,7 @@ def search(
         flops = _flops_of_hours(folder, base, hours, machine)
     plan = Plan.of(how, flops, total_flops(base, stage_work(base, model)))
     base = _with_quick_num(base, plan, model)
+    _refuse_unmeasured(base, store, how)
     for text in plan_text(plan, total_flops(base, stage_work(base, model))):
         say(text)
     trainer = _make_trainer(base, store)
@@ -275,15 +278,26 @@ def _write_or_check(path: Path, settings: Mapping[str, object]) -> None:
     if not path.is_file():
         write_text(path, text)
         return
-    try:
-        there = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        raise ValueError(f"{path} is damaged: restore it, or name a new folder") from None
-    now = json.loads(text)
+    there, now = read_settings(path), json.loads(text)
     if changes := [name for name in now if there.get(name) != now[name]]:
         raise ValueError(
             f"{path.parent} holds a search with another {' and '.join(changes)}: give the same "
             "settings to continue it, or name a new folder with --out"
+        )
+
+
+def _refuse_unmeasured(base: Recipe, store: Store, how: How) -> None:
+    """Raises ValueError where the figure that orders trials would not be measured."""
+    num, features = num_held_out(len(store), base.data), base.evaluation.features
+    if not num:
+        raise ValueError(
+            f"{base.data.held_out:g} of {len(store)} images are none, and trials are measured on "
+            "held-out images: use --data.held-out 0.2, say, or more images"
+        )
+    if features in ("auto", "pca") and not PROXIES[how.proxy].in_pca:
+        raise ValueError(
+            f"--how.proxy {how.proxy} means nothing in features pca: use --how.proxy sliced, or "
+            "--evaluation.features inception"
         )
 
 
@@ -316,13 +330,16 @@ def _with_quick_num(base: Recipe, plan: Plan, model: Backbone) -> Recipe:
 
 
 def _flops_of_hours(folder: Path, base: Recipe, hours: float, machine: ThisMachine) -> float:
-    """FLOPs that a search trains in so many hours; those of the search that is in the folder."""
-    path = folder / "search.json"
-    if path.is_file():
-        there = json.loads(path.read_text("utf-8"))
-        if there.get("hours") == hours:
-            return float(there["flops"])
-    speed = machine.speed(base)
-    works = stage_work(base, build_model(base))
-    per_sec = min(w.step_flops / sec for w, sec in zip(works, speed.step_sec, strict=True))
-    return ON_TRAINING * 3600 * hours * per_sec
+    """FLOPs that a search trains in so many hours: as the first of its processes has measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "search.lock"):
+        for path in (folder / "search.json", folder / "hours.json"):
+            there = read_settings(path) if path.is_file() else {}
+            if there.get("hours") == hours:
+                return float(there["flops"])
+        speed = machine.speed(base)
+        works = stage_work(base, build_model(base))
+        per_sec = min(w.step_flops / sec for w, sec in zip(works, speed.step_sec, strict=True))
+        flops = ON_TRAINING * 3600 * hours * per_sec
+        write_text(folder / "hours.json", json.dumps({"hours": hours, "flops": flops}) + "\n")
+    return flops

@@ -165,7 +165,15 @@ def planned(
         if any((old.until, new.until) == ("steps", "plateau") for old, new in pairs):
             refuse_plateaus(result, len(store))
         return result
-    return with_numbers(with_classes(recipe, store), options, len(store), num_train, machine)
+    recipe = with_classes(recipe, store)
+    if options.control == "none":  # forks that another run made are not made again
+        stages = [stage.model_dump() | {"probe_flops": 0} for stage in recipe.stages]
+        recipe = changed(recipe, stages=stages)
+    result = with_numbers(recipe, options, len(store), num_train, machine)
+    if before is not None and len(before.stages) == len(result.stages):  # a control that grows
+        progress = from_main(lambda: progress_of(run_dir)) or Progress()
+        return extended(before, result, progress)
+    return result
 
 
 def with_numbers(
