@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskdm.cli import main
@@ -17,6 +20,8 @@ from maskdm.diffusion.schedule import make_schedule
 from maskdm.models.build import build_model
 from maskdm.plan import GPUS, Gpus, make_plan, planned_run
 from maskdm.recipe import Recipe
+from maskdm.recipe_files import load_recipe
+from maskdm.settings import changed
 from maskdm.training.costs import costs_of
 from maskdm.training.planning import RunOptions
 from maskdm.training.ready import forward_and_backward
@@ -28,6 +33,8 @@ import gc, json, sys
 import maskdm, torch
 from maskdm.plan import make_plan
 from maskdm.recipe import Recipe
+from maskdm.recipe_files import load_recipe
+from maskdm.settings import changed
 from maskdm.training.speed import Speed
 from maskdm.training.trainer import train
 
@@ -79,6 +86,32 @@ def test_memory_is_within_15_percent_of_the_rise_of_the_peak(tmp_path):
     assert done.returncode == 0, done.stderr
     planned, real = json.loads(done.stdout.splitlines()[-1])
     assert planned == pytest.approx(real, rel=0.15)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_activations_are_what_torch_allocates(tmp_path, recomputed):
+    """Its own count: of freed memory, which recomputing leaves much of, the system sees little."""
+    mask = {"kind": "patch", "rate": 0.5}
+    stage = {"name": "a", "mask": mask, "steps": 3, "batch_size": 64, "lr": 1e-3}
+    recipe = Recipe(
+        data={"source": "faces:64", "size": 32},
+        model={"patch_size": 4, "embed_dim": 160, "depth": 7, "num_heads": 5},
+        stages=[{**stage, "activation_checkpointing": recomputed}],
+    )
+    model = build_model(recipe)
+    if recomputed:
+        again = functools.partial(checkpoint, use_reentrant=False)
+        model.enable_gradient_checkpointing(again)
+    images = torch.zeros((64, 32, 32, 3), dtype=torch.uint8)
+    batch = draw_batch(images, None, recipe, recipe.stages[0], make_schedule("cosine"), 0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        model(batch.x0, batch.visible, batch.t).square().sum().backward()
+    prof.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    total = [one["args"]["Total Allocated"] for one in events if one.get("name") == "[memory]"]
+    memory = make_plan(recipe, "here", Speed((1.0,), 1.0), 64, 64).memory
+    real = max(total) - total[0]
+    assert memory.activations + memory.gradients == pytest.approx(real, rel=0.15)
 
 
 @pytest.mark.gpu
@@ -152,5 +185,38 @@ def test_the_command_prints_a_table_or_json(capsys, monkeypatch):
     facts = json.loads(capsys.readouterr().out)
     assert facts["costs"]["flops"] == pytest.approx(1e12, rel=0.01)
     assert facts["disk"]["store"] == 1797 * 64
-    assert main(["plan", "digits", "--gpu", "h1000"]) == 2
-    assert "unknown GPU 'h1000': did you mean h100?" in capsys.readouterr().err
+    for flags, message in (
+        (["--gpu", "h1000"], "unknown GPU 'h1000': did you mean h100?"),
+        (["--gpu", "h100", "--gpus", "0"], "--gpus 0: at least one"),
+        (["--gpu", "h100", "--share", "0"], "--share 0: a part of the GPU's peak"),
+        (["--gpu", "h100", "--share", "22"], "--share 22: a part of the GPU's peak"),
+        (["--gpus", "8"], "--gpus and --share are of GPUs that are not here: add --gpu"),
+        (["--flops", "+1e12"], "give the budget in all, without a plus"),
+    ):
+        assert main(["plan", "digits", *flags]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_saves_memory_is_planned():
+    recipe = load_recipe("celebahq256")
+    whole, auto, again = (
+        planned_run(
+            changed(recipe, stages=[stage.model_dump() | how for stage in recipe.stages]),
+            RunOptions(),
+            "t4",
+        )
+        for how in (
+            {},
+            {"micro_batch_size": "auto"},
+            {"micro_batch_size": "auto", "activation_checkpointing": True},
+        )
+    )
+    assert whole.memory.total > GPUS["t4"].memory > auto.memory.total
+    assert "micro-batch-size auto" in " ".join(whole.warnings)
+    assert not [one for one in auto.warnings if "a step needs" in one]
+    # Auto fills what there is: recomputing blocks lets more images in at a time.
+    assert auto.memory.activations < GPUS["t4"].memory
+    assert again.memory.total < GPUS["t4"].memory
+    fp32 = planned_run(changed(recipe, precision="fp32"), RunOptions(), "h100")
+    assert fp32.memory.activations == pytest.approx(2 * whole.memory.activations)
+    assert "the times are those of bf16" in " ".join(fp32.warnings)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from maskdm.choices import named
 from maskdm.engine import device_name, make_accelerator, process_state
@@ -128,6 +130,7 @@ def make_plan(
     num_train: int | None,
     num_devices: int = 1,
     bytes_of_compute: int = 4,
+    limit: float | None = None,
 ) -> Plan:
     """Plans a recipe whose numbers are all known.
 
@@ -138,12 +141,12 @@ def make_plan(
         num_images, num_train: of the source, and those trained on; None = unknown.
         num_devices: the batch is divided among so many.
         bytes_of_compute: 4 for fp32, 2 for bf16 and fp16.
+        limit: bytes of memory of a device, which `micro_batch_size: auto` keeps to; None = unknown.
     """
     model = weightless_model(recipe)
     num_params = sum(p.numel() for p in model.parameters())
-    memories = [
-        memory_of(recipe, stage, model, num_devices, bytes_of_compute) for stage in recipe.stages
-    ]
+    how = (num_devices, bytes_of_compute, limit)
+    memories = [memory_of(recipe, stage, model, *how) for stage in recipe.stages]
     costs = costs_of(recipe, model, speed, num_images, num_train)
     pixels = math.prod(recipe.data.shape)
     # Weights, average, two moments; a power average has a narrower one beside it, and snapshots of
@@ -172,11 +175,23 @@ def make_plan(
 
 @dataclass(frozen=True)
 class Gpus:
-    """GPUs that are not here, as a machine for budgets: they reach a share of their peak."""
+    """GPUs that are not here, as a machine for budgets: they reach a share of their peak.
+
+    Raises ValueError for an unknown GPU, no GPUs, and a share that is none.
+    """
 
     name: str
     num: int = 1
     share: float = SHARE
+
+    def __post_init__(self) -> None:
+        named(self.name, GPUS, "GPU")
+        if self.num < 1:
+            raise ValueError(f"--gpus {self.num}: at least one")
+        if not 0 < self.share <= 1:
+            raise ValueError(
+                f"--share {self.share:g}: a part of the GPU's peak, above 0 and at most 1"
+            )
 
     def speed(self, recipe: Recipe) -> Speed:
         """Its FLOPs over those per second."""
@@ -201,13 +216,21 @@ def planned_run(
 
     The images are counted, not read; where that is not possible, epochs remain unknown.
 
-    Raises ValueError for an unknown GPU, and where the recipe needs to know its images.
+    Raises ValueError for an unknown GPU, for what a run in a folder gets on top, and where the
+    recipe needs to know its images.
     """
+    if options.more:
+        raise ValueError("a plan is of a whole run: give the budget in all, without a plus")
+    if gpu is None and (num_gpus != 1 or share is not None):
+        raise ValueError("--gpus and --share are of GPUs that are not here: add --gpu")
     num_images = count_images(recipe)
     num_train = None if num_images is None else len(training_subset(num_images, recipe.data))
     device = process_state().device
     where: Machine
+    limit: float | None = None
     if gpu is None:
+        if device.type == "cuda":
+            limit = torch.cuda.get_device_properties(device).total_memory
         accelerator, precision, _ = make_accelerator(recipe.precision)
         where, num = (
             ThisMachine(accelerator, lambda text: print(text, file=sys.stderr)),
@@ -215,19 +238,24 @@ def planned_run(
         )
         machine = f"{num} x {device_name(device)}, {precision}"
     else:
-        named(gpu, GPUS, "GPU")
-        where, num, precision = Gpus(gpu, num_gpus, share or SHARE), num_gpus, "bf16"
+        where, num = Gpus(gpu, num_gpus, SHARE if share is None else share), num_gpus
+        precision = "fp32" if recipe.precision == "fp32" else "bf16"
+        limit = GPUS[gpu].memory
         machine = f"{num_gpus} x {GPUS[gpu].title} at {100 * where.share:.0f} % of the peak"
     if recipe.model.num_classes == "auto":  # which hardly changes the cost
         recipe = changed(recipe, model=changed(recipe.model, num_classes=0))
     ready = with_numbers(recipe, options, num_images, num_train, where)
     size = 4 if precision == "fp32" else 2
-    plan = make_plan(ready, machine, where.speed(ready), num_images, num_train, num, size)
+    speed = where.speed(ready)
+    plan = make_plan(ready, machine, speed, num_images, num_train, num, size, limit)
     if gpu is not None and plan.memory.total > GPUS[gpu].memory:
         plan.warnings.append(
             f"a step needs {size_text(plan.memory.total)}, but a {GPUS[gpu].title} has "
-            f"{size_text(GPUS[gpu].memory)}: set --stages.all.micro-batch-size auto"
+            f"{size_text(GPUS[gpu].memory)}: set --stages.all.micro-batch-size auto, or also "
+            "--stages.all.activation-checkpointing"
         )
+    if gpu is not None and precision == "fp32":
+        plan.warnings.append("the times are those of bf16: in fp32 they are at least twice as long")
     return plan
 
 
@@ -242,27 +270,54 @@ def count_images(recipe: Recipe) -> int | None:
 
 
 def memory_of(
-    recipe: Recipe, stage: Stage, model: Backbone, num_devices: int = 1, bytes_of_compute: int = 4
+    recipe: Recipe,
+    stage: Stage,
+    model: Backbone,
+    num_devices: int = 1,
+    bytes_of_compute: int = 4,
+    limit: float | None = None,
 ) -> Memory:
     """The memory of a stage's step on each device.
 
     Activations are those that autograd keeps between the forward and the backward pass, counted on
-    tensors without content, and the largest of them once more for what is computed meanwhile.
+    tensors without content, and the largest of them once more for what is computed meanwhile. Where
+    blocks are computed anew, one block's are there at a time, and the inputs of all.
+
+    Args:
+        limit: bytes, to which `micro_batch_size: auto` keeps if it can; None = unknown.
     """
     num_bytes = 4 * sum(p.numel() for p in model.parameters())
+    averages = num_bytes * (2 if stage.ema.kind == "power" else 1)
+    (work,) = stage_work(recipe.model_copy(update={"stages": (stage,)}))
     share = math.ceil(stage.batch_size / num_devices)
     size = stage.micro_batch_size if isinstance(stage.micro_batch_size, int) else share
-    (work,) = stage_work(recipe.model_copy(update={"stages": (stage,)}))
-    kept, largest = _saved_bytes(recipe, min(size, share), work)
-    activations = (kept + 2 * largest) * bytes_of_compute // 4
-    averages = num_bytes * (2 if stage.ema.kind == "power" else 1)
-    return Memory(num_bytes, num_bytes, 2 * num_bytes, averages, activations)
+    kept, largest = _saved_bytes(recipe, num := min(size, share), work)
+    if stage.activation_checkpointing:
+        ends, _ = _saved_bytes(recipe, num, work, recomputed=True)
+        kept, largest = ends + (kept - ends) // max(1, recipe.model.depth), 0
+    each = (kept + 2 * largest) * bytes_of_compute // 4 / num
+    memory = Memory(num_bytes, num_bytes, 2 * num_bytes, averages, round(each * num))
+    if stage.micro_batch_size == "auto" and limit is not None:
+        sizes = [one for one in range(share, 0, -1) if share % one == 0]
+        rest = limit - (memory.total - memory.activations)
+        num = next((one for one in sizes if each * one <= rest), 1)
+        memory = replace(memory, activations=round(each * num))
+    return memory
 
 
-def _saved_bytes(recipe: Recipe, num: int, work: StageWork) -> tuple[int, int]:
-    """Bytes that autograd keeps of a forward pass in fp32, and those of the largest tensor."""
+def _saved_bytes(
+    recipe: Recipe, num: int, work: StageWork, recomputed: bool = False
+) -> tuple[int, int]:
+    """Bytes that autograd keeps of a forward pass in fp32, and those of the largest tensor.
+
+    Args:
+        recomputed: of blocks, their inputs alone.
+    """
     saved: dict[int, int] = {}
     model = weightless_model(recipe)
+    if recomputed:
+        how = {"use_reentrant": False, "preserve_rng_state": False}
+        model.enable_gradient_checkpointing(functools.partial(checkpoint, **how))
     with FakeTensorMode():
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):

@@ -98,16 +98,12 @@ def _about(name: str) -> str:
 
 def _hours(names: Sequence[str], gpu: str, share: float | None) -> dict[str, float]:
     """Hours of training on one GPU."""
-    from maskdm.choices import named
     from maskdm.models.build import Backbone, weightless_model
-    from maskdm.plan import GPUS, PAPERS_SHARE, Gpus
+    from maskdm.plan import PAPERS_SHARE, Gpus
     from maskdm.training.work import stage_work, total_flops
 
-    named(gpu, GPUS, "GPU")
-    share = PAPERS_SHARE if share is None else share
-    if not 0 < share <= 1:
-        raise ValueError(f"--share {share:g}: a part of the GPU's peak, above 0 and at most 1")
-    per_hour = 3600 * Gpus(gpu, 1, share).flops_per_sec()
+    where = Gpus(gpu, 1, PAPERS_SHARE if share is None else share)
+    per_hour = 3600 * where.flops_per_sec()
     models, hours = dict[str, Backbone](), {}
     for name in names:
         recipe = load_recipe(name)
