@@ -173,3 +173,12 @@ def test_both_ranks_refuse_bad_images_with_the_same_words(run, image_folder, tmp
     assert "Traceback" not in refused.stderr.split("ChildFailedError")[0].replace(
         'Traceback (most recent call last):\n  File "<frozen runpy>"', ""
     )
+
+
+def test_two_ranks_repeat_a_table(tmp_path):
+    out = tmp_path / "out"
+    done = launch("reproduce", "table2", "--flops", "1e9", "--no-control", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("1 of 1  celeba64") == 1
+    (record,) = json.loads((out / "celeba64-0" / "evaluation.json").read_text())
+    assert f"{record['metrics']['frechet']['value']:.4g}" in (out / "README.md").read_text()

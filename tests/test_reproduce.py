@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from maskdm.cli import main
 from maskdm.models.build import build_model
 from maskdm.paper import fig2
 from maskdm.paper import reproduce as module
-from maskdm.paper.reproduce import Wanted, recipes_of, reproduce, targets
+from maskdm.paper.reproduce import Wanted, recipes_of, reproduce, rows_of, targets
 from maskdm.paper.scales import SCALES, at_scale
 from maskdm.paper.tables import experiments
 from maskdm.recipe_files import load_recipe
@@ -191,6 +192,8 @@ def test_figure_2_refuses_what_it_has_not(tmp_path, capsys, options, message):
 def test_rows_of_several_seeds_have_means_and_their_spread(tmp_path):
     wanted = Wanted("table2", "smoke", flops=1e8, seeds=2, with_control=False)
     (row,) = reproduce(wanted, tmp_path)
+    assert rows_of(wanted, tmp_path) == [row]
+    assert rows_of(replace(wanted, flops=2e8), tmp_path) == []  # those are other trainings
     assert len(row.found) == len(row.runs) == 2 and row.found[0] != row.found[1]
     assert module.number([2e-4, 2.2e-4]) == "0.000210 ± 0.000014" and module.number([]) == ""
     assert not list(tmp_path.glob("*-dense"))
@@ -200,7 +203,8 @@ def test_a_page_of_some_recipes_and_of_those_done_before_a_kill(tmp_path, monkey
     command = ["reproduce", "table1c", "--out", str(tmp_path), "--flops", "1e9", "--no-control"]
     assert main([*command, "--only", "table1-c-block8"]) == 0
     page = (tmp_path / "README.md").read_text()
-    assert re.findall(r"\| (table1\S+) \|", page) == ["table1-c-block8"] and "missing" not in page
+    assert re.findall(r"\| (table1\S+) \|", page) == ["table1-c-block8"]
+    assert "**Still missing: 3 of 4 recipes.**" in page
     run = load_recipe(tmp_path / "table1-c-block8-0" / "recipe.yaml")
     both = {name: load_recipe(name) for name in recipes_of("table1c")}
     alike = at_scale(both, SCALES["smoke"], flops=1e9)["table1-c-block8"]  # beside the others
@@ -213,8 +217,29 @@ def test_a_page_of_some_recipes_and_of_those_done_before_a_kill(tmp_path, monkey
     monkeypatch.setattr(module, "train", stop)
     assert main(command) == 3
     page = (tmp_path / "README.md").read_text()
-    assert "**3 of 4 recipes are still missing.**" in page
-    assert re.findall(r"\| (table1\S+) \|", page) == ["table1-a-patch-50"]
+    assert "**Still missing: 2 of 4 recipes.**" in page  # what was there before stays
+    assert re.findall(r"\| (table1\S+) \|", page) == ["table1-a-patch-50", "table1-c-block8"]
     capsys.readouterr()
     assert main([*command, "--only", "table1-scratch"]) == 2
     assert "unknown recipe of table1c 'table1-scratch'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scale", "paper", "--source", "digits"], "--scale paper is as in the paper: leave out"),
+        (["--scale", "paper", "--flops", "1e12"], "--scale paper is as in the paper: leave out"),
+        (["--flops", "-1"], "--flops -1: above 0"),
+    ],
+)
+def test_what_a_scale_cannot_be_is_refused(tmp_path, capsys, options, message):
+    assert main(["reproduce", "table2", "--out", str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_images_of_a_curve_are_not_kept(tmp_path):
+    wanted = Wanted("fig4a", "smoke", flops=1e9, with_control=False, only=("fig4-celeba64",))
+    (row,) = reproduce(wanted, tmp_path)
+    (run,) = row.runs
+    assert len(list((run / "kept").glob("step-*"))) > 4
+    assert not [*(run / "evaluation").iterdir()]

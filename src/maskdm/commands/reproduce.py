@@ -44,7 +44,7 @@ def reproduce(
         flops: of the most expensive recipe, to which all others keep their ratio.
         seeds: trainings of each recipe.
         control: train the dense controls.
-        only: of the target's recipes, these alone. Default: all.
+        only: train and measure these of the target's recipes. The page has all that are measured.
         verbose: show the trainings.
     """
     if seeds < 1:
@@ -52,35 +52,35 @@ def reproduce(
 
     from maskdm.paper import fig2
     from maskdm.paper.page import write_page
-    from maskdm.paper.reproduce import FIG2, Row, Wanted, number
+    from maskdm.paper.reproduce import FIG2, Wanted, number, rows_of
     from maskdm.paper.reproduce import reproduce as run
 
     wanted = Wanted(target, scale, source, flops, seeds, control, only)
-    folder = out or Path("reproductions") / f"{target}-{scale}"
+    folder = expanded(out or Path("reproductions") / f"{target}-{scale}")
     names = [] if target == FIG2 else wanted.recipes
     refuse_unwritable(folder, "--out", is_folder=True)
     if target == FIG2:
         drawn = list[fig2.Row]()
-        for seed, one in enumerate(fig2.reproduce_fig2(wanted, expanded(folder), verbose)):
+        for seed, one in enumerate(fig2.reproduce_fig2(wanted, folder, verbose)):
             if one is None:
                 return _stopped()
             drawn.append(one)
             found = ", ".join(f"{name} {d.energy:.4f}" for name, d in one.distances.items())
             print(f"seed {seed}  {flops_text(one.flops)}  energy distance: {found}", flush=True)
-        return _written(fig2.write_fig2(wanted, drawn, expanded(folder)))
-    rows, paths = list[Row](), list[Path]()
-    for row in run(wanted, expanded(folder), verbose):
+        return _written(fig2.write_fig2(wanted, drawn, folder))
+    paths = list[Path]()
+    for done, row in enumerate(run(wanted, folder, verbose), start=1):
         if row is None:
             return _stopped()
-        rows.append(row)
         if is_main_process():
             dense = f", dense {number(row.control)}" if row.control else ""
             print(
-                f"{len(rows):3} of {len(names)}  {row.recipe:24} {flops_text(row.flops):>10}  "
+                f"{done:3} of {len(names)}  {row.recipe:24} {flops_text(row.flops):>10}  "
                 f"{number(row.found)}{dense}",
                 flush=True,
             )
-            paths = write_page(wanted, rows, folder)  # of what there is, should this be killed
+            rows = rows_of(wanted, folder)  # all that there are, should this be killed
+            paths = write_page(wanted, rows, folder)
     return _written(paths)
 
 

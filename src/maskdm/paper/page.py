@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from maskdm.evaluation.curve_points import points_of, title_of
 from maskdm.evaluation.curves import curves_of, read_facts
 from maskdm.evaluation.records import RECORDS, read_records
 from maskdm.metrics import METRICS
-from maskdm.paper.reproduce import Row, Wanted, number
+from maskdm.paper.reproduce import Row, Wanted, number, recipes_of
 from maskdm.paper.scales import SCALES
 from maskdm.paper.tables import experiments, paper_fid
 from maskdm.recipe_files import load_recipe
@@ -47,26 +48,27 @@ def page_lines(wanted: Wanted, rows: Sequence[Row]) -> list[str]:
         if wanted.target in (name, name.rstrip("abc"))
     ]
     recipe = load_recipe(rows[0].runs[0] / "recipe.yaml")
-    sources = dict.fromkeys(load_recipe(row.runs[0] / "recipe.yaml").data.source for row in rows)
+    sources = dict.fromkeys(row.source for row in rows)
     title = METRICS["frechet"].title_in(rows[0].features)
-    seeds = f"{wanted.seeds} seeds, ± their standard deviation" if wanted.seeds > 1 else "one seed"
-    names = wanted.recipes
+    most = max(len(row.found) for row in rows)
+    seeds = "one seed" if most == 1 else f"up to {most} seeds, ± their standard deviation"
+    names = recipes_of(wanted.target)
     missing = len(names) - len(rows)
     lines = [
         f"# {'; '.join(titles)}",
         "",
-        *([f"**{missing} of {len(names)} recipes are still missing.**", ""] if missing else []),
+        *([f"**Still missing: {missing} of {len(names)} recipes.**", ""] if missing else []),
         f"{scale.means} Images: {', '.join(sources)}, {recipe.data.shape[0]} pixels; "
         f"{recipe.evaluation.num:,} samples; {seeds}.",
         "",
         f"| recipe | FID in the paper | {title} | dense, same FLOPs | FLOPs |",
         "|---|---|---|---|---|",
     ]
-    best = min(row.mean for row in rows)
+    best = {source: min(row.mean for row in rows if row.source == source) for source in sources}
     for row in rows:
         fid = paper_fid(row.recipe)
         found = number(row.found)
-        found = f"**{found}**" if row.mean == best else found
+        found = f"**{found}**" if row.mean == best[row.source] else found
         lines.append(
             f"| {row.recipe} | {'' if fid is None else fid} | {found} | {number(row.control)} | "
             f"{flops_text(row.flops)} |"
@@ -107,10 +109,13 @@ def figure_of(rows: Sequence[Row]) -> Figure:
 
 def _plot_curves(rows: Sequence[Row], path: Path) -> None:
     """Saves the distances of kept averages against FLOPs, the controls' too."""
-    runs = {run.name: run for row in rows for run in row.runs}
-    controls = [run.with_name(f"{run.name}-dense") for run in runs.values()]
-    runs |= {run.name: run for run in controls if (run / RECORDS).is_file()}
+    runs, groups = dict[str, Path](), dict[str, str]()
+    for row in rows:
+        for run in [*row.runs, *row.controls]:
+            runs[run.name] = run
+            groups[run.name] = f"{row.recipe}{', dense' * (run in row.controls)}"
     lines = points_of({name: read_records(run / RECORDS) for name, run in runs.items()}, "frechet")
     facts = {name: read_facts(run) for name, run in runs.items()}
     curves, _ = curves_of(lines, facts, "flops", "frechet", in_training=False)
+    curves = [replace(curve, group=groups[curve.name]) for curve in curves]
     plot_quality(curves, "flops", "frechet", None, path, title_of("frechet", lines))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from maskdm.choices import named
+from maskdm.engine import from_main
 from maskdm.evaluation.evaluate import evaluate_model
 from maskdm.evaluation.records import RECORDS, Record, add_record, is_recorded, read_records
 from maskdm.evaluation.samples import weights_sha256
@@ -62,9 +65,10 @@ class Row:
         flops: that its training took.
         found: its Frechet distance, for each seed.
         half: half of the 95 % interval over samples, for each seed; None = unknown.
-        control: the same of its dense control.
+        control: the distance of its dense control, for each seed.
         features: in which they were measured.
-        runs: their folders.
+        source: of the images.
+        runs, controls: the folders.
     """
 
     recipe: str
@@ -73,16 +77,24 @@ class Row:
     half: list[float | None] = field(default_factory=list)
     control: list[float] = field(default_factory=list)
     features: str = ""
+    source: str = ""
     runs: list[Path] = field(default_factory=list)
+    controls: list[Path] = field(default_factory=list)
 
     def add(self, run: Path, record: Record) -> None:
         """Takes up the evaluation of another seed's run."""
         figure = record["metrics"]["frechet"]
         interval = figure["interval"]
         self.flops, self.features = record["training"]["flops"], record["features"]["name"]
+        self.source = record["reference"]["source"]
         self.found.append(figure["value"])
         self.half.append(None if interval is None else (interval[1] - interval[0]) / 2)
         self.runs.append(run)
+
+    def add_control(self, run: Path, record: Record) -> None:
+        """Takes up the evaluation of its control."""
+        self.control.append(record["metrics"]["frechet"]["value"])
+        self.controls.append(run)
 
     @property
     def mean(self) -> float:
@@ -129,7 +141,8 @@ def reproduce(wanted: Wanted, out: Path, show: bool = False) -> Iterator[Row | N
     """Trains and measures what is missing, and gives the rows one after the other.
 
     Everything lies in `out`: RECIPE-SEED and RECIPE-SEED-dense are runs. Called again after a kill
-    it goes on. Gives None, and ends, where a signal has stopped a training after saving.
+    it goes on. Gives None, and ends, where a signal has stopped a training after saving. To be
+    called on every rank.
 
     Args:
         wanted: what.
@@ -138,57 +151,116 @@ def reproduce(wanted: Wanted, out: Path, show: bool = False) -> Iterator[Row | N
 
     Raises ValueError for what cannot be trained; what was done before remains.
     """
-    names, scale = wanted.recipes, named(wanted.scale, SCALES, "scale")
-    recipes = {name: load_recipe(name) for name in recipes_of(wanted.target)}
-    recipes = at_scale(recipes, scale, wanted.sources, wanted.flops)  # all keep their ratio
-    controls: dict[str, float] = {}  # rows of equal FLOPs and fine-tuning share one
-    for name in names:
-        row, recipe = Row(name), recipes[name]
+    recipes, alike = _recipes(wanted), _alike(wanted, out)
+    for name in wanted.recipes:
         for seed in range(wanted.seeds):
-            run = out / f"{name}-{seed}"
-            whole = changed(recipe, seed=seed, **_beginning(name, out, seed))
+            run, whole = out / f"{name}-{seed}", _seeded(recipes[name], name, out, seed)
             if not train(whole, run, show=show).finished:
                 yield None
                 return
-            row.add(run, measured(run, whole))
-            if wanted.with_control and any(stage.mask.rate for stage in whole.stages):
-                alike = dense_control(whole).to_yaml()
-                if alike not in controls:
-                    control = run.with_name(f"{run.name}-dense")
-                    if not train(run, control, show=show, control="dense").finished:
-                        yield None
-                        return
-                    found = measured(control, load_recipe(control / "recipe.yaml"))
-                    controls[alike] = found["metrics"]["frechet"]["value"]
-                row.control.append(controls[alike])
-        yield row
+            measure(run, whole)
+            if wanted.with_control and name in alike:
+                control = _control(alike[name], out, seed) or run.with_name(f"{run.name}-dense")
+                if not train(run, control, show=show, control="dense").finished:
+                    yield None
+                    return
+                measure(control, load_recipe(control / "recipe.yaml"))
+        rows = from_main(lambda: rows_of(wanted, out))
+        yield next(row for row in rows if row.recipe == name)  # noqa: B023 - used at once
 
 
-def _beginning(name: str, out: Path, seed: int) -> dict[str, str]:
-    """The setting of the weights that a recipe begins with, where these are another's primer."""
+def rows_of(wanted: Wanted, out: Path) -> list[Row]:
+    """What has been measured in a folder of all of the target's recipes, seed by seed."""
+    recipes, alike = _recipes(wanted), _alike(wanted, out)
+    rows = []
+    for name, recipe in recipes.items():
+        row = Row(name)
+        for run in sorted(out.glob(f"{name}-*")):
+            seed = run.name.removeprefix(f"{name}-")
+            if seed.isdigit() and (record := _last_record(run, recipe)):
+                row.add(run, record)
+                control = _control(alike.get(name, ()), out, int(seed))
+                if control and (found := _last_record(control)):
+                    row.add_control(control, found)
+        rows += [row] if row.runs else []
+    return rows
+
+
+def _recipes(wanted: Wanted) -> dict[str, Recipe]:
+    """All recipes of a target at a scale, by name: where only some are wanted, in their ratio."""
+    scale = named(wanted.scale, SCALES, "scale")
+    if scale.flops is None and (wanted.sources or wanted.flops is not None):
+        raise ValueError(f"--scale {wanted.scale} is as in the paper: leave out --source, --flops")
+    if wanted.flops is not None and wanted.flops <= 0:
+        raise ValueError(f"--flops {wanted.flops:g}: above 0")
+    recipes = {name: load_recipe(name) for name in recipes_of(wanted.target)}
+    return at_scale(recipes, scale, wanted.sources, wanted.flops)
+
+
+def _seeded(recipe: Recipe, name: str, out: Path, seed: int) -> Recipe:
+    """A recipe with a seed and, where another's primer is its beginning, that of this seed."""
     if name not in paper_tables()["primers"]:
-        return {}
+        return changed(recipe, seed=seed)
     other, stage = primer_of(name)
-    return {"init": f"{out / f'{other}-{seed}'}@{stage}"}
+    return changed(recipe, seed=seed, init=f"{out / f'{other}-{seed}'}@{stage}")
 
 
-def measured(run: Path, recipe: Recipe) -> Record:
-    """The evaluation of a run's model, and before it of the averages that it has kept.
+def _alike(wanted: Wanted, out: Path) -> dict[str, list[str]]:
+    """For each masked recipe those that have the same dense control: one is trained for all."""
+    controls = {
+        name: dense_control(_seeded(recipe, name, out, 0)).to_yaml()
+        for name, recipe in _recipes(wanted).items()
+        if any(stage.mask.rate for stage in recipe.stages)
+    }
+    return {
+        name: [other for other in controls if controls[other] == control]
+        for name, control in controls.items()
+    }
 
-    What was measured before is not drawn again.
+
+def _control(names: Sequence[str], out: Path, seed: int) -> Path | None:
+    """The control of a seed that was begun for one of these recipes; None where there is none."""
+    folders = [out / f"{name}-{seed}-dense" for name in names]
+    return next((folder for folder in folders if (folder / "recipe.yaml").is_file()), None)
+
+
+def _last_record(run: Path, recipe: Recipe | None = None) -> Record | None:
+    """The evaluation of a finished run's model; None without it, or for a run of other stages."""
+    if not (run / "recipe.yaml").is_file():
+        return None
+    own = load_recipe(run / "recipe.yaml")
+    if recipe and (own.stages, own.data.source) != (recipe.stages, recipe.data.source):
+        return None
+    found = [
+        record
+        for record in read_records(run / RECORDS)
+        if record["training"]["step"] == own.num_steps and "frechet" in record["metrics"]
+    ]
+    return found[-1] if found else None
+
+
+def measure(run: Path, recipe: Recipe) -> None:
+    """Evaluates a run's model, and before it the averages that it has kept.
+
+    What was measured before is not drawn again. To be called on every rank.
     """
-    evaluation = changed(recipe.evaluation, metrics=("frechet",))
+    evaluation, path = changed(recipe.evaluation, metrics=("frechet",)), run / RECORDS
     for place in [*kept_averages(run), run]:
-        loaded, path = load_model(str(place)), run / RECORDS
-        sha256, records = weights_sha256(loaded.trained.model), read_records(path)
+        loaded = load_model(str(place))
+        sha256 = weights_sha256(loaded.trained.model)
         how = (loaded.sampling, evaluation, (0,), recipe.data.source)
-        if not is_recorded(records, sha256, *how):
+        if not is_recorded(from_main(lambda: read_records(path)), sha256, *how):
             folder = run / "evaluation" / place.name
             record = evaluate_model(loaded, evaluation, folder=folder).record
             record["samples"]["ema"] = None
-            add_record(path, record)
-            records = read_records(path)
-    return next(one for one in reversed(records) if one["samples"]["weights_sha256"] == sha256)
+            drawn = None if place == run else folder  # those of a curve would fill the disk
+            from_main(functools.partial(_keep, path, record, drawn))
+
+
+def _keep(path: Path, record: Record, drawn: Path | None) -> None:
+    add_record(path, record)
+    if drawn is not None:
+        shutil.rmtree(drawn, ignore_errors=True)
 
 
 def number(values: Sequence[float]) -> str:
