@@ -8,6 +8,7 @@ import shutil
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from maskdm.app.models import IN_TURN, NO_CLASS, Models, short_names
 from maskdm.app.pictures import canvas, download_files, painted, sheet, uploaded
 from maskdm.app.watching import ESTIMATE, NOISY, Frame, watched
 from maskdm.cli import main
+from maskdm.images.order import training_subset
 from maskdm.images.store import open_store
 from maskdm.recipe import Data, Mask, Recipe
 from maskdm.sampling.generate import generate
@@ -144,6 +146,13 @@ def test_a_class_is_the_same_by_name_in_every_model(classes):
     drawing = inpainted(classes, "a/run", Wanted(num=1), image, np.ones((8, 8), bool), 1, LIMITS)
     assert drawing.labels.tolist() == [2]  # no class, as `maskdm inpaint` has it by default
     assert "classifier-free" in classes.guidance_kinds()
+    # Guidance by classes would change nothing there, at twice the cost.
+    guided = Wanted(num=1, guidance="classifier-free", scale=4.0)
+    drawing = inpainted(classes, "a/run", guided, image, np.ones((8, 8), bool), 1, LIMITS)
+    assert drawing.settings.guidance.kind == "none"
+    guided = replace(guided, label=0)
+    drawing = inpainted(classes, "a/run", guided, image, np.ones((8, 8), bool), 1, LIMITS)
+    assert drawing.settings.guidance.kind == "classifier-free"
 
 
 def test_models_without_classes_offer_none(models):
@@ -159,11 +168,32 @@ def test_training_images_are_as_the_model_saw_them(models):
         models.training_image("digits", 1797)
 
 
+def test_training_images_are_those_alone_wherever_the_page_is_started(tmp_path, monkeypatch):
+    settings, images = tiny_settings(), tmp_path / "images.npy"
+    np.save(images, np.arange(40, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2))
+    settings["data"] |= {"source": "images.npy", "held_out": 10}
+    settings["stages"] = settings["stages"][:1]
+    monkeypatch.chdir(tmp_path)
+    train(Recipe(**settings), tmp_path / "run", show=False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shown = Models([str(tmp_path / "run")], note=print)
+    seen = [int(shown.training_image("run", i).mean()) for i in range(30)]
+    assert seen == training_subset(40, Recipe(**settings).data).tolist()
+    with pytest.raises(ValueError, match="images 0 to 29"):
+        shown.training_image("run", 30)
+    np.save(images, np.zeros((40, 8, 8, 1), np.uint8))
+    fresh = Models([str(tmp_path / "run")], note=print)
+    with pytest.raises(ValueError, match="are not those that .* was trained on"):
+        fresh.training_image("run", 0)
+
+
 def test_names_are_as_short_as_keeps_them_apart():
     assert short_names(["runs/a", "runs/b@hide"]) == ["a", "b@hide"]
     assert short_names(["runs/x/model", "runs/y/model"]) == ["x/model", "y/model"]
-    with pytest.raises(ValueError, match="runs/a is named twice"):
-        short_names(["runs/a", "runs/a"])
+    for again in ("runs/a", "runs/a/", "./runs/a"):
+        with pytest.raises(ValueError, match="runs/a.* is named twice"):
+            short_names(["runs/a", again])
 
 
 # Watching

@@ -212,7 +212,9 @@ def test_retrainings_differ_in_the_seed_and_in_nothing_that_is_trained():
     recipes = {
         "x-0": recipe(0),
         "y-0": recipe(0, precision="bf16"),
-        "x-1": recipe(1, log_every=7, evaluation={"num": 99}),  # measured in another way
+        "x-1": recipe(  # measured in another way, saved at other times, computed otherwise
+            1, log_every=7, evaluation={"num": 99}, checkpoint_minutes=5, compile="off"
+        ),
         "y-1": recipe(1, precision="bf16"),
         "unknown": None,
         "again": recipe(1),  # the seed of x-1 once more
@@ -270,6 +272,37 @@ def test_another_moment_of_training_or_sampling_makes_no_retraining():
     assert groups() == 1
     assert groups(training={"step": 6, "stage": "hide"}) == 0
     assert groups(samples={"sampling": {"sampler": "heun", "steps": 50}}) == 0
+
+
+def test_retrainings_guided_by_their_own_primers_are_grouped():
+    """Whose weights differ, as those of the trainings do."""
+
+    def groups(weak: str) -> int:
+        sampling = {"sampler": "ddim", "guidance": {"kind": "autoguidance", "weak": weak}}
+        return len(
+            compare_records(
+                {
+                    name: [record(recipe=recipe(seed), samples={"sampling": sampling, **more})]
+                    for seed, (name, more) in enumerate(
+                        (("a", {"weak_sha256": "a" * 64}), ("b", {"weak_sha256": "b" * 64}))
+                    )
+                }
+            ).groups
+        )
+
+    assert groups("primer") == 1 and groups("runs/other") == 0
+
+
+def test_a_run_is_represented_by_its_own_average():
+    """Not by the last width of a sweep, or the last point of a curve."""
+    own = record(1.0, samples={"model": "run/model", "ema": None})
+    swept = record(9.0, day=2, samples={"model": "run/model", "ema": 0.25})
+    point = record(5.0, day=3, samples={"model": "run/kept/step-00000009", "ema": None})
+    for records in ([own, swept, point], [point, swept, own], [swept, own]):
+        found = compare_records({"a": records, "b": [record(2.0)]})
+        assert found.records["a"]["metrics"]["frechet"]["value"] == 1.0
+    found = compare_records({"a": [swept], "b": [record(2.0)]})
+    assert any("average 0.25 (a), its own (b)" in note for note in found.notes)
 
 
 def test_single_trainings_are_noted_but_not_for_one_model_sampled_twice():

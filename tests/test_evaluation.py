@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,9 @@ from maskdm.cli import main
 from maskdm.evaluation import shards
 from maskdm.evaluation.distances import frechet_distance
 from maskdm.evaluation.evaluate import evaluate
-from maskdm.evaluation.features import features_of, make_features
+from maskdm.evaluation.features import available_features, features_of, make_features
+from maskdm.evaluation.measure import Measured, over_seeds
+from maskdm.evaluation.records import records_file
 from maskdm.evaluation.reference import own_reference
 from maskdm.evaluation.samples import Samples, drawn_samples
 from maskdm.export.pipeline import pipeline_of_run, save_pipeline
@@ -32,6 +35,7 @@ from maskdm.words import figure
 
 DIGITS = np.round(load_digits().images * 255 / 16).astype(np.uint8)[..., None]  # (1797, 8, 8, 1)
 CLASSES = load_digits().target
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -316,9 +320,45 @@ def test_another_reference_is_prepared_like_the_runs_own_images(run, tmp_path):
 
 
 def test_the_record_of_a_stage_or_a_checkpoint_goes_to_its_own_place(run):
+    """Not into folders that are replaced, or removed, when training goes on."""
     assert main(["evaluate", str(run / "model"), "--num", "6"]) == 0
-    assert json.loads((run / "model" / "evaluation.json").read_text())[0]["samples"]["num"] == 6
+    assert json.loads((run / "evaluation.json").read_text())[0]["samples"]["num"] == 6
     assert (run / "evaluation").is_dir()
+    assert not (run / "model" / "evaluation.json").exists()
+    place = run / "checkpoints" / "step-00000006"
+    place.mkdir(parents=True)
+    assert records_file(str(place)) == run.resolve() / "evaluation-step-00000006.json"
+    assert records_file(f"{run}@hide") == run / "evaluation-hide.json"
+
+
+def test_another_metric_of_the_same_images_joins_those_before(run):
+    first = record_of(run, "--num", 40, "--metrics", "frechet", "recall", "memorization")
+    second = record_of(run, "--num", 40, "--metrics", "kid")
+    (only,) = json.loads((run / "evaluation.json").read_text())
+    assert only == second and {*only["metrics"]} == {"frechet", "recall", "kid"}
+    assert only["metrics"]["frechet"] == first["metrics"]["frechet"]
+    assert only["memorization"] == first["memorization"] is not None
+    assert only["chance"] == first["chance"] is not None
+    assert [{*one} for one in only["per_seed"]] == [{"frechet", "recall", "kid"}]
+
+
+def test_weights_of_a_recipes_features_are_not_those_of_others(run, tiny, capsys):
+    own = changed(tiny.evaluation, features="inception", weights="/nowhere/inception.pth")
+    (run / "recipe.yaml").write_text(changed(tiny, evaluation=own).to_yaml())
+    record = record_of(run, "--num", 12, "--features", "pca", "--metrics", "frechet")
+    assert record["features"]["name"] == "pca"
+    assert "leave out --weights" in failure(capsys, run, "--features", "pca", "--weights", "x.pth")
+    auto = Evaluation(features="auto", weights="/nowhere/inception.pth")
+    features, note = available_features(auto, own_reference(tiny.data, False).store, CPU)
+    assert features.name == "pca" and "no such file" in note
+
+
+def test_equal_values_of_three_seeds_are_no_certainty():
+    one = Measured(0.0, 0.02, ends=(0.0, 0.06))
+    joined = over_seeds([{"precision": one}] * 3)["precision"]
+    assert joined.error == pytest.approx(math.hypot(0.02, 0.02, 0.02) / 3)
+    far = [{"precision": Measured(value, 0.001)} for value in (0.1, 0.2, 0.3)]
+    assert over_seeds(far)["precision"].error == pytest.approx(4.302653 * 0.1 / 3**0.5 / 1.96, 1e-4)
 
 
 def test_damaged_records_are_not_overwritten(run, capsys):

@@ -295,7 +295,7 @@ def test_wrong_weights_are_refused(tmp_path):
         )
     with pytest.raises(ValueError, match="--weights nowhere: no such file"):
         make_features(Evaluation(features="clip", weights="nowhere"), None, CPU)
-    with pytest.raises(ValueError, match="features pca have no weights"):
+    with pytest.raises(ValueError, match="features pca are fitted to the reference's images"):
         make_features(Evaluation(features="pca", weights="x.pth"), None, CPU)
 
 

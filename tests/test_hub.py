@@ -151,10 +151,13 @@ def test_the_card_s_lines_of_python_run(run, hub, monkeypatch):
 
 
 def test_no_local_path_and_no_training_image_leaves_the_machine(run, hub):
+    for name in ("memorization.png", "evaluation.json", "notes about secret.txt"):
+        (run / "model" / name).write_text("secret")  # also where these lie beside the weights
     assert pushed(run, "someone/pets") == 0
     files = [path for path in (hub.root / "someone/pets").rglob("*") if path.is_file()]
     names = {path.name for path in files}
     assert not names & {"environment.json", "evaluation.json", "memorization.png"}
+    assert "notes about secret.txt" not in names
     for path in files:
         assert b"secret" not in path.read_bytes(), path
         assert str(run.parent).encode() not in path.read_bytes(), path

@@ -129,6 +129,23 @@ def test_a_curve_goes_on_where_it_was_and_measures_anew_what_was_asked_otherwise
     assert "evaluated before" not in capsys.readouterr().out
 
 
+def test_points_are_known_by_what_they_were_measured_with_and_not_by_its_name(
+    run, changed, tmp_path, capsys
+):
+    reference, pixels = tmp_path / "other.npz", np.random.default_rng(0).integers(0, 256, (50, 64))
+    for shift, known in ((0, 0), (0, 4), (9, 0)):
+        np.savez(reference, images=((pixels + shift) % 256).astype(np.uint8).reshape(50, 8, 8, 1))
+        evaluate(run, "--reference", reference)
+        assert capsys.readouterr().out.count("evaluated before") == known
+    # A packed store has the name of what it was made of.
+    assert main(["pack", "digits", str(tmp_path / "packed"), "--size", "8", "--channels", "1"]) == 0
+    packed = {**changed().data.model_dump(), "source": str(tmp_path / "packed")}
+    train(changed(keep_every=4, data=packed), tmp_path / "again", show=False)
+    for known in (0, 4):
+        evaluate(tmp_path / "again", "--features", "pca")
+        assert capsys.readouterr().out.count("evaluated before") == known
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -19,7 +19,7 @@ from maskdm.images.store import open_store
 from maskdm.recipe import Recipe
 from maskdm.report import page
 from maskdm.report.charts import Band, Series, draw_chart, log_ticks, nice_ticks
-from maskdm.report.judgement import judged, judged_loss
+from maskdm.report.judgement import by_chance, judged, judged_loss
 from maskdm.report.pictures import embedded, spread
 from maskdm.runs.lines import read_lines
 from maskdm.training.trainer import train
@@ -124,7 +124,7 @@ def test_training_and_evaluating_leave_a_report_with_the_figures_of_the_files(ru
     value, interval, words = report.row("Frechet distance")
     assert value == figure(record["metrics"]["frechet"]["value"])
     assert interval == " to ".join(map(figure, record["metrics"]["frechet"]["interval"]))
-    assert "distance by chance" in words and figure(record["chance"]["frechet"]) in words
+    assert f"distance by chance, {figure(by_chance('frechet', record))}" in words
     assert f"{record['memorization']['verdict']}." in report.text
     shown = [value for tag, name, value in report.attributes if (tag, name) == ("img", "alt")]
     steps = [re.search(r"step (\d+)", text)[1] for text in shown if "step" in text]
@@ -338,13 +338,19 @@ def test_the_nearest_image_is_that_of_an_exhaustive_search():
 
 
 def test_figures_are_judged_in_plain_words():
-    record = {"chance": {"frechet": 2.0, "num": 500}}
+    record = {"chance": {"frechet": 2.0, "num": 500}, "samples": {"num": 500}}
+    record["reference"] = {"num": 500}
     for value, expected in (
-        (1.5, "As near as real"),
+        (1.5, "As near as as many other real images would be"),
         (3, "Very near: 1.5 times"),
         (9, "Near: 4.5"),
     ):
         assert judged("frechet", {"value": value}, record).startswith(expected)
+    # It falls as 1/N + 1/M: 10,000 samples of a perfect model are nearer than two sets of 500.
+    more = record | {"samples": {"num": 10_000}, "reference": {"num": 1000}}
+    expected = 2.0 * (1 / 10_000 + 1 / 1000) / (2 / 500)
+    assert by_chance("frechet", more) == pytest.approx(expected) == pytest.approx(0.55)
+    assert "Very near: 1.8 times" in judged("frechet", {"value": 1.0}, more)
     assert "Far off: 150 times" in judged("frechet", {"value": 300}, record)
     assert (
         judged("precision", {"value": 0.71}, {}) == "71 of 100 samples lie among the real images."

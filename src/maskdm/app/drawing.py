@@ -14,7 +14,12 @@ from maskdm.families import SAMPLERS
 from maskdm.models.class_names import class_text
 from maskdm.recipe import Mask, Sampling
 from maskdm.sampling.generate import Look, default_labels, generate
-from maskdm.sampling.inpaint import inpaint, labels_by_default, with_hole
+from maskdm.sampling.inpaint import (
+    inpaint,
+    labels_by_default,
+    with_hole,
+    without_useless_guidance,
+)
 from maskdm.sampling.marginal import masks_of_images
 from maskdm.settings import changed
 
@@ -200,11 +205,13 @@ def inpainted(
     base = loaded.sampling.for_inpainting()
     wanted = replace(wanted, sampler=base.sampler)
     settings = wanted.settings(base)
-    evaluations = _evaluations(wanted, settings, limits, resamplings)
+    model = loaded.trained.model
     if wanted.label == IN_TURN:
-        labels = labels_by_default(loaded.trained.model, wanted.num)
+        labels = labels_by_default(model, wanted.num)
     else:
         labels = _labels(models, name, wanted)
+    settings = without_useless_guidance(settings, model, labels)
+    evaluations = _evaluations(wanted, settings, limits, resamplings)
     drawn = Drawing(models, name, settings, wanted.seed, wanted.num, labels, evaluations)
     return replace(drawn, picture=picture, unknown=unknown, resamplings=resamplings)
 

@@ -10,13 +10,15 @@ from threading import RLock
 import numpy as np
 
 from maskdm.engine import process_state
+from maskdm.evaluation.reference import reference_of_run
 from maskdm.families import GUIDANCE
 from maskdm.files import expanded
-from maskdm.images.store import Store, open_store
+from maskdm.images.joined import SelectedRows
+from maskdm.images.order import training_subset
 from maskdm.models.build import Backbone
 from maskdm.models.class_names import class_number
 from maskdm.models.trained import TrainedModel
-from maskdm.recipe import Mask, Sampling
+from maskdm.recipe import Mask, Recipe, Sampling
 from maskdm.runs.find import stage_checkpoint
 from maskdm.runs.load import Loaded, load_model, load_weak
 from maskdm.words import listed
@@ -34,14 +36,14 @@ class Shown:
         mask: that of its stage, or a usual one.
         loaded: the model on this process's device, once it was used.
         weak: its weak model, once autoguidance was used.
-        store: the images that it was trained on, once one was shown.
+        images: those that it was trained on, (n, H, W, C), once one was shown.
     """
 
     run: str
     mask: Mask = DEFAULT_MASK
     loaded: Loaded | None = None
     weak: TrainedModel | None = None
-    store: Store | None = None
+    images: SelectedRows | None = None
 
 
 @dataclass
@@ -107,12 +109,12 @@ class Models:
         if location.run is None:
             raise ValueError(f"{name} is not in a run's folder, which names its training images")
         with self.lock:
-            if shown.store is None:
-                shown.store = open_store(location.recipe.data, progress=False)
-        num = len(shown.store.images)
+            if shown.images is None:
+                shown.images = _training_images(location.run, location.recipe)
+        num = len(shown.images)
         if not 0 <= number < num:
             raise ValueError(f"image {number}: {name} was trained on images 0 to {num - 1:,}")
-        return np.array(shown.store.images[number])
+        return np.array(shown.images[number])
 
     def shown(self, name: str) -> Shown:
         """What is known of a model. Raises ValueError for another name."""
@@ -180,5 +182,17 @@ def short_names(runs: Sequence[str]) -> list[str]:
         names = ["/".join(one[-num:]) for one in parts]
         if len({*names}) == len(names):
             return names
-    twice = next(run for run in runs if list(runs).count(run) > 1)
+    twice = next(run for run, own in zip(runs, parts, strict=True) if parts.count(own) > 1)
     raise ValueError(f"{twice} is named twice: name each run once")
+
+
+def _training_images(run: Path, recipe: Recipe) -> SelectedRows:
+    """The images that a run was trained on, wherever its source is now: (n, H, W, C).
+
+    Raises ValueError where they are not there, or have changed.
+    """
+    reference, is_unchanged = reference_of_run(run, recipe.data, False)
+    if not is_unchanged or reference.store is None:
+        raise ValueError(f"the images of {reference.name} are not those that {run} was trained on")
+    store = reference.store
+    return SelectedRows(store.images, training_subset(len(store), recipe.data))

@@ -92,6 +92,7 @@ def evaluate(
     sampling = settings.checked()
     if seeds < 1:
         raise ValueError(f"--seeds {seeds}: at least one")
+    _refuse_weights(features, weights)
     _refuse_places(out, save_statistics)
 
     from maskdm.evaluation.evaluate import evaluate_images
@@ -112,38 +113,42 @@ def evaluate(
             raise ValueError(f"{run} holds images: name the real ones with --reference SOURCE")
         wanted = changed(Evaluation(), **changes)
         results = [evaluate_images(run, reference, wanted, num, show=True)]
+        if is_main_process():
+            _write(results[0], path, json_output)
     else:
         refuse_among_images(run, path)  # a sheet is saved beside it
         how = (sampling, {**changes, "num": num}, reference, range(seed, seed + seeds))
         if curve:
             _refuse_with_curve(ema, save_statistics, json_output)
             return _measure_curve(run, path, *how)
-        results = [_of_model(run, width, *how) for width in ema or (None,)]
+        for width in ema or (None,):
+            results = [_of_model(run, width, *how)]
+            if is_main_process():  # at once: a later width may fail
+                _write(results[0], path, json_output)
     if is_main_process():
-        _write(results, path, run, bool(ema), save_statistics, json_output)
+        if save_statistics is not None:
+            from maskdm.evaluation import statistics
+
+            statistics.save_statistics(results[0].statistics, save_statistics)
+        _conclude(run, path, json_output)
     return DONE
 
 
-def _write(
-    results: list[Evaluated],
-    path: Path,
-    run: str,
-    is_sweep: bool,
-    statistics_file: Path | None,
-    json_output: bool,
-) -> None:
-    """Adds the records to their file and prints them; brings the run's report up to date."""
-    from maskdm.evaluation.records import RECORDS, add_record
+def _write(result: Evaluated, path: Path, json_output: bool) -> None:
+    """Adds a record to its file, and prints it."""
+    from maskdm.evaluation.records import add_record
 
-    for result in results:
-        add_record(path, result.record)
-        if is_sweep and not json_output:
-            print(f"average of relative width {result.record['samples']['ema']:g}")
-        _report(result, path, json_output)
-    if statistics_file is not None:
-        from maskdm.evaluation import statistics
+    add_record(path, result.record)
+    width = result.record["samples"].get("ema")
+    if width is not None and not json_output:
+        print(f"average of relative width {width:g}")
+    _report(result, path, json_output)
 
-        statistics.save_statistics(results[0].statistics, statistics_file)
+
+def _conclude(run: str, path: Path, json_output: bool) -> None:
+    """Brings the run's report up to date, and names the next command."""
+    from maskdm.evaluation.records import RECORDS
+
     own = expanded(run)
     is_run = (own / "recipe.yaml").is_file()
     if is_run and path == own / RECORDS:
@@ -176,13 +181,20 @@ def _of_model(
 
     strong, weak = load(run, sampling, width)
     location = strong.location
-    wanted = changed(location.recipe.evaluation if location.run else Evaluation(), **changes)
+    wanted = _settings_of(location.recipe.evaluation if location.run else Evaluation(), changes)
     copied = expanded(run) if location.run is None and expanded(run).is_dir() else None
     folder = None if copied is None else copied / "evaluation"
     say_how_long(strong, sampling, wanted.num * len(seeds), weak, is_kept=True)
     result = evaluate_model(strong, wanted, sampling, weak, reference, seeds, folder, True)
     result.record["samples"]["ema"] = width
     return result
+
+
+def _settings_of(own: Evaluation, changes: dict[str, Any]) -> Evaluation:
+    """A recipe's settings with those of the flags; its weights are of its own features."""
+    if changes["features"] not in (None, own.features):
+        own = Evaluation(**{**own.model_dump(), "weights": None})
+    return changed(own, **changes)
 
 
 def _measure_curve(
@@ -194,7 +206,7 @@ def _measure_curve(
     seeds: range,
 ) -> int:
     """Evaluates the averages that a run has kept, except those that were evaluated so before."""
-    from maskdm.evaluation.evaluate import evaluate_model
+    from maskdm.evaluation.evaluate import evaluate_model, measured_against
     from maskdm.evaluation.records import add_record, is_recorded, read_records
     from maskdm.evaluation.samples import weights_sha256
 
@@ -207,12 +219,14 @@ def _measure_curve(
         )
     changes = {**changes, "metrics": changes["metrics"] or ("frechet",)}
     records = read_records(path)  # as all ranks see them, before the first one writes
+    against = None
     for place in kept:
         strong, weak = load(str(place), sampling)
         recipe = strong.location.recipe
-        wanted = changed(recipe.evaluation, **changes)
-        sha256, source = weights_sha256(strong.trained.model), reference or recipe.data.source
-        if is_recorded(records, sha256, sampling, wanted, seeds, source):
+        wanted = _settings_of(recipe.evaluation, changes)
+        against = against or measured_against(strong, wanted, reference, show=True)
+        sha256 = weights_sha256(strong.trained.model)
+        if is_recorded(records, sha256, sampling, wanted, seeds, against):
             _say_point(place, "evaluated before")
             continue
         say_how_long(strong, sampling, wanted.num * len(seeds), weak, is_kept=True)
@@ -242,6 +256,12 @@ def _refuse_with_curve(ema: tuple[float, ...], statistics: Path | None, json_out
     flags = {"--ema": bool(ema), "--save-statistics": statistics is not None, "--json": json_output}
     if useless := [flag for flag, is_given in flags.items() if is_given]:
         raise ValueError(f"{useless[0]} has no effect with --curve: leave it out")
+
+
+def _refuse_weights(features: str | None, weights: Path | None) -> None:
+    """Raises ValueError for weights of features that have none."""
+    if features == "pca" and weights is not None:
+        raise ValueError("features pca have no weights: leave out --weights")
 
 
 def _refuse_places(out: Path | None, statistics: Path | None) -> None:

@@ -20,6 +20,7 @@ from maskdm.commands.common import (
     refuse_out,
     sampling_text,
     say_how_long,
+    say_note,
 )
 
 ImageFile = Annotated[Path, tyro.conf.Positional, quiet(metavar="IMAGE")]
@@ -76,16 +77,18 @@ def inpaint(
         labels_by_default,
         read_image_and_mask,
         with_hole,
+        without_useless_guidance,
     )
 
     refuse_out(out, run)
     strong, weak = load(run, settings, ema)
     model = strong.trained.model
     picture, unknown = read_image_and_mask(image, mask, strong.preparation)
-    if label is None:
-        labels = labels_by_default(model, num)
-    else:
-        labels = class_numbers(model.config, label, num)
+    named = None if label is None else class_numbers(model.config, label, num)
+    labels = labels_by_default(model, num) if named is None else named
+    asked, settings = settings, without_useless_guidance(settings, model, labels)
+    if settings != asked:
+        say_note("results without a class are not guided by classes: give --label")
     say_how_long(strong, settings, num, weak, resamplings)
     weak_model, progress = weak.trained if weak else None, sys.stderr.isatty()
     how = (num, seed, resamplings, jump, labels, weak_model, progress)

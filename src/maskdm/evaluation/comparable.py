@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from maskdm.evaluation.records import Record
+from maskdm.evaluation.records import Record, most_telling_last
 from maskdm.recipe import Sampling
 from maskdm.words import listed
 
@@ -22,8 +22,8 @@ def comparable(
     """The newest comparable records by run, and notes about older sets that are comparable, too.
 
     Records are comparable if features, number of samples and reference are equal. If a run has
-    several, one whose samples were drawn in the same way as the other runs' is preferred, then
-    the newest.
+    several, one whose samples were drawn in the same way as the other runs' is preferred, then one
+    of its own model (not of a sweep's or a curve's averages), then the newest.
 
     Args:
         records_of_runs: name of a run -> its records, the newest last.
@@ -31,7 +31,10 @@ def comparable(
 
     Raises ValueError where there are none; it says what differs, or that a run has no records.
     """
-    named = {run: in_features(run, rs, features) for run, rs in records_of_runs.items()}
+    named = {
+        run: in_features(run, most_telling_last(rs), features)
+        for run, rs in records_of_runs.items()
+    }
     sets = []
     for equal in shared(named, properties_of):
         alike = shared(equal, how_drawn) or [equal]
@@ -55,7 +58,9 @@ def how_drawn(record: Record) -> dict[str, Any]:
     if not samples.get("sampling"):  # images of any origin
         return {}
     how = {k: v for k, v in samples["sampling"].items() if k not in Sampling.HOW_FAST}
-    guidance = how.pop("guidance", {})
+    guidance, weak = how.pop("guidance", {}), samples.get("weak_sha256")
+    if weak and guidance.get("weak") == "primer":  # each training has another
+        weak = "its primer"
     if guidance.get("kind") == "none":
         guidance = {"kind": "none"}  # the other settings have no effect
     return {
@@ -63,7 +68,8 @@ def how_drawn(record: Record) -> dict[str, Any]:
         **{f"guidance.{name}": value for name, value in guidance.items()},
         "weights": samples.get("weights"),
         "precision": samples.get("precision"),
-        "weak model": samples.get("weak_sha256") or "none",
+        "average": samples.get("ema") or "its own",
+        "weak model": weak or "none",
     }
 
 

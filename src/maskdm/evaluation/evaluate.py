@@ -130,6 +130,19 @@ def evaluate_model(
     return replace(evaluated, folder=kept)
 
 
+def measured_against(
+    loaded: Loaded, settings: Evaluation, reference: str | None = None, show: bool = False
+) -> Record:
+    """Features and reference as the record of a model's evaluation will have them.
+
+    Arguments and errors as for `evaluate_model`. To be called on every rank.
+    """
+    real, _ = _real_images(loaded.location, loaded.trained.model.image_shape, reference, show)
+    device = process_state().device
+    features, _ = main_first(lambda: available_features(settings, real.store, device))
+    return {"features": _facts_of(features, settings), "reference": real.facts()}
+
+
 def evaluate_images(
     name: str,
     reference: str,
@@ -204,12 +217,11 @@ def evaluate(
         reports |= {name: METRICS[name].compute(every[0]) for name in names if name in reports}
     num, dim = len(first.images), len(real.statistics.mean)
     cautions = _cautions(features.name, dim, num) if "frechet" in names else []
-    pixel_max = {"pixel_max": settings.pixel_max} if features.name == "pca" else {}
     record = {
         "metrics": as_record(over_seeds(figures)) if is_main else {},
         "per_seed": [{name: one.value for name, one in each.items()} for each in figures],
         "chance": _chance(real, num) if is_main and "frechet" in names else None,
-        "features": {**features.facts, "dim": dim, **pixel_max},
+        "features": {**_facts_of(features, settings), "dim": dim},
         "samples": {"num": num, "shape": list(first.images.shape[1:]), **first.facts},
         "reference": reference.facts(),
         **reports,
@@ -229,6 +241,11 @@ def evaluate(
         train = SelectedRows(real.images, trained_on.rows)
         pairs = closest_pairs(first.images, train, memorization)
     return Evaluated(record, real.statistics, pairs)
+
+
+def _facts_of(features: Features, settings: Evaluation) -> dict[str, Any]:
+    pixel_max = {"pixel_max": settings.pixel_max} if features.name == "pca" else {}
+    return {**features.facts, **pixel_max}
 
 
 def _real_images(

@@ -87,7 +87,7 @@ def make_features(settings: Evaluation, reference: Store | None, device: torch.d
     """The features that the settings name.
 
     Args:
-        settings: name, file of weights, number of components.
+        settings: name, file of weights (`pca` has none), number of components.
         reference: the real images, from which the components of `pca` are fitted.
         device: where networks run.
 
@@ -97,8 +97,6 @@ def make_features(settings: Evaluation, reference: Store | None, device: torch.d
     weights = None if settings.weights is None else expanded(settings.weights)
     is_own = name not in Evaluation.known_features()
     if name == "pca":
-        if weights is not None:
-            raise ValueError("features pca have no weights: leave out --weights")
         if reference is None:
             raise ValueError(
                 "features pca are fitted to the reference's images: give images as the reference, "

@@ -159,7 +159,8 @@ def over_seeds(measured: Sequence[dict[str, Measured]]) -> dict[str, Measured]:
     """The mean of each metric over repetitions of the drawing, with the spread between them.
 
     From three repetitions on, the error is that of their mean (Student's t, so that the interval
-    holds for few); for two it follows from the errors over samples.
+    holds for few), or that which follows from the errors over samples, as for two, if it is larger:
+    three equal values are no certainty.
     """
     num = len(measured)
     if num == 1:
@@ -171,7 +172,8 @@ def over_seeds(measured: Sequence[dict[str, Measured]]) -> dict[str, Measured]:
         spread = float(np.std(values, ddof=1))
         error = math.hypot(*errors) / num if len(errors) == num else None
         if num >= 3:
-            error = float(stdtrit(num - 1, 0.975) * spread / math.sqrt(num) / NORMAL_95)
+            students = float(stdtrit(num - 1, 0.975) * spread / math.sqrt(num) / NORMAL_95)
+            error = max(students, error or 0.0)
         joined[name] = Measured(float(np.mean(values)), error, spread)
     return joined
 

@@ -1,6 +1,6 @@
 """The records of evaluations: what was measured, and all that the figures depend on.
 
-RUN/evaluation.json is a list of records, the newest last; a new record replaces one with equal
+RUN/evaluation.json is a list of records, the newest last; a new record takes in one with equal
 samples, features and reference. A record contains:
 
     metrics     name -> value, error (a standard error over samples, or null), interval (95 %),
@@ -28,17 +28,28 @@ from pathlib import Path
 from typing import Any
 
 from maskdm.files import expanded, parsed_json, write_text
+from maskdm.metrics import METRICS
 from maskdm.recipe import Evaluation, Sampling
 from maskdm.recipe_files import migrated
+from maskdm.runs.find import KEPT
 
 Record = dict[str, Any]
 RECORDS = "evaluation.json"  # in a run's folder
 
 
 def records_file(run: str) -> Path | None:
-    """The file for the records of RUN or RUN@STAGE; None for names of other things."""
+    """The file for the records of RUN or RUN@STAGE; None for names of other things.
+
+    Those of RUN/model are RUN's, and those of a checkpoint lie in RUN too: either is replaced or
+    removed in time.
+    """
     path = expanded(run)
     if path.is_dir():
+        place = path.resolve()
+        if place.name == "model" and (place.parent / "recipe.yaml").is_file():
+            return path.parent / RECORDS if path.name == "model" else place.parent / RECORDS
+        if place.parent.name in ("checkpoints", KEPT):
+            return place.parent.parent / f"evaluation-{place.name}.json"
         return path / RECORDS
     if "@" in path.name and not path.exists():
         folder, stage = str(path).rsplit("@", 1)
@@ -60,8 +71,16 @@ def read_records(path: Path) -> list[Record]:
 
 
 def add_record(path: Path, record: Record) -> None:
-    """Appends a record, in place of one with equal samples, features and reference."""
-    kept = [other for other in read_records(path) if _subject(other) != _subject(record)]
+    """Appends a record, and takes into it one with equal samples, features and reference.
+
+    What only the older one has was measured of the same images, and stays.
+    """
+    kept = []
+    for other in read_records(path):
+        if _subject(other) == _subject(record):
+            record = _joined(other, record)
+        else:
+            kept.append(other)
     write_text(path, json.dumps([*kept, record], indent=1) + "\n")
 
 
@@ -71,7 +90,7 @@ def is_recorded(
     sampling: Sampling,
     settings: Evaluation,
     seeds: Sequence[int],
-    source: str,
+    against: Record,
 ) -> bool:
     """Whether a model was evaluated so before: there is a record of it with all wanted metrics.
 
@@ -79,15 +98,14 @@ def is_recorded(
         records: those that there are.
         weights_sha256: of the model.
         sampling, settings, seeds: how it is to be evaluated.
-        source: the name of the real images.
+        against: `features` and `reference`, as a record has them.
     """
     how = sampling.model_dump(mode="json", exclude=set(Sampling.HOW_FAST))
     wanted = {"weights_sha256": weights_sha256, "sampling": how, "num": settings.num}
     wanted["seeds"] = [*seeds]
     return any(
         all(record["samples"].get(name) == value for name, value in wanted.items())
-        and record["features"]["name"] == settings.features
-        and record["reference"]["source"] == source
+        and _measured_in(record) == _measured_in(against)
         and all(record["metrics"].get(name) or record.get(name) for name in settings.metrics)
         for record in records
     )
@@ -106,5 +124,33 @@ def _migrated(record: Record) -> Record:
 
 def _subject(record: Record) -> str:
     """What a record is about, as text."""
-    parts = [record["features"]["sha256"], record["samples"], record["reference"]]
-    return json.dumps(parts, sort_keys=True)
+    return json.dumps([record["samples"], *_measured_in(record)], sort_keys=True)
+
+
+def _measured_in(record: Record) -> list[str]:
+    """Features and reference, as text; images are known by their prepared pixels."""
+    features = [record["features"].get(name) for name in ("sha256", "pixel_max")]
+    real = record["reference"]
+    known = [real.get("sha256"), real.get("statistics", False)] if real.get("sha256") else real
+    return [json.dumps(part, sort_keys=True) for part in (features, known)]
+
+
+def _joined(older: Record, newer: Record) -> Record:
+    """A record with the figures that only an older one of the same images has."""
+    joined = {**newer, "metrics": {**older["metrics"], **newer["metrics"]}}
+    pairs = zip(older.get("per_seed") or [], newer.get("per_seed") or [], strict=False)
+    joined["per_seed"] = [{**before, **now} for before, now in pairs]
+    for name in ("chance", *(name for name, row in METRICS.items() if row.is_report)):
+        joined[name] = newer.get(name) or older.get(name)
+    joined["notes"] = [*dict.fromkeys([*older.get("notes", []), *newer.get("notes", [])])]
+    return joined
+
+
+def most_telling_last(records: Sequence[Record]) -> list[Record]:
+    """A run's records, those of its own model after those of a sweep's or a curve's averages."""
+    return sorted(records, key=_is_of_its_model)
+
+
+def _is_of_its_model(record: Record) -> bool:
+    samples = record["samples"]
+    return samples.get("ema") is None and Path(samples.get("model", "")).parent.name != KEPT

@@ -10,13 +10,8 @@ from typing import Any
 
 from maskdm.recipe import Recipe
 from maskdm.recipe_files import migrated
+from maskdm.runs.changes import FREE, FREE_OF_STAGE
 from maskdm.words import listed
-
-# Settings in which two trainings of one recipe may differ: the seed, and what changes no weight.
-NOT_TRAINED = (
-    "seed sampling evaluation log_every checkpoint_every keep_checkpoints keep_every "
-    "evaluate_every preview_every num_previews preview_steps log_to"
-).split()
 
 Training = tuple[str, int]  # what was trained, as text, and the seed
 
@@ -34,8 +29,18 @@ def training_of_recipe(recipe: dict[str, Any] | None, *more: Any) -> Training | 
         recipe = Recipe(**migrated(recipe)).model_dump(mode="json")  # with settings added later
     except ValueError:  # another version's: used as it is
         recipe = dict(recipe)
-    kept = {name: value for name, value in recipe.items() if name not in NOT_TRAINED}
-    return json.dumps([kept, *more], sort_keys=True), recipe["seed"]
+    return json.dumps([_trained(recipe), *more], sort_keys=True), recipe["seed"]
+
+
+def _trained(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the seed, and without what changes no weight."""
+    kept = {name: value for name, value in recipe.items() if name not in ("seed", *FREE)}
+    kept["data"] = {name: value for name, value in recipe["data"].items() if name != "resident"}
+    kept["stages"] = [
+        {name: value for name, value in stage.items() if name not in FREE_OF_STAGE}
+        for stage in recipe["stages"]
+    ]
+    return kept
 
 
 def retrainings(

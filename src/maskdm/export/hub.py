@@ -26,8 +26,9 @@ LOG_IN = "log in first, with `hf auth login` or a token in HF_TOKEN"
 def stage_model(loaded: Loaded, folder: Path) -> None:
     """Writes a run's model into an empty folder as it is to lie on the Hub, without card and sheet.
 
-    That is the exported model, the recipe without the names of local folders, and the plot of the
-    loss. Training images, and environment.json with its paths and commands, stay here.
+    That is the model, exported anew, the recipe without the names of local folders, and the plot of
+    the loss. Training images, environment.json with its paths and commands, and whatever else lies
+    in the model's folder stay here.
 
     Raises:
         ValueError: the model is outside of a run's folder.
@@ -35,10 +36,7 @@ def stage_model(loaded: Loaded, folder: Path) -> None:
     """
     location = loaded.location
     recipe = public_recipe(location.recipe)
-    if location.is_exported:
-        shutil.copytree(location.folder, folder, dirs_exist_ok=True)
-    else:  # a stage's end, or a run that is not finished
-        save_pipeline(make_pipeline(loaded.trained, loaded.sampling), folder)
+    save_pipeline(make_pipeline(loaded.trained, loaded.sampling), folder)
     write_text(folder / RECIPE, recipe.to_yaml())
     assert location.run is not None  # else it has no recipe
     if (location.run / LOSS).is_file():

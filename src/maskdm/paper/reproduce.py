@@ -11,7 +11,7 @@ from pathlib import Path
 
 from maskdm.choices import named
 from maskdm.engine import from_main
-from maskdm.evaluation.evaluate import evaluate_model
+from maskdm.evaluation.evaluate import evaluate_model, measured_against
 from maskdm.evaluation.records import RECORDS, Record, add_record, is_recorded, read_records
 from maskdm.evaluation.samples import weights_sha256
 from maskdm.paper.scales import SCALES, at_scale
@@ -245,10 +245,12 @@ def measure(run: Path, recipe: Recipe) -> None:
     What was measured before is not drawn again. To be called on every rank.
     """
     evaluation, path = changed(recipe.evaluation, metrics=("frechet",)), run / RECORDS
+    against: Record | None = None
     for place in [*kept_averages(run), run]:
         loaded = load_model(str(place))
+        against = against or measured_against(loaded, evaluation)
         sha256 = weights_sha256(loaded.trained.model)
-        how = (loaded.sampling, evaluation, (0,), recipe.data.source)
+        how = (loaded.sampling, evaluation, (0,), against)
         if not is_recorded(from_main(lambda: read_records(path)), sha256, *how):
             folder = run / "evaluation" / place.name
             record = evaluate_model(loaded, evaluation, folder=folder).record

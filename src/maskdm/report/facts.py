@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskdm.evaluation.overfitting import rise_of_loss
-from maskdm.evaluation.records import RECORDS, Record, read_records
+from maskdm.evaluation.records import RECORDS, Record, most_telling_last, read_records
 from maskdm.families import BACKBONES
 from maskdm.masks import mask_text
 from maskdm.metrics import METRICS, qualities
@@ -142,7 +142,7 @@ def tiles(run: Run) -> list[dict[str, str]]:
                 title = METRICS[name].title_in(line.get("features", ""), short=True)
                 what = what or f"{line['num']:,} samples"
                 found.append(_figure_tile(title, line[name], line.get(f"{name}_error"), what))
-    for record in run.records[-1:]:
+    for record in most_telling_last(run.records)[-1:]:
         if one := record["metrics"].get("frechet"):
             title = METRICS["frechet"].title_in(record["features"]["name"])
             what = f"{record['samples']['num']:,} samples, {record['features']['name']}"
@@ -260,7 +260,7 @@ def warnings(run: Run) -> list[str]:
     found = [*(run.plan or {}).get("warnings", [])]
     if run.qualities and (rise := rise_of_loss(run.qualities)):
         found.append(f"{rise[0].upper()}{rise[1:]}.")
-    for record in run.records[-1:]:
+    for record in most_telling_last(run.records)[-1:]:
         found += record.get("notes", [])
         for name, row in METRICS.items():
             report = record.get(name) if row.is_report else None
@@ -351,7 +351,7 @@ def previews(run: Run) -> list[Preview]:
 
 def evaluations(run: Run) -> list[dict[str, Any]]:
     """The newest record in each kind of features: `title`, `rows` and `reports`."""
-    newest = {record["features"]["name"]: record for record in run.records}
+    newest = {record["features"]["name"]: record for record in most_telling_last(run.records)}
     return [_evaluation(record) for record in newest.values()]
 
 

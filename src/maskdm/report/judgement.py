@@ -9,7 +9,7 @@ from maskdm.metrics import METRICS
 from maskdm.runs.lines import Line
 from maskdm.words import figure
 
-# Frechet distance over that between two halves of the real images -> a word for it.
+# Frechet distance over that of a perfect model by chance -> a word for it.
 WORDS = ((2.0, "very near"), (10.0, "near"), (50.0, "some way off"), (float("inf"), "far off"))
 SMALL_GAP = 0.02  # of a loss, relative: held-out and training images are called equal within it
 
@@ -22,9 +22,9 @@ def judged(name: str, one: dict[str, Any], record: Record) -> str:
         one: its value and interval, as the record has them.
         record: the whole of it, which may know the distance by chance.
     """
-    value, chance = one["value"], (record.get("chance") or {}).get(name)
-    if chance and chance > 0:
-        return _against_chance(value / chance, chance, record["chance"]["num"])
+    value, chance = one["value"], by_chance(name, record)
+    if chance:
+        return _against_chance(value / chance, chance)
     if name == "kid" and one.get("interval") and one["interval"][0] <= 0 <= one["interval"][1]:
         return "No difference from real images shows with so many samples."
     if name == "precision":
@@ -32,6 +32,20 @@ def judged(name: str, one: dict[str, Any], record: Record) -> str:
     if name == "recall":
         return f"{100 * value:.0f} of 100 real images lie among the samples."
     return direction(name)
+
+
+def by_chance(name: str, record: Record) -> float | None:
+    """The distance that a perfect model would have by chance alone; None where that is unknown.
+
+    Between two parts of the real images, n each, it is known. It falls with the size of both sets,
+    as 1/N + 1/M, and those of the evaluation may be larger.
+    """
+    known = record.get("chance") or {}
+    if not known.get(name):
+        return None
+    real = record["reference"].get("num") or known["num"]
+    share = (1 / record["samples"]["num"] + 1 / real) / (2 / known["num"])
+    return float(known[name] * share)
 
 
 def direction(name: str) -> str:
@@ -60,13 +74,14 @@ def judged_loss(line: Line) -> str:
     )
 
 
-def _against_chance(ratio: float, chance: float, num: int) -> str:
-    """A word for so many times the distance between two disjoint parts of the real images."""
-    halves = f"two disjoint sets of {num:,} real images have {figure(chance)}"
+def _against_chance(ratio: float, chance: float) -> str:
+    """A word for so many times the distance by chance."""
     if ratio <= 1:
-        return f"As near as real images are to each other: {halves}."
+        return f"As near as as many other real images would be by chance: {figure(chance)}."
     word = next(word for most, word in WORDS if ratio <= most)
-    return f"{word.capitalize()}: {two_digits(ratio)} times the distance by chance ({halves})."
+    return (
+        f"{word.capitalize()}: {two_digits(ratio)} times the distance by chance, {figure(chance)}."
+    )
 
 
 def two_digits(value: float) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,11 @@ class Randomness(ABC):
     def generators(self, stream: str, indices: Sequence[int]) -> list[Generator]:
         """What draws all else for them, one for each image; `stream` says what for."""
 
+    @contextlib.contextmanager
+    def undone_if_it_fails(self) -> Iterator[None]:
+        """For drawing a part of the images: what fails has used up no random numbers."""
+        yield
+
 
 @dataclass(frozen=True)
 class OfSeed(Randomness):
@@ -69,6 +75,16 @@ class Given(Randomness):
 
     def generators(self, stream: str, indices: Sequence[int]) -> list[Generator]:
         return [self.all_generators[index] for index in indices]
+
+    @contextlib.contextmanager
+    def undone_if_it_fails(self) -> Iterator[None]:
+        states = [one.get_state() for one in self.all_generators]
+        try:
+            yield
+        except BaseException:
+            for one, state in zip(self.all_generators, states, strict=True):
+                one.set_state(state)
+            raise
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -125,11 +141,12 @@ def generate(
     _refuse_labels(model, labels)
     shape = model.image_shape
     device, dtype = device_of(model), next(model.parameters()).dtype
-    randomness = OfSeed(seed) if isinstance(seed, int) else seed
+    randomness = seed if isinstance(seed, Randomness) else OfSeed(int(seed))
     refuse_settings(trained.schedule, settings)
     refuse_guidance(trained, settings.guidance, weak)
     levels = sampling_levels(trained.schedule, settings)
 
+    @randomness.undone_if_it_fails()  # where memory runs out, a smaller part is drawn again
     def draw(part: slice) -> np.ndarray:
         # Everything random belongs to an image's number, nothing to the batch: so any batch size
         # and any number of devices draw the same images.

@@ -145,6 +145,16 @@ def labels_by_default(model: Backbone, num: int) -> Tensor | None:
     return None
 
 
+def without_useless_guidance(
+    settings: Sampling, model: Backbone, labels: Tensor | None
+) -> Sampling:
+    """The settings without guidance by classes where no result has one: it would change nothing."""
+    no_class = labels is not None and bool((labels == model.config.num_classes).all())
+    if settings.guidance.kind != "classifier-free" or not no_class:
+        return settings
+    return changed(settings, guidance={"kind": "none"})
+
+
 def with_hole(image: np.ndarray, unknown: np.ndarray) -> np.ndarray:
     """The image with opaque mid-grey where it is unknown, to be looked at: uint8 (H, W, C)."""
     opaque = [255] if image.shape[-1] in (2, 4) else []
