@@ -281,11 +281,11 @@ def test_finalists_have_a_distance_whatever_the_recipe_measures(tmp_path, monkey
 
     monkeypatch.setattr(local, "evaluate_model", evaluate)
     monkeypatch.setattr(local, "load_model", lambda folder, note: None)
-    for metrics in ((), ("precision", "recall"), ("recall", "sliced")):
+    for metrics in ((), ("precision", "memorization"), ("recall", "sliced")):
         recipe = base_recipe()
         recipe = changed(recipe, evaluation=changed(recipe.evaluation, metrics=metrics))
         local.LocalTrainer.distance(None, recipe, tmp_path)
-    assert asked == [("frechet",), ("precision", "recall", "frechet"), ("recall", "sliced")]
+    assert asked == [("frechet",), ("precision", "memorization", "frechet"), ("recall", "sliced")]
 
 
 def test_results_are_json_where_something_diverged(whole):

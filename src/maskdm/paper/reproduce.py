@@ -234,7 +234,8 @@ def _last_record(run: Path, recipe: Recipe | None = None) -> Record | None:
     found = [
         record
         for record in read_records(run / RECORDS)
-        if record["training"]["step"] == own.num_steps and "frechet" in record["metrics"]
+        if (record["training"] or {}).get("step") == own.num_steps
+        and "frechet" in record["metrics"]
     ]
     return found[-1] if found else None
 

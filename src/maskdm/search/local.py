@@ -65,7 +65,8 @@ class LocalTrainer:
         """The metrics of the recipe's evaluation, or the Fréchet distance, with intervals."""
         settings: Evaluation = recipe.evaluation
         metrics = settings.metrics
-        if all(METRICS[name].higher_is_better for name in metrics):  # a distance decides
+        rows = [METRICS[name] for name in metrics]
+        if all(row.higher_is_better or row.is_report for row in rows):  # a distance decides
             metrics = (*metrics, "frechet")
         settings = changed(settings, metrics=metrics)
         loaded = load_model(folder, note=lambda text: None)
