@@ -40,6 +40,14 @@ class FixedSpeed:
         return 1e12
 
 
+class ByFlops:
+    """A machine that needs a second for a MFLOP."""
+
+    def speed(self, recipe: Recipe) -> Speed:
+        works = stage_work(recipe, build_model(recipe))
+        return Speed(tuple(work.step_flops / 1e6 for work in works), 0.001)
+
+
 FREE = {"steps": 0, "warmup": "10%", "ema": {"kind": "power", "width": 0.1}}
 
 
@@ -341,6 +349,33 @@ def test_the_dense_control_spends_the_same(tiny, tmp_path):
     assert saved(tmp_path / "run-dense").stages == dense.stages
     quiet(tiny, tmp_path / "steps", control="dense", control_equal="steps")
     assert saved(tmp_path / "steps").stages[0].steps == 11
+
+
+@pytest.mark.parametrize("equal", ["flops", "time", "steps"])
+def test_an_unmasked_control_differs_in_the_masks_alone(tiny, changed, equal):
+    first, last = (stage.model_dump() for stage in tiny.stages)
+    recipe = changed(stages=[{**first, "lr": 4e-3, "steps": 60, "warmup": 50}, last])
+    control = planning.unmasked_control(recipe, equal, ByFlops())
+    masked, whole = (stage_work(one, build_model(one)) for one in (recipe, control))
+    for stage, own, before, now in zip(recipe.stages, control.stages, masked, whole, strict=True):
+        kept = {"steps", "warmup", "mask"}
+        assert stage.model_dump(exclude=kept) == own.model_dump(exclude=kept)
+        assert own.mask.rate == 0 and own.warmup_steps <= own.steps
+        spent = [before.step_flops * stage.steps, now.step_flops * own.steps]
+        if equal == "steps":
+            assert own.steps == stage.steps
+        else:
+            assert spent[1] == pytest.approx(spent[0], abs=now.step_flops / 2)
+    assert control.stages[1].steps == 5 and control.budget == recipe.budget
+
+
+def test_an_unmasked_control_lies_beside_its_run(tiny, tmp_path):
+    quiet(tiny, tmp_path / "run")
+    quiet(tiny, tmp_path / "run-unmasked", control="unmasked")
+    dense = saved(tmp_path / "run-unmasked")
+    assert [stage.mask.rate for stage in dense.stages] == [0, 0] and dense.stages[0].steps < 6
+    runs = with_control((str(tmp_path / "run"),))
+    assert runs == (str(tmp_path / "run-unmasked"), str(tmp_path / "run"))
 
 
 def test_the_control_of_a_run_that_has_grown_grows_alike(tiny, changed, tmp_path):

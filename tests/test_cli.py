@@ -431,10 +431,13 @@ def test_a_run_in_use_is_refused(run, recipe_file, capsys):
 
 
 def test_evaluation_takes_a_checkpoint_or_the_model_folder(run):
-    for name in ("checkpoints/step-00000006", "model"):
+    for name, file, step in (
+        ("checkpoints/step-00000006", "evaluation-step-00000006.json", 6),
+        ("model", "evaluation.json", 11),
+    ):
         assert main(["evaluate", str(run / name), "--num", "12"]) == 0
-        (record,) = json.loads((run / name / "evaluation.json").read_text())
-        assert record["training"]["step"] == (6 if "checkpoints" in name else 11)
+        (record,) = json.loads((run / file).read_text())
+        assert record["training"]["step"] == step
 
 
 def test_an_exported_model_is_compared_with_a_reference(run, tmp_path, capsys, monkeypatch):

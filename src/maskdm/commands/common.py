@@ -52,8 +52,9 @@ class LengthFlags:
     """Passes over the training images."""
     shrink: float = 1.0
     """Scales all stages, and warm-ups, averages and intervals with them."""
-    control: Literal["none", "dense"] = "none"
-    """dense = the recipe's control instead: its last stage's settings alone, without masks."""
+    control: Literal["none", "dense", "unmasked"] = "none"
+    """dense = the recipe's control instead: its last stage's settings alone, without masks;
+    unmasked = all of its stages, without masks."""
     control_equal: Literal["flops", "time", "steps"] = "flops"
     """What the control has in common with the recipe."""
 

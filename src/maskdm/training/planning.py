@@ -44,7 +44,7 @@ class RunOptions:
         budget: of the whole run, in place of the recipe's.
         more: whether the budget is meant on top of what the run in the folder had.
         shrink: scales the length of the run.
-        control: `dense` = the recipe's control without masks instead of the recipe.
+        control: one without masks instead of the recipe: `dense_control`, or `unmasked_control`.
         control_equal: what the control has in common with it: flops, time or steps.
         change: whether settings may change that change the weights of a run that goes on.
     """
@@ -203,7 +203,8 @@ def with_numbers(
     draft = with_size(draft, num_train, machine)
     result = with_steps(draft, num_images, num_train, machine, rescale=options.budget.is_set)
     if options.control != "none":
-        return dense_control(result, options.control_equal, machine)
+        make = {"dense": dense_control, "unmasked": unmasked_control}[options.control]
+        return make(result, options.control_equal, machine)
     refuse_plateaus(result, num_images)
     return result
 
@@ -292,6 +293,37 @@ def dense_control(recipe: Recipe, equal: str = "flops", machine: Machine | None 
         steps = round(total_flops(recipe, works) / dense[0].step_flops)
     stage = changed(last, restarts=(), steps=max(1, steps))
     return changed(control, stages=(stage.model_dump(),))
+
+
+def unmasked_control(
+    recipe: Recipe, equal: str = "flops", machine: Machine | None = None
+) -> Recipe:
+    """A planned recipe's control that differs in the masks alone: its stages, on whole images.
+
+    Each keeps its learning rate and batch, of which a masked recipe's gain may come.
+
+    Args:
+        equal: what each stage has in common with its masked one: `flops`, `time` or `steps`.
+        machine: needed for equal time.
+    """
+    bare = {"mask": {"kind": "none", "rate": 0.0}, "until": "steps", "restarts": ()}
+    stages = [stage.model_dump() | bare for stage in recipe.stages]
+    control = changed(recipe, stages=stages, budget=Budget())
+    masked, whole = (
+        [work.step_flops for work in stage_work(one, weightless_model(one))]
+        for one in (recipe, control)
+    )
+    prices: list[tuple[float, float]] = list(zip(masked, whole, strict=True))
+    if equal == "time":
+        assert machine is not None
+        speeds = (machine.speed(one).step_sec for one in (recipe, control))
+        prices = list(zip(*speeds, strict=True))
+    for stage, (before, now) in zip(stages, prices, strict=True):
+        if equal != "steps":
+            stage["steps"] = max(1, round(stage["steps"] * before / now))
+        if isinstance(stage["warmup"], int):
+            stage["warmup"] = min(stage["warmup"], stage["steps"])
+    return changed(control, stages=stages)
 
 
 def link_control(run_dir: Path, options: RunOptions) -> None:

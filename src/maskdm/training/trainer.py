@@ -73,7 +73,7 @@ def train(
     images: Amount = None,
     epochs: Amount = None,
     shrink: float = 1.0,
-    control: Literal["none", "dense"] = "none",
+    control: Literal["none", "dense", "unmasked"] = "none",
     control_equal: Literal["flops", "time", "steps"] = "flops",
     change: bool = False,
 ) -> TrainResult:
@@ -93,8 +93,9 @@ def train(
             scaled; "+2" = on top of what the run in the folder had. At most one.
         shrink: scales the length of all stages, and what depends on it.
         control: `dense` trains the recipe's control instead: its last stage's settings from the
-            first step on, without masks.
-        control_equal: what it has in common with the recipe.
+            first step on, without masks; `unmasked`: all stages with their own settings, without
+            masks.
+        control_equal: what it has in common with the recipe; `unmasked` in each stage.
         change: accept changed learning rates and the like in a run that goes on.
 
     Raises:
