@@ -138,8 +138,9 @@ def _measured_in(record: Record) -> list[str]:
 def _joined(older: Record, newer: Record) -> Record:
     """A record with the figures that only an older one of the same images has."""
     joined = {**newer, "metrics": {**older["metrics"], **newer["metrics"]}}
-    pairs = zip(older.get("per_seed") or [], newer.get("per_seed") or [], strict=False)
-    joined["per_seed"] = [{**before, **now} for before, now in pairs]
+    seeds = newer.get("per_seed") or []
+    before = older.get("per_seed") or [{} for _ in seeds]  # an earlier version had none
+    joined["per_seed"] = [{**one, **now} for one, now in zip(before, seeds, strict=True)]
     for name in ("chance", *(name for name, row in METRICS.items() if row.is_report)):
         joined[name] = newer.get(name) or older.get(name)
     joined["notes"] = [*dict.fromkeys([*older.get("notes", []), *newer.get("notes", [])])]
