@@ -21,7 +21,7 @@ from maskdm.runs.find import stage_checkpoint
 from maskdm.runs.lines import PROBES, read_lines
 from maskdm.training import plateau as lengths
 from maskdm.training import probe as module
-from maskdm.training.planning import dense_control
+from maskdm.training.planning import dense_control, unmasked_control
 from maskdm.training.plateau import forks_of
 from maskdm.training.work import stage_work, total_flops
 
@@ -99,6 +99,8 @@ def test_a_stage_ends_where_the_next_one_gains_more(
     assert abs(spent - flops_of(plateau)) <= works[1].step_flops / 2
     assert spent == flops_of(settled)
     assert abs(flops_of(dense_control(settled)) - spent) <= works[1].step_flops / 2
+    whole = flops_of(unmasked_control(settled))
+    assert abs(whole - spent) <= works[1].step_flops  # half a step of either stage
 
 
 def test_forks_cost_the_same_and_end_in_the_next_stage_alike(plateau):

@@ -47,7 +47,7 @@ def records_file(run: str) -> Path | None:
     if path.is_dir():
         place = path.resolve()
         if place.name == "model" and (place.parent / "recipe.yaml").is_file():
-            return path.parent / RECORDS if path.name == "model" else place.parent / RECORDS
+            return place.parent / RECORDS
         if place.parent.name in ("checkpoints", KEPT):
             return place.parent.parent / f"evaluation-{place.name}.json"
         return path / RECORDS

@@ -50,8 +50,9 @@ def page_lines(wanted: Wanted, rows: Sequence[Row]) -> list[str]:
     recipe = load_recipe(rows[0].runs[0] / "recipe.yaml")
     sources = dict.fromkeys(row.source for row in rows)
     title = METRICS["frechet"].title_in(rows[0].features)
-    most = max(len(row.found) for row in rows)
-    seeds = "one seed" if most == 1 else f"up to {most} seeds, ± their standard deviation"
+    nums = {len(row.found) for row in rows}
+    seeds = f"{min(nums)} to {max(nums)} seeds" if len(nums) > 1 else f"{max(nums)} seeds"
+    seeds = "one seed" if nums == {1} else f"{seeds}, ± their standard deviation"
     names = recipes_of(wanted.target)
     missing = len(names) - len(rows)
     lines = [

@@ -186,6 +186,7 @@ def rows_of(wanted: Wanted, out: Path) -> list[Row]:
     return rows
 
 
+@functools.lru_cache(maxsize=4)  # asked for again for each row
 def _recipes(wanted: Wanted) -> dict[str, Recipe]:
     """All recipes of a target at a scale, by name: where only some are wanted, in their ratio."""
     scale = named(wanted.scale, SCALES, "scale")
@@ -205,6 +206,7 @@ def _seeded(recipe: Recipe, name: str, out: Path, seed: int) -> Recipe:
     return changed(recipe, seed=seed, init=f"{out / f'{other}-{seed}'}@{stage}")
 
 
+@functools.lru_cache(maxsize=4)
 def _alike(wanted: Wanted, out: Path) -> dict[str, list[str]]:
     """For each masked recipe those that have the same dense control: one is trained for all."""
     controls = {

@@ -31,6 +31,13 @@ from maskdm.training.work import stage_work, total_flops
 # Floating-point operations for each token that a model sees are 6 a parameter; tokens for each
 # parameter that it should see. U-ViT-S has 370 of them in the paper, language models 20.
 TOKENS_PER_PARAMETER = 100
+# What a stage of a control has not.
+BARE: dict[str, Any] = {
+    "mask": {"kind": "none", "rate": 0.0},
+    "until": "steps",
+    "restarts": (),
+    "probe_flops": 0,
+}
 
 
 Amount = float | str | None  # of a budget; "+2" = two more
@@ -277,22 +284,12 @@ def dense_control(recipe: Recipe, equal: str = "flops", machine: Machine | None 
         equal: `flops`, `time` or `steps`, to within a step.
         machine: needed for equal time.
     """
-    last = changed(recipe.stages[-1], name="dense", mask={"kind": "none", "rate": 0.0})
-    control = changed(recipe, stages=(last.model_dump() | {"restarts": ()},), budget=Budget())
-    works, dense = (stage_work(one, weightless_model(one)) for one in (recipe, control))
-    if equal == "steps":
-        steps = recipe.num_steps
-    elif equal == "time":
-        assert machine is not None
-        masked = machine.speed(recipe)
-        seconds = sum(
-            s * stage.steps for s, stage in zip(masked.step_sec, recipe.stages, strict=True)
-        )
-        steps = round(seconds / machine.speed(control).step_sec[0])
-    else:
-        steps = round(total_flops(recipe, works) / dense[0].step_flops)
-    stage = changed(last, restarts=(), steps=max(1, steps))
-    return changed(control, stages=(stage.model_dump(),))
+    control = changed(recipe, stages=[recipe.stages[-1].model_dump() | BARE], budget=Budget())
+    (price,) = _prices_of_steps(control, equal, machine)
+    steps = max(1, round(sum(_spent(recipe, equal, machine)) / price))
+    return changed(
+        control, stages=[control.stages[0].model_dump() | {"name": "dense", "steps": steps}]
+    )
 
 
 def unmasked_control(
@@ -306,24 +303,31 @@ def unmasked_control(
         equal: what each stage has in common with its masked one: `flops`, `time` or `steps`.
         machine: needed for equal time.
     """
-    bare = {"mask": {"kind": "none", "rate": 0.0}, "until": "steps", "restarts": ()}
-    stages = [stage.model_dump() | bare for stage in recipe.stages]
+    stages = [stage.model_dump() | BARE for stage in recipe.stages]
     control = changed(recipe, stages=stages, budget=Budget())
-    masked, whole = (
-        [work.step_flops for work in stage_work(one, weightless_model(one))]
-        for one in (recipe, control)
-    )
-    prices: list[tuple[float, float]] = list(zip(masked, whole, strict=True))
-    if equal == "time":
-        assert machine is not None
-        speeds = (machine.speed(one).step_sec for one in (recipe, control))
-        prices = list(zip(*speeds, strict=True))
-    for stage, (before, now) in zip(stages, prices, strict=True):
-        if equal != "steps":
-            stage["steps"] = max(1, round(stage["steps"] * before / now))
+    prices = _prices_of_steps(control, equal, machine)
+    for stage, spent, price in zip(stages, _spent(recipe, equal, machine), prices, strict=True):
+        stage["steps"] = max(1, round(spent / price))
         if isinstance(stage["warmup"], int):
             stage["warmup"] = min(stage["warmup"], stage["steps"])
     return changed(control, stages=stages)
+
+
+def _prices_of_steps(recipe: Recipe, equal: str, machine: Machine | None) -> list[float]:
+    """What a step of each stage takes of what a control has in common with its recipe."""
+    if equal == "steps":
+        return [1.0 for _ in recipe.stages]
+    if equal == "time":
+        assert machine is not None
+        return list(machine.speed(recipe).step_sec)
+    return [float(work.step_flops) for work in stage_work(recipe, weightless_model(recipe))]
+
+
+def _spent(recipe: Recipe, equal: str, machine: Machine | None) -> list[float]:
+    """What each stage takes of it in all: FLOPs with those of the forks that were made."""
+    rows = zip(recipe.stages, _prices_of_steps(recipe, equal, machine), strict=True)
+    forks = equal == "flops"
+    return [stage.steps * price + forks * stage.probe_flops for stage, price in rows]
 
 
 def link_control(run_dir: Path, options: RunOptions) -> None:
