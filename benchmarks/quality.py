@@ -17,6 +17,7 @@ import json
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from maskdm.recipe_files import differences, merged, migrated
 from maskdm.runs.lines import read_lines
 from maskdm.runs.load import load_model
 from maskdm.settings import changed
-from maskdm.training.trainer import NonFiniteLoss, train
+from maskdm.training.trainer import train
 from maskdm.training.work import stage_work
 
 HERE = Path(__file__).parent
@@ -79,10 +80,20 @@ class Trial:
 
 
 class Table:
-    """Experiments of a file, whose later trials may depend on results of earlier ones."""
+    """Experiments of a file, whose later trials may depend on results of earlier ones.
 
-    def __init__(self, experiments: dict[str, Any]) -> None:
-        self._experiments = experiments
+    Args:
+        experiments: by name, as the file has them.
+        only: experiments, or trials' first letters; none = all.
+    """
+
+    def __init__(self, experiments: dict[str, Any], only: list[str]) -> None:
+        starts = tuple(only)
+        self._experiments = {
+            name: content
+            for name, content in experiments.items()
+            if not only or name.startswith(starts) or any(one.startswith(name) for one in only)
+        }
         self._made: dict[tuple[Any, ...], Trial] = {}
         self._work: dict[tuple[str, str], list[int]] = {}
 
@@ -116,7 +127,7 @@ class Table:
                 rows, shares, self._step_flops(experiment, variant, recipe), strict=True
             ):
                 row["steps"] = max(1, round(flops * share / sum(shares) / work))
-            every = max(1, sum(row["steps"] for row in rows) // 6)
+            every = max(1, sum(row["steps"] for row in rows) // content.get("evaluations", 6))
             recipe = Recipe(**{**recipe.model_dump(), "stages": rows, "checkpoint_every": every,
                                "evaluate_every": every, "keep_checkpoints": 1})  # fmt: skip
             self._made[key] = Trial(experiment, variant, rates, flops, seed, recipe)
@@ -231,7 +242,7 @@ def _chosen(trials: list[Trial], only: list[str]) -> list[Trial]:
 
 
 def main() -> int:
-    """Runs what is missing; gives 3 where a signal stopped it, 1 where trials diverged."""
+    """Runs what is missing; gives 3 where a signal stopped it, 1 where trials failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("table", type=Path, help="YAML file of experiments")
     parser.add_argument(
@@ -244,7 +255,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path(), help="folder of the images' files")
     parser.add_argument("--work", type=Path, default=WORK, help="folder for the runs")
     args = parser.parse_args()
-    table = Table(yaml.safe_load(args.table.read_text("utf-8")))
+    table = Table(yaml.safe_load(args.table.read_text("utf-8")), args.only)
     args.work.mkdir(parents=True, exist_ok=True)
     if args.list:
         lines = common.results(args.results)
@@ -292,8 +303,8 @@ def _claimed(trial: Trial, args: argparse.Namespace) -> str:
                 file.write(json.dumps(line) + "\n")
     except Timeout:
         return "taken"
-    except NonFiniteLoss as error:
-        common.say(f"  {error}")
+    except Exception:  # the others are run all the same
+        common.say(f"{trial.name} failed:\n{traceback.format_exc()}")
         return "failed"
     frechet = line["metrics"]["frechet"]["value"]
     common.say(

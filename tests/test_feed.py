@@ -221,10 +221,11 @@ def test_mirroring_turns_those_that_are_chosen(num, height, width, channels):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("resident", ["on", "off"])
-def test_a_gpu_gets_the_same_batches(store, resident):
+@pytest.mark.parametrize("name", ["cuda:0", "cuda"])  # a run on one GPU gets the second
+def test_a_gpu_gets_the_same_batches(store, resident, name):
     order = ImageOrder(50, 3)
     subset, gpu = np.arange(50), torch.device("cuda", 0)
-    feed = Feed(store, subset, order, 0, 1, gpu, resident, with_labels=True)
+    feed = Feed(store, subset, order, 0, 1, torch.device(name), resident, with_labels=True)
     for i in range(20):
         images, labels = feed.next(8 * i, 8)
         assert images.device == labels.device == gpu

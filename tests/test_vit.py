@@ -117,6 +117,18 @@ def test_patches_pass_by_the_middle(kind, depth):
     assert (again - changed)[is_inside].abs().amax(-1).min() > 1e-4
 
 
+@pytest.mark.parametrize("kind", [UViT, ViT])
+def test_patches_pass_by_the_middle_under_autocast(kind):
+    """The middle's answers may come in another dtype than what passed by."""
+    model = small(kind)
+    patches, visible, t = inputs()
+    some = torch.tensor([[0, 2, 5], [1, 2, 6]])
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = model(patches, visible, t, None, some)
+    expected = model(patches, visible, t, None, some)
+    torch.testing.assert_close(answer.float(), expected, rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize("parts", PARTS)
 def test_blocks_add_in_full_precision_under_autocast(parts):
     """Else each of them rounds the sum of all before it to eight bits."""

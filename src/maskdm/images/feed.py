@@ -66,7 +66,7 @@ class Feed:
         is_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if is_gpu and not self.is_resident else None
         # In every new thread the device is GPU 0.
-        enter = functools.partial(torch.cuda.set_device, device) if is_gpu else None
+        enter = functools.partial(torch.cuda.set_device, _number(device)) if is_gpu else None
         self._thread = ThreadPoolExecutor(1, "feed", enter)
         self._ahead: dict[tuple[int, int], Future[Fetched]] = {}  # by position and batch size
         self._num_slow, self._is_noted = 0, False
@@ -147,6 +147,11 @@ def residence(num_bytes: int, device: torch.device, wanted: str) -> tuple[bool, 
     if num_bytes <= RESIDENT_SHARE * total:
         return True, f"{kept} (at most {room})"
     return False, f"{mapped} (more than {room} of {device})"
+
+
+def _number(device: torch.device) -> int:
+    """A GPU's number, which the device of a run on one GPU does not name."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _to_device(images: Array, subset: np.ndarray, device: torch.device) -> Tensor:

@@ -45,4 +45,6 @@ class Route:
     def leave(self, x: Tensor) -> Tensor:
         """Puts the middle's tokens back among those that passed by: -> (B, E + V, D)."""
         assert self._outside is not None
-        return self._outside.scatter(1, self._chosen[..., None].expand_as(x), x)
+        # Under autocast the middle may have left them in another dtype.
+        worked_on = x.to(self._outside.dtype)
+        return self._outside.scatter(1, self._chosen[..., None].expand_as(x), worked_on)
