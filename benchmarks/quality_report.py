@@ -159,6 +159,29 @@ def seeds_table(groups: dict[str, list[Line]]) -> str:
     return "\n".join(rows)
 
 
+def variants_table(groups: dict[str, list[Line]]) -> str:
+    """Every variant with fresh seeds at its best rates: mean and spread over seeds."""
+    rows = [
+        "| experiment | variant | learning rate | TFLOP | distances | mean | held-out loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for experiment, lines in groups.items():
+        for variant in dict.fromkeys(label(line, lines) for line in lines):
+            fresh = fresh_seeds(lines, variant)
+            if len(fresh) < 2:
+                continue
+            values = [distance(line) for line in fresh]
+            each = ", ".join(f"{value:.3f}" for value in values)
+            name = variant.split(",")[0]
+            rows.append(
+                f"| {experiment} | {name} | {rates_text(fresh[0])} | "
+                f"{fresh[0]['flops'] / 1e12:.3g} "
+                f"| {each} | {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} | "
+                f"{np.mean([line['dense_loss'] for line in fresh]):.5f} |"
+            )
+    return "\n".join(rows)
+
+
 def _figure(num: int) -> tuple[Figure, list[Axes]]:
     """A figure of panels, at most three in a row."""
     rows = -(-num // 3)
@@ -174,13 +197,13 @@ def _figure(num: int) -> tuple[Figure, list[Axes]]:
 def draw_rates(groups: dict[str, list[Line]], path: Path) -> None:
     """Distance against learning rate, a panel for each experiment with both sides."""
     shown = {
-        name: lines
+        name: (lines, masked[0])
         for name, lines in groups.items()
-        if {"dense", "half"} <= {x["variant"] for x in lines}
+        if (masked := [one for one in MASKED if one in {x["variant"] for x in lines}])
     }
     figure, panels = _figure(len(shown))
-    for axes, (name, lines) in zip(panels, shown.items(), strict=True):
-        for variant in ("dense", "half"):
+    for axes, (name, (lines, masked)) in zip(panels, shown.items(), strict=True):
+        for variant in ("dense", masked):
             same = [x for x in lines if x["variant"] == variant and len({*x["lr"]}) == 1]
             tried = sorted((x for x in same if x["seed"] == 0), key=lambda x: x["lr"])
             rates = [x["lr"][0] for x in tried]
@@ -249,6 +272,7 @@ def main() -> None:
     groups = by_experiment(common.results(args.results))
     text = args.doc.read_text("utf-8")
     text = replaced(text, "seeds", seeds_table(groups))
+    text = replaced(text, "variants", variants_table(groups))
     for name, lines in groups.items():
         text = replaced(text, name, bracket_table(lines))
     args.doc.write_text(text, "utf-8")

@@ -6,11 +6,11 @@
 
 A table for people on stderr, one JSON line a row on stdout. A step is draw, forward, backward,
 clipping, AdamW and moving average, as `maskdm train` runs it, from images on the device; warm-up
-and compilation left out, median of `--num`. `of limit` is matrix-product FLOPs (counted
-analytically, visible tokens only) per second over those of large products on the same device,
-measured in turn with it; `ideal` the FLOPs over those of the dense step; `other` the share of the
-step outside the network's forward and backward and the optimizer; `spread` from the fastest to the
-slowest measurement over the median: where it is large, something else was running.
+and compilation left out, median of `--num`. `of limit` is matrix-product FLOPs (of visible tokens
+only, and Muon's) per second over those of large products on the same device, measured in turn with
+it; `ideal` the FLOPs over those of the dense step; `other` the share of the step outside the
+network's forward and backward and the optimizer; `spread` from the fastest to the slowest
+measurement over the median: where it is large, something else was running.
 
 Two rows are what a user would otherwise do: `baseline`, a plain step that embeds all patches and
 then masks by a Boolean, reads the loss each step and keeps the average in a Python loop; `unet`,
@@ -31,6 +31,7 @@ import common
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from maskdm.diffusion.objective import masked_denoising_loss
 from maskdm.diffusion.schedule import make_schedule
@@ -110,6 +111,7 @@ def our_step(
     model = build_model(recipe).to(device)
     flops = stage_work(recipe, model)[0].step_flops / batch_size
     average, optimizer = make_average(model), make_optimizer(model, stage)
+    flops += optimizer_flops(model, optimizer) / batch_size
     network = CompiledForward(model)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     schedule = make_schedule("cosine")
@@ -139,6 +141,16 @@ def our_step(
         optimizer.zero_grad()
 
     return step, core, flops
+
+
+def optimizer_flops(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Of a step's matrix products: Muon's."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    optimizer.zero_grad()
+    return counter.get_total_flops()
 
 
 def baseline_step(
