@@ -264,6 +264,7 @@ def main() -> int:
             print(f"{'done' if is_done(trial, lines) else '    '} {trial.name}: {steps} steps")
         return 0
     failed = set[str]()
+    has_waited = False
     while True:
         lines = common.results(args.results)
         wanted = _chosen(list(table.trials(lines)), args.only)
@@ -280,6 +281,9 @@ def main() -> int:
             if outcome != "taken":  # the results may ask for other trials now
                 break
         else:
+            if not has_waited:
+                common.say(f"waiting for other processes' trials, or what {missing[0].name} needs")
+            has_waited = True
             time.sleep(2)
 
 

@@ -107,12 +107,13 @@ def ratio_of(
     return math.exp(middle), math.exp(test.low), math.exp(test.high)
 
 
-def saving(dense: list[Line], masked: list[Line]) -> tuple[float, float, float]:
+def saving(dense: list[Line], masked: list[Line]) -> tuple[float, float, float] | None:
     """How many times fewer FLOPs masked runs need to reach the dense runs' last held-out loss.
 
     Seed by seed where both sides have it, between measurements in straight lines on logarithms;
     the mean with a 95 % interval. The learning rate decays towards the end of a run: one that is
     planned to end there would reach it sooner, so that this says too little of what is saved.
+    None where a masked run does not get there.
     """
     logs = []
     masked_by_seed = {line["seed"]: line for line in masked}
@@ -121,6 +122,8 @@ def saving(dense: list[Line], masked: list[Line]) -> tuple[float, float, float]:
             continue
         flops, losses = np.log(np.array(other["curve"])).T
         falling = np.minimum.accumulate(losses)
+        if falling[-1] > math.log(one["dense_loss"]):
+            return None
         reached = np.interp(-math.log(one["dense_loss"]), -falling, flops)
         logs.append(math.log(one["flops"]) - reached)
     mean, error = np.mean(logs), stats.sem(logs)
@@ -154,7 +157,8 @@ def seeds_table(groups: dict[str, list[Line]]) -> str:
         for value in (distance, lambda line: float(line["dense_loss"])):
             middle, low, high = ratio_of(dense, masked, value)
             cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
-        cells.append("{:.2f} ({:.2f} to {:.2f})".format(*saving(dense, masked)))
+        saved = saving(dense, masked)
+        cells.append("{:.2f} ({:.2f} to {:.2f})".format(*saved) if saved else "not reached")
         rows.append(f"| {experiment} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -215,7 +219,7 @@ def draw_rates(groups: dict[str, list[Line]], path: Path) -> None:
             axes.plot([x["lr"][0] for x in seeds], [*map(distance, seeds)], "x",
                       color=COLOURS[variant])  # fmt: skip
         axes.set_xscale("log", base=2)
-        ticks = sorted({x["lr"][0] for x in lines})
+        ticks = sorted({x["lr"][0] for x in lines if x["variant"] in ("dense", masked)})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
@@ -240,7 +244,8 @@ def draw_losses(groups: dict[str, list[Line]], path: Path) -> None:
                 axes.plot(flops / 1e12, losses, marker=".", color=COLOURS[line["variant"]],
                           alpha=0.8, label=title if i == 0 else None)  # fmt: skip
         axes.set_yscale("log")
-        ticks = [0.007, 0.01, 0.02, 0.03, 0.05]
+        losses = [loss for line in [*both[0], *both[1]] for _, loss in line["curve"]]
+        ticks = [float(f"{tick:.2g}") for tick in np.geomspace(min(losses), max(losses), 4)]
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_title(name, loc="left", fontsize=11)

@@ -85,10 +85,14 @@ def test_the_quality_laboratory_runs_what_is_missing_and_draws_its_report(tmp_pa
         assert line["flops"] == pytest.approx(2e8, rel=0.05) and line["metrics"]["frechet"]
     assert run("quality.py", str(table), *flags) == ""  # nothing is missing
     document = tmp_path / "doc.md"
-    document.write_text("<!-- seeds -->\n<!-- end -->\n<!-- tiny -->\nold\n<!-- end -->\n")
+    places = "".join(
+        f"<!-- {name} -->\nold\n<!-- end -->\n" for name in ("seeds", "variants", "tiny")
+    )
+    document.write_text(places)
     run("quality_report.py", "--results", str(results), "--doc", str(document),
         "--images", str(tmp_path))  # fmt: skip
     assert "| dense | 0.01 |" in document.read_text() and "old" not in document.read_text()
+    assert "| tiny | half | 0.01 |" in document.read_text()  # of the fresh seeds
     assert (tmp_path / "masking-rates.png").stat().st_size > 1000
     assert (tmp_path / "masking-losses.png").stat().st_size > 1000
     # FLOPs to equal loss: half way on the logarithms between measurements at 1 and 4 TFLOP.
@@ -97,6 +101,8 @@ def test_the_quality_laboratory_runs_what_is_missing_and_draws_its_report(tmp_pa
     dense = [{"seed": seed, "flops": 8e12, "dense_loss": 0.02} for seed in (1, 2)]
     masked = [{"seed": seed, "curve": [[1e12, 0.04], [4e12, 0.01]]} for seed in (2, 1)]
     assert report["saving"](dense, masked)[0] == pytest.approx(4)
+    higher = [{**line, "dense_loss": 0.005} for line in dense]  # than no masked run gets to
+    assert report["saving"](higher, masked) is None
     alone = {**dense[0], "seed": 9}  # whose masked run has yet to be trained
     assert report["saving"]([*dense, alone], masked) == report["saving"](dense, masked)
     # A trial's settings don't change behind its name.
@@ -104,6 +110,60 @@ def test_the_quality_laboratory_runs_what_is_missing_and_draws_its_report(tmp_pa
     command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), str(table), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
     assert done.returncode != 0 and "give the variant another name" in done.stderr
+
+
+def test_rates_are_tried_until_the_best_is_bracketed(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    wanted = runpy.run_path(str(ROOT / "benchmarks" / "quality.py"), run_name="lab")["rates_wanted"]
+    bracket = {"bracket": [1, 2, 4]}
+    assert wanted(bracket, {}) == wanted(bracket, {1: 9.0, 4: 7.0}) == [1, 2, 4]
+    assert wanted(bracket, {1: 9.0, 2: 8.0, 4: 7.0}) == [1, 2, 4, 8]
+    assert wanted(bracket, {1: 7.0, 2: 8.0, 4: 9.0}) == [1, 2, 4, 0.5]
+    assert wanted("best", {}) == wanted("best", {1: 9.0, 2: 8.0, 4: 7.0}) == []
+    assert wanted("best", {1: 9.0, 2: 8.0, 4: 7.0, 8: 7.5}) == [4]
+    assert wanted([3, [1, 2]], {1: 9.0}) == [3, [1, 2]]
+
+
+TWO_STEPS = """
+first:
+  recipe: &recipe
+    data: {source: digits, size: 8, channels: 1, held_out: 20}
+    model: {patch_size: 2, embed_dim: 16, depth: 3, num_heads: 2}
+    diffusion: {schedule: cosine, prediction: x0}
+    sampling: {sampler: ddim, steps: 2}
+    evaluation: {num: 20, quick_num: 0, num_components: 4}
+  evaluations: 1
+  stage: &stage {batch_size: 8, ema: {decay: 0.5}}
+  flops: 1.0e+8
+  variants: {primer: }
+  rounds: [{variants: [primer], lr: [0.01], seeds: [0]}]
+then:
+  recipe: *recipe
+  stage: *stage
+  flops: 1.0e+8
+  variants: {tuned: {init: first_primer_0.01_1e+08_0}}
+  rounds: [{variants: [tuned], lr: [0.01], seeds: [0]}]
+"""
+
+
+def test_a_trial_waits_for_what_it_begins_from(tmp_path):
+    table, results = tmp_path / "table.yaml", tmp_path / "results.jsonl"
+    table.write_text(TWO_STEPS)
+    command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), str(table)]
+    command += [
+        "--results",
+        str(results),
+        "--work",
+        str(tmp_path),
+        "--only",
+        "then",
+        "first_primer",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["experiment"] for line in lines] == ["first", "then"]
+    assert lines[0]["command"] == "python benchmarks/quality.py benchmarks/table.yaml"
 
 
 @pytest.mark.slow

@@ -173,11 +173,11 @@ class ViT(Backbone, ModelMixin):
             if self.parts.skips and 2 * i < len(self.blocks) - 1:
                 skips.append(x)
 
-        x = self.norm(x[:, self.num_extras :])
-        if self.modulate is not None:
-            shift, scale = self.modulate(condition)[:, None].chunk(2, dim=-1)
-            x = x * (1 + scale) + shift
-        return self.head(x)  # (B, V, P)
+        x = x[:, self.num_extras :]
+        if self.modulate is None:
+            return self.head(self.norm(x))  # (B, V, P)
+        shift, scale = self.modulate(condition)[:, None].chunk(2, dim=-1)
+        return self.head(modulated(self.norm, x, scale, shift))
 
     def _turns(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """Cosines and sines of each token's rotations, side by side: (B, L, D / heads).
@@ -221,18 +221,22 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(condition)[:, None].chunk(
             6, -1
         )
-        x = x + gate1 * self._attention(self.norm1(x) * (1 + scale1) + shift1, turns)
-        return x + gate2 * self._mlp(self.norm2(x) * (1 + scale2) + shift2)
+        attended = self._attention(modulated(self.norm1, x, scale1, shift1), turns)
+        x = torch.addcmul(x, gate1, attended)
+        return torch.addcmul(x, gate2, self._mlp(modulated(self.norm2, x, scale2, shift2)))
 
     def _attention(self, x: Tensor, turns: Tensor | None) -> Tensor:
         batch, length, dim = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L, D / heads) each
-        dtype = self.norm1.weight.dtype  # torch is slow to norm by weights of another one
-        q, k = self.q_norm(q.to(dtype)), self.k_norm(k.to(dtype))
+        qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))  # (2 and 1, B, heads, L, D / heads)
+        qk = qk.to(self.norm1.weight.dtype)  # torch is slow to norm by weights of another one
+        if isinstance(self.q_norm, nn.RMSNorm) and isinstance(self.k_norm, nn.RMSNorm):
+            weights = torch.stack([self.q_norm.weight, self.k_norm.weight])[:, None, None, None]
+            qk = F.rms_norm(qk, self.q_norm.normalized_shape, eps=self.q_norm.eps) * weights
         if turns is not None:
-            q, k = turned(q, turns), turned(k, turns)
-        x = F.scaled_dot_product_attention(q, k, v)
+            qk = turned(qk, turns)
+        q, k = qk.unbind()
+        x = F.scaled_dot_product_attention(q, k, v.squeeze(0))
         return self.proj(x.transpose(1, 2).reshape(batch, length, dim))
 
     def _mlp(self, x: Tensor) -> Tensor:
@@ -243,8 +247,21 @@ class Block(nn.Module):
         return self.down(F.gelu(x))
 
 
+def modulated(norm: nn.RMSNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """norm(x) (1 + scale) + shift, in fewer passes over the tokens: scales are multiplied first.
+
+    Args:
+        norm: of D values.
+        x: (B, L, D).
+        scale, shift: (B, 1, D).
+    """
+    plain = F.rms_norm(x, norm.normalized_shape, eps=norm.eps)
+    return torch.addcmul(shift, plain, norm.weight * (1 + scale))
+
+
 def turned(x: Tensor, turns: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021): pairs (x[i], x[i + half]) turn by their angles."""
     cos, sin = turns[:, None].chunk(2, dim=-1)  # (B, 1, L, D / heads / 2), for all heads
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    turned_a, turned_b = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)
+    return torch.cat([turned_a, turned_b], dim=-1)
