@@ -175,6 +175,24 @@ def test_cuda_graphs_are_left_out_where_they_cannot_be(changed, tmp_path, capsys
     assert told.count("compiled in") == 2
 
 
+def test_graphs_are_proposed_for_small_steps(changed, tmp_path, capsys, monkeypatch):
+    class Light(CompiledForward):
+        def __init__(self, model):
+            super().__init__(model, "aot_eager")
+
+    monkeypatch.setattr("maskdm.training.trainer.CompiledForward", Light)
+    # As on one GPU.
+    monkeypatch.setattr("maskdm.training.ready.wants_compiling", lambda *_: True)
+    monkeypatch.setattr("maskdm.training.ready._why_no_graphs", lambda *_, **__: None)
+    train(changed(compile="auto"), tmp_path / "auto")
+    assert capsys.readouterr().out.count("--compile graphs can halve their time") == 2  # stages
+    train(changed(compile="on"), tmp_path / "on")
+    assert "--compile graphs" not in capsys.readouterr().out
+    monkeypatch.setattr("maskdm.training.ready.LAUNCH_BOUND_FLOPS", 1.0)
+    train(changed(compile="auto"), tmp_path / "large")
+    assert "--compile graphs" not in capsys.readouterr().out
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
 def test_a_run_with_cuda_graphs_ends_like_an_eager_one(changed, tmp_path, capsys, micro_batch_size):

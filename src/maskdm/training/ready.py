@@ -19,6 +19,9 @@ from maskdm.models.compiling import NotCompiled, wants_compiling
 from maskdm.recipe import Diffusion, Recipe, Stage
 from maskdm.training.step import Batch, draw_batch
 
+# An H200 computes about so many of a step's FLOPs while its host launches the kernels.
+LAUNCH_BOUND_FLOPS = 5e12
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -71,6 +74,12 @@ def make_ready(
         example = _example(recipe, stage, schedule, num, accelerator.device)
         why_no_graphs = _why_no_graphs(accelerator, is_whole=num == share)
         _compile(network, model, example, recipe.compile == "graphs", why_no_graphs, say)
+        flops = 3 * num * model.forward_flops(example.visible.shape[1])
+        if recipe.compile == "auto" and why_no_graphs is None and flops < LAUNCH_BOUND_FLOPS:
+            say(
+                "  note: in steps this small a GPU waits for its kernels to be launched: "
+                "--compile graphs can halve their time"
+            )
     return Ready(diffusion, schedule, size)
 
 
