@@ -54,7 +54,7 @@ if [ -n "${DRY_RUN:-}" ]; then
     step profile 120 "$python" benchmarks/profile_step.py --model tiny --batch-size 2 --num 1
 else
     step tests 180 "$python" -m pytest -q -m gpu tests
-    step benchmarks 310 "$python" benchmarks/run.py --full --limit-sec 300 \
+    step benchmarks 270 "$python" benchmarks/run.py --full --limit-sec 260 \
         --out "$out/benchmarks.jsonl"
     step profile 60 "$python" benchmarks/profile_step.py --batch-size 256 --how compiled --num 10
 fi

@@ -30,11 +30,11 @@ PLANS = {
     "full": [  # what matters most comes first: each compilation takes a while
         ["step.py", *STEPS, "--batch-size", "256", "--rates", "0", "0.9", "0.5", "0.75"]
         + ["--how", "compiled", "eager", "baseline"],
+        ["step.py", *STEPS, "--batch-size", "256", "--rates", "0.9", "--how", "graphs"],
         ["step.py", "--num", "3", "--models", "B-256-16", "--batch-size", "256"]
         + ["--rates", "0", "0.9", "--how", "compiled"],
         ["step.py", "--num", "3", "--models", "B-256", "--batch-size", "16"]
         + ["--rates", "0", "--how", "compiled"],
-        ["step.py", *STEPS, "--batch-size", "256", "--rates", "0.9", "--how", "graphs"],
         ["step.py", *STEPS, "--batch-size", "128", "--how", "unet"],
         ["step.py", "--num", "3", "--models", *OTHERS, "--batch-size", "256"]
         + ["--rates", "0", "0.5", "--how", "compiled"],
