@@ -208,7 +208,7 @@ def draw_rates(groups: dict[str, list[Line]], path: Path) -> None:
     figure, panels = _figure(len(shown))
     for axes, (name, (lines, masked)) in zip(panels, shown.items(), strict=True):
         for variant in ("dense", masked):
-            same = [x for x in lines if x["variant"] == variant and len({*x["lr"]}) == 1]
+            same = [x for x in lines if label(x, lines) == variant and len({*x["lr"]}) == 1]
             tried = sorted((x for x in same if x["seed"] == 0), key=lambda x: x["lr"])
             rates = [x["lr"][0] for x in tried]
             title = "dense" if variant == "dense" else "50 % hidden, then whole"
