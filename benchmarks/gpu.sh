@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that a machine with a GPU can tell, in under nine minutes: the tests marked gpu, the
+# Everything that a machine with a GPU can tell, in under ten minutes: the tests marked gpu, the
 # benchmarks, a profile. Writes all under an output folder; what fails is noted, and the rest runs.
 #
 #   benchmarks/gpu.sh OUT [WHEELS]

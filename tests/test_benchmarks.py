@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -124,45 +125,20 @@ def test_rates_are_tried_until_the_best_is_bracketed(monkeypatch):
     assert wanted([3, [1, 2]], {1: 9.0}) == [3, [1, 2]]
 
 
-TWO_STEPS = """
-first:
-  recipe: &recipe
-    data: {source: digits, size: 8, channels: 1, held_out: 20}
-    model: {patch_size: 2, embed_dim: 16, depth: 3, num_heads: 2}
-    diffusion: {schedule: cosine, prediction: x0}
-    sampling: {sampler: ddim, steps: 2}
-    evaluation: {num: 20, quick_num: 0, num_components: 4}
-  evaluations: 1
-  stage: &stage {batch_size: 8, ema: {decay: 0.5}}
-  flops: 1.0e+8
-  variants: {primer: }
-  rounds: [{variants: [primer], lr: [0.01], seeds: [0]}]
-then:
-  recipe: *recipe
-  stage: *stage
-  flops: 1.0e+8
-  variants: {tuned: {init: first_primer_0.01_1e+08_0}}
-  rounds: [{variants: [tuned], lr: [0.01], seeds: [0]}]
-"""
-
-
 def test_a_trial_waits_for_what_it_begins_from(tmp_path):
     table, results = tmp_path / "table.yaml", tmp_path / "results.jsonl"
-    table.write_text(TWO_STEPS)
+    tiny = yaml.safe_load(TABLE)["tiny"] | {"evaluations": 1}
+    one = {"lr": [0.01], "seeds": [0]}
+    primers = {**tiny, "rounds": [{**one, "variants": ["dense"]}]}
+    tuned = {"variants": {"tuned": {"init": "tiny_dense_0.01_2e+08_0"}}}
+    tuned |= {"rounds": [{**one, "variants": ["tuned"]}]}
+    table.write_text(yaml.safe_dump({"tiny": primers, "then": {**tiny, **tuned}}))
     command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), str(table)]
-    command += [
-        "--results",
-        str(results),
-        "--work",
-        str(tmp_path),
-        "--only",
-        "then",
-        "first_primer",
-    ]
+    command += ["--results", str(results), "--work", str(tmp_path), "--only", "then", "tiny"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [line["experiment"] for line in lines] == ["first", "then"]
+    assert [line["experiment"] for line in lines] == ["tiny", "then"]
     assert lines[0]["command"] == "python benchmarks/quality.py benchmarks/table.yaml"
 
 

@@ -188,7 +188,7 @@ def test_graphs_are_proposed_for_small_steps(changed, tmp_path, capsys, monkeypa
     assert capsys.readouterr().out.count("--compile graphs can halve their time") == 2  # stages
     train(changed(compile="on"), tmp_path / "on")
     assert "--compile graphs" not in capsys.readouterr().out
-    monkeypatch.setattr("maskdm.training.ready.LAUNCH_BOUND_FLOPS", 1.0)
+    monkeypatch.setattr("maskdm.training.ready.LAUNCH_BOUND", 1.0)
     train(changed(compile="auto"), tmp_path / "large")
     assert "--compile graphs" not in capsys.readouterr().out
 

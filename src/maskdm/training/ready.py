@@ -19,8 +19,7 @@ from maskdm.models.compiling import NotCompiled, wants_compiling
 from maskdm.recipe import Diffusion, Recipe, Stage
 from maskdm.training.step import Batch, draw_batch
 
-# An H200 computes about so many of a step's FLOPs while its host launches the kernels.
-LAUNCH_BOUND_FLOPS = 5e12
+LAUNCH_BOUND = 5e12  # FLOPs: about what an H200 computes while its host launches a step's kernels
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,11 @@ def make_ready(
         num = min(share, size or share)
         example = _example(recipe, stage, schedule, num, accelerator.device)
         why_no_graphs = _why_no_graphs(accelerator, is_whole=num == share)
-        _compile(network, model, example, recipe.compile == "graphs", why_no_graphs, say)
-        flops = 3 * num * model.forward_flops(example.visible.shape[1])
-        if recipe.compile == "auto" and why_no_graphs is None and flops < LAUNCH_BOUND_FLOPS:
+        graphs = recipe.compile == "graphs"
+        is_compiled = _compile(network, model, example, graphs, why_no_graphs, say)
+        middle = [] if example.middle is None else [example.middle.shape[1]]
+        is_small = 3 * num * model.forward_flops(example.visible.shape[1], *middle) < LAUNCH_BOUND
+        if recipe.compile == "auto" and is_compiled and is_small and why_no_graphs is None:
             say(
                 "  note: in steps this small a GPU waits for its kernels to be launched: "
                 "--compile graphs can halve their time"
@@ -90,8 +91,11 @@ def _compile(
     graphs: bool,
     why_no_graphs: str | None,
     say: Callable[[str], None],
-) -> None:
-    """Compiles the network for batches like an example, with CUDA graphs if wanted and possible."""
+) -> bool:
+    """Compiles the network for batches like an example, with CUDA graphs if wanted and possible.
+
+    False where it cannot be compiled, and runs eagerly.
+    """
     if graphs and why_no_graphs:
         say(f"  note: no CUDA graphs, since {why_no_graphs}")
         graphs = False
@@ -100,10 +104,11 @@ def _compile(
         done = network.compile(example.x0.shape, attempt, graphs)
     except NotCompiled as error:
         say(f"  not compiled, runs eagerly: {error}")
-        return
+        return False
     say(f"  compiled in {done.seconds:.0f} s" + (", with CUDA graphs" * done.cuda_graphs))
     if graphs and not done.cuda_graphs:
         say("  note: no CUDA graphs, since the compiler has none for this network")
+    return True
 
 
 def _why_no_graphs(accelerator: Accelerator, is_whole: bool) -> str | None:
