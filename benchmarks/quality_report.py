@@ -199,12 +199,15 @@ def _figure(num: int) -> tuple[Figure, list[Axes]]:
 
 
 def draw_rates(groups: dict[str, list[Line]], path: Path) -> None:
-    """Distance against learning rate, a panel for each experiment with both sides."""
+    """Distance against learning rate, a panel for each experiment with several on both sides."""
     shown = {
         name: (lines, masked[0])
         for name, lines in groups.items()
         if (masked := [one for one in MASKED if one in {x["variant"] for x in lines}])
+        and len({x["lr"][0] for x in lines if x["variant"] == masked[0]}) > 1
     }
+    if not shown:
+        return
     figure, panels = _figure(len(shown))
     for axes, (name, (lines, masked)) in zip(panels, shown.items(), strict=True):
         for variant in ("dense", masked):

@@ -55,6 +55,7 @@ tiny:
     half: {stages: [{mask: {kind: patch, rate: 0.5}, share: 1}, {share: 2}]}
   rounds:
     - {variants: [dense, half], lr: [0.01], seeds: [0]}
+    - {variants: {half: [1.0e-9]}, seeds: [0]}  # learns nothing
     - {variants: {dense: [0.01], half: [[0.01, 0.01]]}, seeds: [1, 2]}
 """
 
@@ -78,6 +79,7 @@ def test_the_quality_laboratory_runs_what_is_missing_and_draws_its_report(tmp_pa
         ("dense", (0.01,), 0),
         ("dense", (0.01,), 1),
         ("dense", (0.01,), 2),
+        ("half", (1e-9, 1e-9), 0),
         ("half", (0.01, 0.01), 0),
         ("half", (0.01, 0.01), 1),
         ("half", (0.01, 0.01), 2),
