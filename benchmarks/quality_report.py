@@ -22,17 +22,33 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
+from maskdm.recipe import Recipe
+from maskdm.recipe_files import migrated
+
 HERE = Path(__file__).parent
 DOC = HERE.parent / "docs" / "does-masking-pay.md"
 IMAGES = DOC.parent / "images"
 COLOURS = {"dense": "#b3432b", "half": "#2b5fb3", "recipe": "#2b5fb3"}
 MASKED = ("half", "recipe")  # variants that are compared with `dense` over seeds
+BUDGETS = {  # experiments that differ only in their budget
+    "CIFAR-10, 64 tokens": ("cifar-recipes-3", "cifar-recipes", "cifar-recipes-24"),
+    "faces, 16 tokens": ("budget-16-3", "budget-16-8", "budget-16-24"),
+    "faces, 64 tokens": ("budget-64-5", "parts-64", "budget-64-48"),
+    "faces, 256 tokens": ("budget-256-8", "budget-256-24", "budget-256-72"),
+}
 Line = dict[str, Any]
 
 
 def distance(line: Line) -> float:
     """The Frechet distance of a trial."""
     return float(line["metrics"]["frechet"]["value"])
+
+
+def tokens_seen(line: Line) -> float:
+    """Tokens of the images that a trial saw, hidden ones too, for each of its parameters."""
+    recipe = Recipe(**migrated(line["recipe"]))
+    tokens = math.prod(recipe.data.shape[:2]) / recipe.model.patch_size**2
+    return float(line["images"] * tokens / line["num_params"])
 
 
 def rates_text(line: Line) -> str:
@@ -140,9 +156,9 @@ def sides(lines: list[Line]) -> tuple[list[Line], list[Line]]:
 def seeds_table(groups: dict[str, list[Line]]) -> str:
     """Dense against masked at their best rates, over seeds that did not choose them."""
     rows = [
-        "| experiment | dense | masked | dense / masked | of held-out losses | of FLOPs to equal "
-        "loss |",
-        "|---|---|---|---|---|---|",
+        "| experiment | tokens per parameter | dense | masked | dense / masked | of held-out "
+        "losses | of FLOPs to equal loss |",
+        "|---|---|---|---|---|---|---|",
     ]
     for experiment, lines in groups.items():
         dense, masked = sides(lines)
@@ -159,7 +175,7 @@ def seeds_table(groups: dict[str, list[Line]]) -> str:
             cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
         saved = saving(dense, masked)
         cells.append("{:.2f} ({:.2f} to {:.2f})".format(*saved) if saved else "not reached")
-        rows.append(f"| {experiment} | {' | '.join(cells)} |")
+        rows.append(f"| {experiment} | {tokens_seen(dense[0]):.2g} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -198,6 +214,30 @@ def _figure(num: int) -> tuple[Figure, list[Axes]]:
     return figure, panels[:num]
 
 
+def _dress(axes: Axes, title: str, xlabel: str) -> None:
+    """A panel's title, label and grid."""
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(xlabel)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _tick(axes: Axes, values: list[float]) -> None:
+    """Four ticks on a logarithmic y axis, over the range of some values."""
+    axes.set_yscale("log")
+    ticks = [float(f"{tick:.2g}") for tick in np.geomspace(min(values), max(values), 4)]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def _save(figure: Figure, panels: list[Axes], ylabel: str, path: Path) -> None:
+    """Writes a figure, with its legend in the last panel and y labels at the left."""
+    panels[-1].legend(frameon=False, fontsize=9)
+    for axes in panels[:: figure.axes[0].get_gridspec().ncols]:
+        axes.set_ylabel(ylabel)
+    figure.savefig(path, dpi=100)
+
+
 def draw_rates(groups: dict[str, list[Line]], path: Path) -> None:
     """Distance against learning rate, a panel for each experiment with several on both sides."""
     shown = {
@@ -226,14 +266,8 @@ def draw_rates(groups: dict[str, list[Line]], path: Path) -> None:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
-        axes.set_title(name, loc="left", fontsize=11)
-        axes.set_xlabel("learning rate")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
-    for axes in panels[:: figure.axes[0].get_gridspec().ncols]:
-        axes.set_ylabel("Fréchet distance, lower is better")
-    figure.savefig(path, dpi=100)
+        _dress(axes, name, "learning rate")
+    _save(figure, panels, "Fréchet distance, lower is better", path)
 
 
 def draw_losses(groups: dict[str, list[Line]], path: Path) -> None:
@@ -246,19 +280,37 @@ def draw_losses(groups: dict[str, list[Line]], path: Path) -> None:
                 flops, losses = np.array(line["curve"]).T
                 axes.plot(flops / 1e12, losses, marker=".", color=COLOURS[line["variant"]],
                           alpha=0.8, label=title if i == 0 else None)  # fmt: skip
-        axes.set_yscale("log")
         losses = [loss for line in [*both[0], *both[1]] for _, loss in line["curve"]]
-        ticks = [float(f"{tick:.2g}") for tick in np.geomspace(min(losses), max(losses), 4)]
-        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-        axes.set_title(name, loc="left", fontsize=11)
-        axes.set_xlabel("TFLOP of training")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
-    for axes in panels[:: figure.axes[0].get_gridspec().ncols]:
-        axes.set_ylabel("loss on held-out images")
-    figure.savefig(path, dpi=100)
+        _tick(axes, losses)
+        _dress(axes, name, "TFLOP of training")
+    _save(figure, panels, "loss on held-out images", path)
+
+
+def draw_budgets(groups: dict[str, list[Line]], path: Path) -> None:
+    """Distance against the budget, a panel for each series: the means of fresh seeds, and each."""
+    shown = {
+        title: both
+        for title, names in BUDGETS.items()
+        if len(both := [b for name in names if all(b := sides(groups.get(name, [])))]) > 1
+    }
+    if not shown:
+        return
+    figure, panels = _figure(len(shown))
+    for axes, (title, series) in zip(panels, shown.items(), strict=True):
+        for i, name in enumerate(("dense", "50 % hidden, then whole")):
+            side = [both[i] for both in series]
+            colour = COLOURS["half" if i else "dense"]
+            budgets = [lines[0]["budget"] / 1e12 for lines in side]
+            means = [np.exp(np.mean([*map(math.log, map(distance, lines))])) for lines in side]
+            axes.plot(budgets, means, color=colour, label=name)
+            for budget, lines in zip(budgets, side, strict=True):
+                values = [*map(distance, lines)]
+                axes.plot([budget] * len(lines), values, "o", ms=4, color=colour, alpha=0.6)
+        axes.set_xscale("log")
+        axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+        _tick(axes, [distance(line) for both in series for side in both for line in side])
+        _dress(axes, title, "TFLOP of training")
+    _save(figure, panels, "Fréchet distance, lower is better", path)
 
 
 def replaced(text: str, name: str, content: str) -> str:
@@ -285,6 +337,7 @@ def main() -> None:
         text = replaced(text, name, bracket_table(lines))
     args.doc.write_text(text, "utf-8")
     draw_rates(groups, args.images / "masking-rates.png")
+    draw_budgets(groups, args.images / "masking-budgets.png")
     if any(all(sides(lines)) for lines in groups.values()):
         draw_losses(groups, args.images / "masking-losses.png")
 
