@@ -18,7 +18,7 @@ from maskdm.cli import main
 from maskdm.export.pipeline import MaskDMPipeline, load
 from maskdm.models.adapters import DiffusersDenoiser
 from maskdm.models.build import build_model
-from maskdm.models.class_names import class_number, class_text
+from maskdm.models.class_names import class_number, class_numbers, class_text
 from maskdm.models.trained import TrainedModel
 from maskdm.models.uvit import UViT
 from maskdm.recipe import Diffusion
@@ -149,7 +149,7 @@ def test_a_pipeline_takes_names(run):
     assert not np.array_equal(draw("dog"), draw("cat"))
     with pytest.raises(ValueError, match="no class 'cow': known: cat, dog"):
         draw("cow")
-    with pytest.raises(ValueError, match="3 class names for 2 images: give one for each"):
+    with pytest.raises(ValueError, match="3 classes for 2 images: give one for each"):
         draw(["dog", "cat", "cat"])
 
 
@@ -157,6 +157,15 @@ def test_a_name_wins_over_a_number():
     config = uvit(["1", "10", "2"], 3).config
     assert [class_number(config, name) for name in ("1", "10", "2", "0", "3")] == [0, 1, 2, 0, 3]
     assert class_text(config, 1) == "10 (number 1)" and class_text(config, 3) == "3"
+
+
+def test_a_number_is_a_number_whatever_the_classes_are_called():
+    config = uvit(["1", "10", "2"], 3).config
+    assert class_numbers(config, "1", 2).tolist() == [0, 0]
+    assert class_numbers(config, 1, 2).tolist() == [1, 1]
+    assert class_numbers(config, torch.tensor(1), 2).tolist() == [1, 1]
+    for numbers in (torch.arange(3), np.arange(3), range(3), [0, 1, "2"]):
+        assert class_numbers(config, numbers, 3).tolist() == [0, 1, 2]
 
 
 def test_unknown_classes_are_told_the_known_ones():

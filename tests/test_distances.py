@@ -153,6 +153,13 @@ def test_precision_and_recall_are_torch_fidelitys():
     assert everything.value == 1 and everything.error > 0
 
 
+def test_precision_and_recall_far_from_the_origin():
+    a, b = np.random.default_rng(0).standard_normal((2, 400, 32)).astype(np.float32)
+    near = [one.value for one in precision_recall(a, b)]
+    far = [one.value for one in precision_recall(a + 3000, b + 3000)]
+    assert 0.5 < near[0] < 0.9 and np.allclose(far, near, atol=0.02)
+
+
 def test_precision_and_recall_of_equal_disjoint_and_mode_dropped_sets():
     modes = np.random.default_rng(0).standard_normal((400, 8)) + 20 * np.repeat(
         np.eye(8)[:4], 100, axis=0

@@ -424,7 +424,7 @@ def test_classes_guidance_and_noise_are_said_in_diffusers_words():
     assert not np.allclose(draw(eta=1.0), draw())
     with pytest.raises(ValueError, match="no class 'cow'"):
         draw(class_labels="cow")
-    with pytest.raises(ValueError, match="2 class names for 3 images|2 classes for 3 images"):
+    with pytest.raises(ValueError, match="2 classes for 3 images"):
         draw(class_labels=[0, 1])
     with pytest.raises(ValueError, match="eta is ddim's noise; sampler heun has none"):
         draw(eta=1.0, settings=Sampling(sampler="heun"))

@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from maskdm.evaluation.samples import drawn_samples
+from maskdm.families import GUIDANCE
 from maskdm.models.adapters import DiffusersDenoiser
 from maskdm.models.compiling import CompiledForward
 from maskdm.models.trained import TrainedModel
@@ -77,6 +78,16 @@ def test_a_compiled_network_draws_the_same_images(counter, settings, num_classes
     assert difference.max() <= 1 and images["on"].std() > 10
     assert np.array_equal(generate(strong, sampling, list(range(10)), **options), images["on"])
     assert counter.frame_count == graphs  # in the next call too
+
+
+@pytest.mark.parametrize("kind", ["none", "classifier-free", "sparse"])
+def test_guidance_costs_the_evaluations_that_are_counted(kind):
+    drawing = trained(num_classes=3)
+    seen = []
+    drawing.model.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[:2]))
+    generate(drawing, Sampling(steps=3, guidance={"kind": kind}), [0, 1])
+    patches = sum(images * visible for images, visible in seen)
+    assert patches == GUIDANCE[kind].evaluations * 3 * 2 * drawing.model.num_patches
 
 
 def test_what_cannot_be_compiled_draws_the_same_images_with_a_warning(monkeypatch):

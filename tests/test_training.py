@@ -165,6 +165,9 @@ def test_a_network_without_a_middle_refuses_to_route(tiny):
     ]
     with pytest.raises(ValueError, match="where middle is for model.kind uvit or vit, not dit"):
         Recipe(**{**tiny.model_dump(), "stages": stages, "model": {"kind": "dit", "patch_size": 2}})
+    flat = {**tiny.model.model_dump(), "kind": "vit", "depth": 2}
+    with pytest.raises(ValueError, match="where middle needs .* model.depth 3 at least, not 2"):
+        Recipe(**{**tiny.model_dump(), "stages": stages, "model": flat})
 
 
 def test_a_signal_saves_and_the_next_call_continues_to_the_same_bits(tiny, tmp_path):

@@ -366,6 +366,8 @@ GUIDANCE: dict[str, GuidanceKind] = {
     "autoguidance": GuidanceKind(
         "away from a weaker model", _weak("by_weak_model"), _weak("refuse_weak"), needs_model=True
     ),
-    "sparse": GuidanceKind("away from the same model seeing fewer patches", _weak("sparse")),
+    "sparse": GuidanceKind(
+        "away from the same model seeing fewer patches", _weak("sparse"), evaluations=2
+    ),
 }
 GuidanceName = Annotated[str, known(GUIDANCE, "kind of guidance"), shown(GUIDANCE)]

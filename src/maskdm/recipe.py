@@ -425,6 +425,11 @@ class Recipe(Settings):
                     f"stages.{i}.mask.where middle is for model.kind {' or '.join(kinds)}, not "
                     f"{self.model.kind}"
                 )
+            if stage.mask.where == "middle" and self.model.depth < 3:
+                raise ValueError(
+                    f"stages.{i}.mask.where middle needs a block before the middle and one after "
+                    f"it, so model.depth 3 at least, not {self.model.depth}"
+                )
 
     def _check_plateaus(self) -> None:
         for i, stage in enumerate(self.stages):

@@ -61,6 +61,7 @@ def masked_denoising_loss(
     x_t = add_noise(x0, noise, alpha, sigma)  # (B, V, P)
     target = target_from(settings.prediction, x0, noise, alpha, sigma)
     output = model(x_t, visible, t, labels, *([] if middle is None else [middle]))  # (B, V, P)
+    assert output.shape == target.shape  # else they could broadcast
     # The mean over visible values, not the sum: stages with other masks keep the same loss scale.
     # In fp32, since the network may have answered in bf16.
     error = (output.float() - target).square().mean(dim=(1, 2))  # (B,)

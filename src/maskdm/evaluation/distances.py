@@ -231,6 +231,9 @@ def precision_recall(samples: Array, reference: Array) -> tuple[Measured, Measur
         raise ValueError(
             f"precision and recall need more than {NEIGHBOURHOOD} samples and real images"
         )
+    # Far from the origin its squared distances would lose their digits in fp32.
+    centre = b.mean(axis=0, dtype=np.float64)
+    a, b = ((one - centre).astype(np.float32) for one in (a, b))
     how = {"prc_neighborhood": NEIGHBOURHOOD, "prc_batch_size": 1000, "verbose": False}
     how["save_cpu_ram"] = True  # a thousand rows of distances at a time
     shares = prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), **how)

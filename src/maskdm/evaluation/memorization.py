@@ -35,10 +35,13 @@ class ImageSet(NamedTuple):
     images: Array
     vectors: Array
 
-    def spread(self) -> tuple[ImageSet, np.ndarray]:
-        """At most 1,000 of the images, evenly spread, and their indices: int64 (n,)."""
-        count = min(len(self.images), MOST)
-        where = np.arange(count) * len(self.images) // max(1, count)
+    def some(self) -> tuple[ImageSet, np.ndarray]:
+        """At most 1,000 of the images, a fixed random part, and their indices: int64 (n,).
+
+        Not every tenth one: classes that come in turn would be left out.
+        """
+        order = np.random.default_rng(3).permutation(len(self.images))
+        where = np.sort(order[:MOST])
         return ImageSet(self.images[where], self.vectors[where]), where
 
 
@@ -86,9 +89,9 @@ def check_memorization(
     """Compares samples with training images, and tells whether more are copies than by chance.
 
     Args:
-        samples: generated; an even spread of more than 1,000.
+        samples: generated; a random part of more than 1,000.
         train: all training images.
-        held_out: real images that were not trained on; an even spread of more than 1,000. None,
+        held_out: real images that were not trained on; a random part of more than 1,000. None,
             or fewer than 99 = training images take their place, each compared with the others.
         features: those of the vectors.
         flip: whether training mirrored images: then an image is as near as the nearer of itself
@@ -118,7 +121,7 @@ def check_memorization(
     of other images, NaN or infinite.
     """
     _refuse(samples, train, held_out)
-    few, where = samples.spread()
+    few, where = samples.some()
     own = _near(few, train, features, flip)
     calibration, real, duplicates = _real(train, held_out, features, flip)
     num_train = len(train.images)
@@ -193,12 +196,12 @@ def _real(
     An image that occurs twice in the training set would make equal images look usual.
     """
     if held_out is not None and len(held_out.images) >= MIN_REAL:
-        near = _near(held_out.spread()[0], train, features, flip)
+        near = _near(held_out.some()[0], train, features, flip)
         if (~near.equal).sum() >= MIN_REAL:
             return "held-out images", near.distance[~near.equal], float(near.equal.mean())
     if len(train.images) < 3:  # there are no two others
         return "leave-one-out", np.empty(0), 0.0
-    few, where = train.spread()
+    few, where = train.some()
     near = _near(few, train, features, flip, own=where)
     return "leave-one-out", near.distance[~near.equal], float(near.equal.mean())
 

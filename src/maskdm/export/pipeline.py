@@ -235,6 +235,9 @@ class MaskDMPipeline(DiffusionPipeline):
             raise ValueError(f"callback_on_step_end_tensor_inputs: only latents, not {unknown}")
         settings = changed(settings or self.settings, steps=num_inference_steps)
         settings = _with_scale(settings, guidance_scale)
+        config, labels = self.denoiser.config, None
+        if class_labels is not None:
+            labels = class_numbers(config, class_labels, batch_size)
         shown = callback_on_step_end_tensor_inputs
         hook = self._hook(callback_on_step_end, shown) if callback_on_step_end else None
         if self.scheduler is self._own_scheduler:
@@ -248,7 +251,7 @@ class MaskDMPipeline(DiffusionPipeline):
             settings,
             list(range(batch_size)),
             self._randomness(seed, generator, batch_size),
-            _labels(self.denoiser.config, class_labels, batch_size),
+            labels,
             weak=weak.trained if weak is not None else None,
             solve=solve,
             finish=to_uint8 if output_type == "pil" else _to_unit,
@@ -346,17 +349,6 @@ def _with_scale(settings: Sampling, scale: float | None) -> Sampling:
     if scale == 1:
         return changed(settings, guidance=changed(guidance, kind="none"))
     return changed(settings, guidance=changed(guidance, kind=kind, scale=scale))
-
-
-def _labels(config: Any, given: Any, num: int) -> Tensor | None:
-    """Classes by number or name, one for all images or one for each: int64 (num,).
-
-    Raises ValueError for an unknown name, or another number of labels.
-    """
-    if given is None:
-        return None
-    each = [given] * num if isinstance(given, int | str) else list(given)
-    return class_numbers(config, [str(int(x) if isinstance(x, Tensor) else x) for x in each], num)
 
 
 def _to_unit(images: Tensor) -> Tensor:

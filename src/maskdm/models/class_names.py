@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 from unicodedata import normalize
 
-from torch import Tensor, tensor
+import numpy as np
+from torch import Tensor, int64, tensor
 
 from maskdm.words import listed, suggestion
 
@@ -49,15 +50,21 @@ def class_number(config: Any, name: str) -> int:
     raise ValueError(f"no class {name!r}: {suggestion(name, names)}")
 
 
-def class_numbers(config: Any, names: str | Sequence[str], num_images: int) -> Tensor:
-    """Classes by name, one name for all images or one for each: int64 (num_images,).
+def class_numbers(
+    config: Any, given: str | int | Sequence[str | int] | Tensor, num_images: int
+) -> Tensor:
+    """Classes by name or number, one for all images or one for each: int64 (num_images,).
 
-    Raises ValueError for an unknown name, or another number of names.
+    Text is a name first (`class_number`), numbers are numbers, whatever the classes are called.
+
+    Raises ValueError for an unknown name, or another number of classes.
     """
-    each = [names] * num_images if isinstance(names, str) else list(names)
-    if len(each) != num_images:
-        raise ValueError(f"{len(each)} class names for {num_images} images: give one for each")
-    return tensor([class_number(config, name) for name in each])
+    if isinstance(given, str) or np.ndim(given) == 0:
+        given = [given] * num_images
+    if len(given) != num_images:
+        raise ValueError(f"{len(given)} classes for {num_images} images: give one for each")
+    numbers = [class_number(config, one) if isinstance(one, str) else int(one) for one in given]
+    return tensor(numbers, dtype=int64)
 
 
 def class_text(config: Any, number: int) -> str:

@@ -15,9 +15,9 @@ from maskdm.tokens import gather_patches
 def num_ends(depth: int) -> int:
     """Blocks at each end of `depth` that see every patch: a sixth of them, at least one.
 
-    None where a network has fewer than three blocks and no middle.
+    A network of fewer than three blocks has no middle (recipes refuse it).
     """
-    return max(1, depth // 6) if depth > 2 else 0
+    return max(1, depth // 6)
 
 
 class Route:
