@@ -39,12 +39,13 @@ SETTINGS = Sampling(steps=5)  # diffusers' DDIM is exact where the steps divide 
 def network(kind: str, **options) -> Backbone:
     """A network whose answers vary with all that it is given."""
     torch.manual_seed(1)
+    options = {**SIZES, **options}
     if kind in ("uvit", "vit"):
         kinds = {"uvit": UViT, "vit": ViT}
-        model = kinds[kind](**SIZES, embed_dim=16, depth=3, num_heads=2, **options)
+        model = kinds[kind](embed_dim=16, depth=3, num_heads=2, **options)
     else:
         more = {"options": UNET} if kind == "unet2d" else {"embed_dim": 16, "num_heads": 2}
-        model = DiffusersDenoiser(kind, **SIZES, depth=2, **more, **options)
+        model = DiffusersDenoiser(kind, depth=2, **more, **options)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -137,6 +138,9 @@ FOLDERS = {
     "dit": ("dit", {}, {"prediction": "v"}, SETTINGS, True, {}, {}),
     "classes": ("uvit", CLASSES, {}, SETTINGS, True, {"class_labels": ["dog", "ä", "cat"]},
                 {"class_labels": [1, 2, 0]}),
+    # With one patch the noise of a step has the same order for us and for them.
+    "eta": ("uvit", {**CLASSES, "patch_size": 8}, {}, Sampling(steps=5, eta=1.0), True,
+            {"scheduler": "DDIMScheduler"}, {"eta": 1.0}),
     "guidance": ("unet2d", CLASSES, {}, GUIDED, True, {"class_labels": 2}, {"class_labels": "ä"}),
     "guided dit": ("dit", CLASSES, {}, SETTINGS, True, {"guidance_scale": 3.0}, 
                    {"guidance_scale": 3.0}),
@@ -422,6 +426,10 @@ def test_classes_guidance_and_noise_are_said_in_diffusers_words():
     assert np.array_equal(draw(guidance_scale=1.0, settings=guided), draw())
     assert np.array_equal(draw(eta=1.0), draw(settings=Sampling(steps=5, eta=1.0)))
     assert not np.allclose(draw(eta=1.0), draw())
+    noisy = pipeline_of(pipeline.denoiser, Sampling(steps=5, eta=1.0))
+    noisy.scheduler = diffusers.DDIMScheduler.from_config(noisy.scheduler.config)
+    both = [noisy(3, output_type="np", **said).images for said in ({}, {"eta": 1.0})]
+    assert np.array_equal(*both) and not np.allclose(both[0], draw())
     with pytest.raises(ValueError, match="no class 'cow'"):
         draw(class_labels="cow")
     with pytest.raises(ValueError, match="2 classes for 3 images"):

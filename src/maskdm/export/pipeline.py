@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, Schedu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from maskdm.export.pixel_pipeline import follow
+from maskdm.export.pixel_pipeline import follow, takes_eta
 from maskdm.export.portable import component_of, save_portable
 from maskdm.export.schedulers import diffusers_scheduler, refuse_scheduler
 from maskdm.families import SAMPLERS
@@ -211,7 +211,7 @@ class MaskDMPipeline(DiffusionPipeline):
             guidance_scale: scale of the settings' guidance, of classifier-free guidance where they
                 have none; 1 = no guidance. None = as the settings say.
             generator: of all random numbers, or one for each image; instead of a seed.
-            eta: noise of the sampler ddim, or of a scheduler that takes it.
+            eta: noise of the sampler ddim, or of a scheduler that takes it; None = the settings'.
             settings: sampler, guidance and the rest; None = the saved ones. With a scheduler other
                 than the model's own: steps, guidance and clipping.
             weak: the weak model of autoguidance.
@@ -245,7 +245,9 @@ class MaskDMPipeline(DiffusionPipeline):
             solve = self._sampler(settings, hook)
         else:
             refuse_scheduler(self.scheduler, self._own_scheduler)
-            solve = self._follower(settings, eta or 0.0, hook)
+            if eta is None:
+                eta = settings.eta if takes_eta(self.scheduler) else 0.0
+            solve = self._follower(settings, eta, hook)
         images = generate(
             self.trained,
             settings,

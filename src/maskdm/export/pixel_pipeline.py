@@ -36,6 +36,7 @@ class PixelPipeline(DiffusionPipeline):
         flow_shift: shift of the time of a flow; None = the noise is no flow's.
         num_inference_steps, guidance_scale: defaults of a call.
         guidance_start, guidance_end: times between which guidance acts; 0 = clean, 1 = noise.
+        eta: default of a call, for schedulers that take it.
     """
 
     model_cpu_offload_seq = "unet->transformer"
@@ -57,6 +58,7 @@ class PixelPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
+        eta: float = 0.0,
     ):
         super().__init__()
         self.register_modules(scheduler=scheduler, unet=unet, transformer=transformer)
@@ -71,6 +73,7 @@ class PixelPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             guidance_start=guidance_start,
             guidance_end=guidance_end,
+            eta=eta,
         )
 
     @torch.no_grad()
@@ -81,7 +84,7 @@ class PixelPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         generator: Generator | list[Generator] | None = None,
         num_inference_steps: int | None = None,
-        eta: float = 0.0,
+        eta: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
@@ -96,7 +99,7 @@ class PixelPipeline(DiffusionPipeline):
             guidance_scale: of classifier-free guidance; 1 = none.
             generator: of all random numbers, or one for each image.
             num_inference_steps: solver steps.
-            eta: noise of schedulers that take it, DDIM's for one.
+            eta: noise of schedulers that take it, DDIM's for one; None = the training's recipe's.
             output_type: `pil`, `np` (float 0 to 1, B H W C) or `pt` (float 0 to 1, B C H W).
             return_dict: give an `ImagePipelineOutput`; else a tuple.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": x_t}) after each
@@ -124,6 +127,8 @@ class PixelPipeline(DiffusionPipeline):
             (batch_size, network.config.in_channels, *sides), generator, device, torch.float32
         )
         steps = num_inference_steps or self.config.num_inference_steps
+        if eta is None:
+            eta = self.config.eta if takes_eta(self.scheduler) else 0.0
 
         def after_step(step: int, timestep: Tensor, x: Tensor) -> Tensor:
             bar.update()
@@ -208,6 +213,11 @@ class PixelPipeline(DiffusionPipeline):
         shutil.copyfile(__file__, Path(save_directory) / "pixel_pipeline.py")
 
 
+def takes_eta(scheduler: Any) -> bool:
+    """Whether a scheduler adds as much noise as its `eta` says."""
+    return "eta" in inspect.signature(scheduler.step).parameters
+
+
 def follow(
     scheduler: Any,
     denoise: Callable[[Tensor, float, float, float], Tensor],
@@ -246,8 +256,10 @@ def follow(
         solver.set_timesteps(num_steps)
     _refuse_inexact(solver, num_steps)
     known = inspect.signature(solver.step).parameters
-    if eta and "eta" not in known:
+    if eta and not takes_eta(solver):
         raise ValueError(f"eta is DDIM's noise; {type(solver).__name__} has none: use eta 0")
+    if eta:  # in fp32 the root of what its noise leaves would be NaN near pure noise
+        solver.alphas_cumprod = solver.alphas_cumprod.double()
     options = {"generator": generator, "eta": eta}
     options = {name: value for name, value in options.items() if name in known}
     x = noise if flow else noise * solver.init_noise_sigma

@@ -196,6 +196,7 @@ def pipeline_settings(trained: TrainedModel, sampling: Sampling) -> dict[str, An
         "guidance_scale": guidance.scale if is_guided else 1.0,
         "guidance_start": guidance.start if is_guided else 0.0,
         "guidance_end": guidance.end if is_guided else 1.0,
+        "eta": sampling.eta,
     }
 
 
