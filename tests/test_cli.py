@@ -537,7 +537,8 @@ def save(tensors, path):
 
 def done(self, progress, *others):
     if progress.step == step:
-        os.kill(os.getpid(), number)
+        for _ in range(2):  # a launcher passes on what its processes have got, too
+            os.kill(os.getpid(), number)
     look(self, progress, *others)
 
 checkpoint.save_file, Checkups.look = save, done

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from maskdm.runs import checkpoint as checkpoints
 from maskdm.runs.checkpoint import FILES, Progress, prune_checkpoints
 from maskdm.runs.find import find_checkpoint
 from maskdm.runs.lines import read_lines
+from maskdm.training import stop
 from maskdm.training.checkups import Checkups
 from maskdm.training.ema import make_average, restart_average, update_average
 from maskdm.training.optim import learning_rate
@@ -168,6 +170,20 @@ def test_a_network_without_a_middle_refuses_to_route(tiny):
     flat = {**tiny.model.model_dump(), "kind": "vit", "depth": 2}
     with pytest.raises(ValueError, match="where middle needs .* model.depth 3 at least, not 2"):
         Recipe(**{**tiny.model_dump(), "stages": stages, "model": flat})
+
+
+def test_a_later_ctrl_c_acts_as_usual_and_sigterm_may_come_again(monkeypatch):
+    monkeypatch.setattr(stop, "SAME_REQUEST_SEC", 0.05)
+    with stop.StopRequest() as request:
+        assert not request.is_set
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert request.is_set
+        time.sleep(0.1)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_signal_saves_and_the_next_call_continues_to_the_same_bits(tiny, tmp_path):

@@ -59,11 +59,11 @@ def class_numbers(
 
     Raises ValueError for an unknown name, or another number of classes.
     """
-    if isinstance(given, str) or np.ndim(given) == 0:
-        given = [given] * num_images
-    if len(given) != num_images:
-        raise ValueError(f"{len(given)} classes for {num_images} images: give one for each")
-    numbers = [class_number(config, one) if isinstance(one, str) else int(one) for one in given]
+    is_one = isinstance(given, str) or np.ndim(given) == 0
+    each: list[Any] = [given] * num_images if is_one else [*given]  # type: ignore[misc]
+    if len(each) != num_images:
+        raise ValueError(f"{len(each)} classes for {num_images} images: give one for each")
+    numbers = [class_number(config, one) if isinstance(one, str) else int(one) for one in each]
     return tensor(numbers, dtype=int64)
 
 

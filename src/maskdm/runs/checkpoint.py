@@ -238,6 +238,7 @@ def _load_optimizer_tensors(
         parameter, key = name.rsplit(".", 1)
         if value.shape != (torch.Size() if key == "step" else shapes[parameter]):
             raise RuntimeError(f"{name} has the shape {tuple(value.shape)}")
-        state.setdefault(index[parameter], {})[key] = value
+        # A copy, for the optimizer keeps what it gets: not a part of a file that is soon removed.
+        state.setdefault(index[parameter], {})[key] = value.clone()
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -7,34 +7,42 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-FROM_PEOPLE = (signal.SIGINT, signal.SIGTERM)
-# A closed terminal, and a queue whose time is up. Both may come twice while the run is being saved.
-# Windows has neither.
-FROM_SYSTEM = tuple(
-    getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name)
+# Ctrl-C, a queue whose time is up, a closed terminal. Windows has only the first two.
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)
 )
+SAME_REQUEST_SEC = 2.0  # a terminal or a queue, and the launcher: each tells every process
 
 
 class StopRequest:
     """While it is open, Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 set a flag.
 
-    A second Ctrl-C or SIGTERM acts as usual. Under nohup, SIGHUP stays ignored.
+    A later Ctrl-C acts as usual; the others may come as often as they like, since whoever cannot
+    wait sends SIGKILL. Under nohup, SIGHUP stays ignored.
     """
 
     def __init__(self) -> None:
-        self.is_set = False
-        self._previous: dict[int, object] = {}
+        self._since: float | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def is_set(self) -> bool:
+        """Whether a signal has come."""
+        return self._since is not None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # only it may set handlers
-            for number in (*FROM_PEOPLE, *FROM_SYSTEM):
-                if number in FROM_SYSTEM and signal.getsignal(number) is signal.SIG_IGN:
+            for number in SIGNALS:
+                is_hangup = signal.Signals(number).name == "SIGHUP"
+                if is_hangup and signal.getsignal(number) is signal.SIG_IGN:
                     continue
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
@@ -42,20 +50,18 @@ class StopRequest:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore((*FROM_PEOPLE, *FROM_SYSTEM))
+        for number in [*self._previous]:
+            signal.signal(number, self._previous.pop(number))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self.is_set:  # by the system itself: the handler may interrupt a print
+        now = time.monotonic()
+        if self._since is None:  # by the system itself: the handler may interrupt a print
+            self._since = now
             with contextlib.suppress(OSError):
                 os.write(2, b"\nsaving after this step; press Ctrl-C again to stop now\n")
-        self.is_set = True
-        if number in FROM_PEOPLE:
-            self._restore(FROM_PEOPLE)
-
-    def _restore(self, numbers: Iterable[int]) -> None:
-        for number in numbers:
-            if number in self._previous:
-                signal.signal(number, self._previous.pop(number))  # type: ignore[arg-type]
+        elif number == signal.SIGINT and now - self._since > SAME_REQUEST_SEC:
+            usual = self._previous[number]
+            (usual if callable(usual) else signal.default_int_handler)(number, frame)
 
 
 class SaveTimer:
