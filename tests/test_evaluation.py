@@ -30,6 +30,7 @@ from maskdm.images.order import training_subset
 from maskdm.models.build import build_model
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Data, Evaluation, Recipe
+from maskdm.sampling.generate import labels_in_shares
 from maskdm.settings import changed
 from maskdm.words import figure
 
@@ -186,6 +187,47 @@ def test_other_weights_draw_other_images(trained, tiny, tmp_path):
     assert first.folder != second.folder
     assert not np.array_equal(first.images[:], second.images[:])
     assert first.facts["weights_sha256"] != second.facts["weights_sha256"]
+
+
+def test_classes_are_as_frequent_as_in_the_real_images(tiny, tmp_path, monkeypatch):
+    drawn, draw = [], samples_module.generate
+
+    def watched(trained, sampling, indices, seed, labels, **others):
+        drawn.extend([None] * len(indices) if labels is None else labels.tolist())
+        return draw(trained, sampling, indices, seed, labels, **others)
+
+    monkeypatch.setattr(samples_module, "generate", watched)
+    for num_eights in (27, 9):
+        folder, data = tmp_path / f"run-{num_eights}", tmp_path / f"data-{num_eights}"
+        for name, digit, num in (("eight", 8, num_eights), ("three", 3, 9)):
+            save_folder(DIGITS[digit == CLASSES][:num], data / name)
+        recipe = changed(
+            tiny,
+            data=changed(tiny.data, source=str(data)),
+            model=changed(tiny.model, num_classes=2),
+        )
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+        model = build_model(recipe, ["eight", "three"]).eval()
+        save_pipeline(pipeline_of_run(model, recipe), folder / "model")
+        drawn.clear()
+        record = record_of(folder, "--num", 40)
+        if num_eights == 9:
+            assert set(drawn) == {None} and "class_counts" not in record["samples"]  # in turn
+        else:
+            assert abs(drawn.count(0) - 30) <= 1 and drawn.count(0) + drawn.count(1) == 40
+            assert record["samples"]["class_counts"] == [27, 9]
+
+
+def test_classes_in_shares_belong_to_the_images_numbers():
+    counts = [500, 0, 30, 470]
+    labels = labels_in_shares(counts, range(10_000), seed=3)
+    drawn = np.bincount(labels, minlength=4)
+    assert np.abs(drawn - 10 * np.array(counts)).max() <= 3
+    assert np.array_equal(labels_in_shares(counts, [7, 5], seed=3), labels[[7, 5]])
+    for first in (100, 1000):
+        assert abs((labels[:first] == 0).mean() - 0.5) <= 3 / first
+    assert not np.array_equal(labels_in_shares(counts, range(100), seed=4), labels[:100])
 
 
 def test_ranks_share_what_is_missing(tmp_path, monkeypatch):

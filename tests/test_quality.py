@@ -367,6 +367,11 @@ def test_the_network_gets_the_images_classes(measured, tmp_path):
     held_out = store.labels[held_out_subset(60, recipe.data)]
     after = 10 * 7  # ten buckets of seven batches, of the 53 images trained on
     assert sorted(labels[after].tolist()) == sorted(held_out.tolist())
+    # Samples are drawn with the classes of the 60 images, of which there are not six each.
+    num, steps = recipe.evaluation.num_in_training, recipe.for_previews.steps
+    drawn = torch.cat(labels[-steps * -(-num // recipe.for_previews.batch_size) :])
+    shares = np.bincount(store.labels) / 60
+    assert np.abs(np.bincount(drawn, minlength=10) / steps - num * shares).max() <= 2
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")

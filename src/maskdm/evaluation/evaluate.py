@@ -36,7 +36,7 @@ from maskdm.evaluation.reference import (
     reference_features,
     reference_of_run,
 )
-from maskdm.evaluation.samples import Samples, drawn_samples, given_samples
+from maskdm.evaluation.samples import Samples, class_counts, drawn_samples, given_samples
 from maskdm.evaluation.statistics import Statistics
 from maskdm.families import GUIDANCE
 from maskdm.images.joined import SelectedRows
@@ -118,8 +118,9 @@ def evaluate_model(
     shape, num = trained.model.image_shape, settings.num
     real, trained_on = _real_images(location, shape, reference, show)
     kept = folder or (location.run or cache_dir()) / "evaluation"
+    counts = class_counts(real.store, trained.model)
     draw = [
-        functools.partial(drawn_samples, trained, sampling, num, seed, kept, weaker, show)
+        functools.partial(drawn_samples, trained, sampling, num, seed, kept, weaker, show, counts)
         for seed in seeds
     ]
     evaluated = evaluate(draw, shape, real, settings, trained_on, show)

@@ -14,12 +14,13 @@ from maskdm.evaluation.dense_loss import NUM_BUCKETS, dense_loss
 from maskdm.evaluation.features import Features, features_of, make_features
 from maskdm.evaluation.measure import Compared, ModelInTraining, measure, metrics_to_measure
 from maskdm.evaluation.reference import ReferenceFeatures
+from maskdm.evaluation.samples import class_counts
 from maskdm.images.joined import Array, SelectedRows
 from maskdm.images.order import held_out_subset, num_held_out, training_subset
 from maskdm.images.store import Store
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Evaluation, Recipe, Sampling
-from maskdm.sampling.generate import generate_on_all_ranks
+from maskdm.sampling.generate import generate_on_all_ranks, labels_in_shares
 from maskdm.seeds import derive_seed
 from maskdm.settings import changed
 
@@ -27,7 +28,7 @@ MOST_IMAGES = 256  # on which a loss is measured
 MIN_REFERENCE = 20  # real images below which a distance says nothing: only losses are measured
 MOST_REFERENCE = 10_000  # real images that samples are compared with
 READ = 512  # images read from the store at a time
-SEED = 0  # names the samples: the previews are the first of them
+SEED = 0  # names the samples: the previews are the first of them, but for their classes
 
 
 def evaluations_of_look(recipe: Recipe, num_images: int) -> int:
@@ -104,7 +105,12 @@ class QuickLook:
 
     def _of_samples(self, trained: TrainedModel, progress: bool) -> dict[str, Any]:
         """Figures of a few samples; on ranks other than the first none."""
-        images = generate_on_all_ranks(trained, self._sampling, self._num, SEED, progress=progress)
+        counts, labels = class_counts(self._store, trained.model), None
+        if counts is not None:
+            labels = torch.from_numpy(labels_in_shares(counts, range(self._num), SEED))
+        images = generate_on_all_ranks(
+            trained, self._sampling, self._num, SEED, labels, progress=progress
+        )
         vectors = _vectors(images, self._features)
         if self._reference is None:
             some = self._store.images

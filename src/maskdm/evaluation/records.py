@@ -9,7 +9,8 @@ samples, features and reference. A record contains:
     chance      frechet: between two disjoint random parts of the reference, num images each
     features    name, sha256, library, dim
     samples     num, shape (H, W, C), seeds; from a model: model, weights (ema), weights_sha256,
-                sampling, precision; other images: source, fingerprint
+                sampling, precision, and class_counts where classes are not drawn in turn;
+                other images: source, fingerprint
     reference   source, fingerprint, crop, num, shape, flip (false)
     training    step, stage, images, flops, elapsed_sec of the model, where known
     recipe      the run's, whole, or null

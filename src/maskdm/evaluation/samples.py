@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from maskdm.evaluation.shards import in_shards
 from maskdm.files import expanded
 from maskdm.images.joined import Array
 from maskdm.images.open import open_source
-from maskdm.images.store import is_store, load_store, open_store
+from maskdm.images.store import Store, is_store, load_store, open_store
 from maskdm.images.survey import survey
+from maskdm.models.backbone import Backbone
 from maskdm.models.trained import TrainedModel
 from maskdm.recipe import Data, Sampling
-from maskdm.sampling.generate import generate
+from maskdm.sampling.generate import generate, labels_in_shares
 from maskdm.sampling.speed import compile_for_sampling, images_at_a_time
 from maskdm.settings import changed
 from maskdm.words import counted, listed
@@ -51,6 +53,7 @@ def drawn_samples(
     folder: Path,
     weak: TrainedModel | None = None,
     show: bool = False,
+    class_counts: Sequence[int] | None = None,
 ) -> Samples:
     """Draws images 0..num-1 of a seed, each once, on all ranks, and keeps them.
 
@@ -65,31 +68,51 @@ def drawn_samples(
         folder: they are kept in a subfolder named by a hash of all that determines them.
         weak: the weak model of autoguidance.
         show: show the progress.
+        class_counts: classes are as frequent as in so many images of each; None = all in turn.
 
     Raises ValueError as `generate`, and where the folder cannot be written.
     """
     model = trained.model
     precision = choose_precision("auto", model.device)[0]
     how = sampling.model_dump(mode="json", exclude=set(Sampling.HOW_FAST))
-    facts = {
+    facts: dict[str, Any] = {
         "weights_sha256": weights_sha256(model),
         "sampling": how,
         "precision": precision,
         "weak_sha256": weights_sha256(weak.model) if weak else None,
         "diffusion": trained.diffusion.model_dump(mode="json"),
     }
+    if class_counts is not None:
+        facts["class_counts"] = [*class_counts]
     key = hashlib.sha256(json.dumps([facts, seed], sort_keys=True).encode()).hexdigest()[:20]
     share = math.ceil(num / process_state().num_processes)
 
     def draw(start: int, stop: int) -> np.ndarray:
         compile_for_sampling(trained, sampling, weak, share, model.num_patches)  # for all shards
-        return generate(trained, sampling, list(range(start, stop)), seed, weak=weak)
+        numbers, labels = list(range(start, stop)), None
+        if class_counts is not None:
+            labels = torch.from_numpy(labels_in_shares(class_counts, numbers, seed))
+        return generate(trained, sampling, numbers, seed, labels=labels, weak=weak)
 
     at_a_time = images_at_a_time(model, sampling)
     num_shards = max(MOST_SHARDS, 4 * process_state().num_processes)
     size = min(at_a_time * math.ceil(num / (at_a_time * num_shards)), share)
     kept, what = folder / f"samples-{key}", f"drawing {counted(num, 'image')} of seed {seed}"
     return Samples(in_shards(kept, num, size, draw, what, show), kept, facts)
+
+
+def class_counts(real: Store | None, model: Backbone) -> list[int] | None:
+    """Images of each of a model's classes among real ones, for samples that are compared with them.
+
+    None where these have other classes, or as many images of each: all come in turn then.
+    """
+    if real is None or real.labels is None or not model.num_classes:
+        return None
+    counts = np.bincount(real.labels, minlength=model.num_classes).tolist()
+    is_same = real.manifest.get("class_names") == model.config.class_names
+    if not is_same or len(counts) > model.num_classes or len({*counts}) == 1:
+        return None
+    return counts
 
 
 def given_samples(name: str, num: int | None, progress: bool) -> Samples:
