@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.export.passes import move_to_device_pass
 
 from maskdm.cli import main
 from maskdm.export.pipeline import make_pipeline, save_pipeline
@@ -51,8 +52,8 @@ def program_of(path: Path) -> tuple[Any, dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "model",
-    [{"num_classes": 3}, {"kind": "dit"}, {"kind": "unet2d", "options": UNET}],
-    ids=["uvit", "dit", "unet2d"],
+    [{"num_classes": 3}, {"kind": "vit"}, {"kind": "dit"}, {"kind": "unet2d", "options": UNET}],
+    ids=["uvit", "vit", "dit", "unet2d"],
 )
 def test_a_program_answers_as_the_network_does(tiny, tmp_path, model):
     trained = trained_model(tiny, **model)
@@ -64,6 +65,10 @@ def test_a_program_answers_as_the_network_does(tiny, tmp_path, model):
         given = inputs(trained, num)
         with torch.no_grad():
             torch.testing.assert_close(program(*given), WholeImages(trained)(*given))
+    # On another device: as docs/sharing.md moves it.
+    moved = move_to_device_pass(torch.export.load(tmp_path / "network.pt2"), "meta").module()
+    answer = moved(*(one.to("meta") for one in given))
+    assert answer.device.type == "meta" and answer.shape == (5, 1, 8, 8)
 
 
 def test_a_sampler_in_ten_lines_draws_the_same_images_from_the_program(tiny, tmp_path):
