@@ -11,8 +11,8 @@ from maskdm.cli import main
 from maskdm.images.order import training_subset
 from maskdm.models.build import build_model
 from maskdm.paper.tables import experiments, paper_fid, paper_tables
-from maskdm.plan import Gpus
 from maskdm.recipe_files import differences, load_recipe, recipe_names
+from maskdm.training.gpus import Gpus
 from maskdm.training.optim import learning_rate
 from maskdm.training.work import stage_work, total_flops
 
@@ -218,7 +218,7 @@ def test_planned_days_are_within_20_percent_of_the_papers(name):
     """At 22 % of the peak, about what its runs reached."""
     recipe, spent = load_recipe(name), TABLES["gpu_days"][name]
     flops = total_flops(recipe, stage_work(recipe, sized(recipe)))
-    days = flops / Gpus(spent["gpu"], 1, 0.22).flops_per_sec() / 86_400
+    days = flops / Gpus(spent["gpu"], 1, 0.22, "fp16").flops_per_sec() / 86_400
     assert days == pytest.approx(spent["days"], rel=0.2)
 
 

@@ -18,11 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from maskdm.cli import main
 from maskdm.diffusion.schedule import make_schedule
 from maskdm.models.build import build_model
-from maskdm.plan import GPUS, Gpus, make_plan, planned_run
+from maskdm.plan import make_plan, planned_run
 from maskdm.recipe import Recipe
 from maskdm.recipe_files import load_recipe
 from maskdm.settings import changed
 from maskdm.training.costs import costs_of
+from maskdm.training.gpus import GPUS, Gpus
 from maskdm.training.planning import RunOptions
 from maskdm.training.ready import forward_and_backward
 from maskdm.training.speed import Speed
@@ -139,6 +140,7 @@ def test_a_gpus_hours_follow_from_its_peak():
         data={"source": "nowhere", "size": 64},
         stages=[{"name": "a", "steps": 1000, "batch_size": 256, "lr": 1e-3}],
         evaluation={"quick_num": 0},
+        precision="fp16",
     )
     one = planned_run(recipe, RunOptions(), "v100", 1, 0.22).costs
     assert one.seconds == pytest.approx(one.flops / (125e12 * 0.22))
@@ -154,6 +156,86 @@ def test_a_budget_in_hours_can_be_planned_for_another_machine(tiny):
     plan = planned_run(recipe, RunOptions(), "h100", 2)
     assert plan.costs.total_seconds == pytest.approx(7200, rel=0.01)
     assert Gpus("h100", 2).flops_per_sec() == pytest.approx(2 * 0.3 * 989e12)
+
+
+def plan_in_json(capsys, *words: str) -> dict:
+    assert main(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_small_steps_on_a_gpu_take_as_long_as_their_launches(capsys):
+    """Measured beside an H200: 27 to 33 ms for a compiled step of 13 blocks, 12 with graphs."""
+    faces = ["photos32", "--data.source", "faces:2000@32", "--gpu", "h100"]
+    plan = plan_in_json(capsys, *faces, "--epochs", "1000")
+    for stage in plan["costs"]["stages"]:
+        assert 0.010 < stage["seconds"] / stage["steps"] < 0.020  # 5 blocks
+    text = " ".join(plan["warnings"])
+    assert "steps are bound by launches" in text and "--compile graphs" in text
+    hour = plan_in_json(capsys, *faces, "--hours", "1")
+    assert sum(stage["steps"] for stage in hour["costs"]["stages"]) < 3600 / 0.010
+    assert hour["costs"]["total_seconds"] == pytest.approx(3600, rel=0.01)
+
+    size_s = ["photos64", "--data.source", "faces:99@64", "--gpu", "h200", "--images", "640000"]
+    size_s += ["--model.size", "maskdm-s"]
+    ms = {}
+    for name, more in {
+        "compiled": [],
+        "eager": ["--compile", "off"],
+        "graphs": ["--compile", "graphs"],
+        "graphs on two": ["--compile", "graphs", "--gpus", "2"],
+        "micro-batches": ["--compile", "graphs", "--stages.all.micro-batch-size", "16"],
+        "large": ["--stages.all.batch-size", "1024"],
+    }.items():
+        plan = plan_in_json(capsys, *size_s, *more)
+        stage = plan["costs"]["stages"][0]
+        ms[name] = 1000 * stage["seconds"] / stage["steps"]
+        assert ("bound by launches" in " ".join(plan["warnings"])) == (name != "large"), name
+    assert 26 < ms["compiled"] < 34 < ms["eager"] < 40
+    assert 12 < ms["graphs"] < 13 and ms["graphs on two"] == pytest.approx(ms["compiled"])
+    assert ms["micro-batches"] > 2 * ms["compiled"]
+    assert ms["large"] == pytest.approx(1000 * 1024 * 35.454e9 / (0.3 * 989e12), rel=0.02)
+
+
+def test_a_gpus_hours_choose_a_model_that_its_steps_can_teach(capsys):
+    """100 tokens a parameter: in steps that launches bound, larger models see no more of them."""
+    many = ["photos32", "--data.source", "faces:50000@32", "--gpu", "h100", "--hours", "1"]
+    plan = plan_in_json(capsys, *many)
+    tokens = sum(stage["tokens"] for stage in plan["costs"]["stages"])
+    assert plan["num_params"] * 80 < tokens
+    size = "--model.size mini"
+    assert plan["recipe"]["model"]["depth"] == 7 and size in " ".join(plan["warnings"])
+    assert size not in " ".join(plan_in_json(capsys, *many, *size.split())["warnings"])
+
+
+def test_drawing_on_a_gpu_takes_as_long_as_its_launches(capsys):
+    """A thousand images at a time, of 25 steps and 5 blocks of 0.8 ms."""
+    plan = plan_in_json(
+        capsys, "photos32", "--data.source", "faces:99@32", "--gpu", "h100", "--epochs", "500"
+    )
+    assert plan["costs"]["image_seconds"] == pytest.approx(25 * 5 * 0.8e-3 / 1024, rel=0.01)
+
+
+@pytest.mark.parametrize(("gpu", "fp32_peak", "peak"), [("t4", 8.1e12, 65e12),
+                                                        ("v100", 15.7e12, 125e12)])  # fmt: skip
+def test_gpus_without_bf16_are_planned_in_the_precision_that_training_chooses(
+    capsys, gpu, fp32_peak, peak
+):
+    words = ["celeba64", "--gpu", gpu]
+    auto, fp16 = (plan_in_json(capsys, *words, *more) for more in ([], ["--precision", "fp16"]))
+    flops = auto["costs"]["flops"]
+    assert auto["costs"]["seconds"] == pytest.approx(flops / (0.3 * fp32_peak))
+    assert fp16["costs"]["seconds"] == pytest.approx(flops / (0.3 * peak))
+    # Trained in fp16, it draws as `sample` does: in bf16 or fp32.
+    assert fp16["costs"]["image_seconds"] == auto["costs"]["image_seconds"]
+    assert auto["memory"]["activations"] == pytest.approx(2 * fp16["memory"]["activations"])
+    hint = "--precision fp16 is faster"
+    assert hint in " ".join(auto["warnings"]) and hint not in " ".join(fp16["warnings"])
+    assert "fp32" in auto["machine"] and "fp16" in fp16["machine"]
+    fp32 = plan_in_json(capsys, *words, "--precision", "fp32")
+    assert fp32["costs"]["seconds"] == auto["costs"]["seconds"]
+    assert "the times are those of bf16" not in " ".join(fp32["warnings"])
+    a100 = plan_in_json(capsys, "celeba64", "--gpu", "a100")
+    assert "bf16" in a100["machine"] and hint not in " ".join(a100["warnings"])
 
 
 def test_what_looks_unwise_is_said(tiny):
@@ -198,7 +280,7 @@ def test_the_command_prints_a_table_or_json(capsys, monkeypatch):
 
 
 def test_what_saves_memory_is_planned():
-    recipe = load_recipe("celebahq256")
+    recipe = changed(load_recipe("celebahq256"), precision="fp16")
     whole, auto, again = (
         planned_run(
             changed(recipe, stages=[stage.model_dump() | how for stage in recipe.stages]),

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from maskdm.choices import named
 from maskdm.engine import device_name, make_accelerator, process_state
+from maskdm.families import MODEL_SIZES
 from maskdm.files import expanded
 from maskdm.images.open import open_source
 from maskdm.images.order import training_subset
@@ -26,42 +26,11 @@ from maskdm.runs.averages import num_snapshots
 from maskdm.settings import changed
 from maskdm.training.budget import set_points
 from maskdm.training.costs import Costs, costs_of, warnings_of
+from maskdm.training.gpus import GPUS, SHARE, Gpus
 from maskdm.training.planning import RunOptions, with_numbers
-from maskdm.training.speed import Machine, Speed, ThisMachine
+from maskdm.training.speed import Speed, ThisMachine
 from maskdm.training.work import StageWork, stage_work
 from maskdm.words import size_text
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU.
-
-    Attributes:
-        title: its name in print.
-        peak: FLOPs per second of dense matrix products, in bf16 (V100, T4: fp16) with fp32 sums.
-        memory: bytes.
-    """
-
-    title: str
-    peak: float
-    memory: float
-
-
-# Manufacturer's data sheets; dense, without sparsity.
-GPUS: dict[str, Gpu] = {
-    "t4": Gpu("T4", 65e12, 16e9),
-    "v100": Gpu("V100", 125e12, 32e9),
-    "l4": Gpu("L4", 121e12, 24e9),
-    "rtx3090": Gpu("RTX 3090", 71e12, 24e9),
-    "rtx4090": Gpu("RTX 4090", 165e12, 24e9),
-    "rtx5090": Gpu("RTX 5090", 209e12, 32e9),
-    "a100": Gpu("A100", 312e12, 80e9),
-    "h100": Gpu("H100", 989e12, 80e9),
-    "h200": Gpu("H200", 989e12, 141e9),
-    "b200": Gpu("B200", 2250e12, 180e9),
-}
-SHARE = 0.3  # of a peak that training reaches
-PAPERS_SHARE = 0.22  # about what the paper's runs reached: 0.20 to 0.23
 
 
 @dataclass(frozen=True)
@@ -173,38 +142,6 @@ def make_plan(
     )
 
 
-@dataclass(frozen=True)
-class Gpus:
-    """GPUs that are not here, as a machine for budgets: they reach a share of their peak.
-
-    Raises ValueError for an unknown GPU, no GPUs, and a share that is none.
-    """
-
-    name: str
-    num: int = 1
-    share: float = SHARE
-
-    def __post_init__(self) -> None:
-        named(self.name, GPUS, "GPU")
-        if self.num < 1:
-            raise ValueError(f"--gpus {self.num}: at least one")
-        if not 0 < self.share <= 1:
-            raise ValueError(
-                f"--share {self.share:g}: a part of the GPU's peak, above 0 and at most 1"
-            )
-
-    def speed(self, recipe: Recipe) -> Speed:
-        """Its FLOPs over those per second."""
-        model = weightless_model(recipe)
-        each = self.flops_per_sec()
-        steps = tuple(work.step_flops / each for work in stage_work(recipe, model))
-        return Speed(steps, model.forward_flops(model.num_patches) / each)
-
-    def flops_per_sec(self) -> float:
-        """Of all of them."""
-        return GPUS[self.name].peak * self.share * self.num
-
-
 def planned_run(
     recipe: Recipe,
     options: RunOptions,
@@ -225,38 +162,107 @@ def planned_run(
         raise ValueError("--gpus and --share are of GPUs that are not here: add --gpu")
     num_images = count_images(recipe)
     num_train = None if num_images is None else len(training_subset(num_images, recipe.data))
-    device = process_state().device
-    where: Machine
-    limit: float | None = None
-    if gpu is None:
-        if device.type == "cuda":
-            limit = torch.cuda.get_device_properties(device).total_memory
-        accelerator, precision, _ = make_accelerator(recipe.precision)
-        where, num = (
-            ThisMachine(accelerator, lambda text: print(text, file=sys.stderr)),
-            accelerator.num_processes,
-        )
-        machine = f"{num} x {device_name(device)}, {precision}"
-    else:
-        where, num = Gpus(gpu, num_gpus, SHARE if share is None else share), num_gpus
-        precision = "fp32" if recipe.precision == "fp32" else "bf16"
-        limit = GPUS[gpu].memory
-        machine = f"{num_gpus} x {GPUS[gpu].title} at {100 * where.share:.0f} % of the peak"
     if recipe.model.num_classes == "auto":  # which hardly changes the cost
         recipe = changed(recipe, model=changed(recipe.model, num_classes=0))
+    if gpu is not None:
+        gpus = Gpus(gpu, num_gpus, SHARE if share is None else share, recipe.precision)
+        return _plan_for(gpus, recipe, options, num_images, num_train)
+    device = process_state().device
+    limit = None
+    if device.type == "cuda":
+        limit = torch.cuda.get_device_properties(device).total_memory
+    accelerator, precision, _ = make_accelerator(recipe.precision)
+    where = ThisMachine(accelerator, lambda text: print(text, file=sys.stderr))
+    num = accelerator.num_processes
+    machine = f"{num} x {device_name(device)}, {precision}"
     ready = with_numbers(recipe, options, num_images, num_train, where)
     size = 4 if precision == "fp32" else 2
-    speed = where.speed(ready)
-    plan = make_plan(ready, machine, speed, num_images, num_train, num, size, limit)
-    if gpu is not None and plan.memory.total > GPUS[gpu].memory:
+    return make_plan(ready, machine, where.speed(ready), num_images, num_train, num, size, limit)
+
+
+def _plan_for(
+    gpus: Gpus,
+    recipe: Recipe,
+    options: RunOptions,
+    num_images: int | None,
+    num_train: int | None,
+) -> Plan:
+    """Plans a recipe on GPUs that are not here."""
+    ready, is_smaller = _with_numbers(recipe, options, num_images, num_train, gpus)
+    gpu, size = GPUS[gpus.name], 4 if gpus.compute == "fp32" else 2
+    machine = f"{gpus.num} x {gpu.title}, {gpus.compute}, at {100 * gpus.share:.0f} % of the peak"
+    speed = gpus.speed(ready)
+    counts = (num_images, num_train, gpus.num)
+    plan = make_plan(ready, machine, speed, *counts, size, gpu.memory)
+    plan.warnings.extend(_launch_warnings(gpus, ready, speed, is_smaller))
+    if plan.memory.total > gpu.memory:
         plan.warnings.append(
-            f"a step needs {size_text(plan.memory.total)}, but a {GPUS[gpu].title} has "
-            f"{size_text(GPUS[gpu].memory)}: set --stages.all.micro-batch-size auto, or also "
+            f"a step needs {size_text(plan.memory.total)}, but a {gpu.title} has "
+            f"{size_text(gpu.memory)}: set --stages.all.micro-batch-size auto, or also "
             "--stages.all.activation-checkpointing"
         )
-    if gpu is not None and precision == "fp32":
+    if gpus.has_bf16 and gpus.compute == "fp32":
         plan.warnings.append("the times are those of bf16: in fp32 they are at least twice as long")
+    if not gpus.has_bf16 and recipe.precision in ("auto", "bf16"):
+        plan.warnings.append(
+            f"a {gpu.title} has no bf16 units, so the times of precision {recipe.precision} are "
+            "those of fp32: --precision fp16 is faster, if less stable"
+        )
     return plan
+
+
+def _with_numbers(
+    recipe: Recipe,
+    options: RunOptions,
+    num_images: int | None,
+    num_train: int | None,
+    gpus: Gpus,
+) -> tuple[Recipe, bool]:
+    """`with_numbers`, with a model that the steps of a budget in hours can teach.
+
+    A smaller model reaches fewer FLOPs per second where launches bound its steps, so the largest
+    that fits at its own speed is found from above.
+
+    Returns:
+        The recipe, and whether launches made its model smaller.
+    """
+    counts = (num_images, num_train)
+    if recipe.model.size != "auto":
+        return with_numbers(recipe, options, *counts, gpus), False
+    own, before = replace(options, control="none"), None  # a control has its recipe's model
+    first = planned = with_numbers(recipe, own, *counts, gpus)
+    while planned.model != before:
+        before, gpus = planned.model, replace(gpus, planned=planned)
+        planned = with_numbers(recipe, own, *counts, gpus)
+    return with_numbers(recipe, options, *counts, gpus), planned.model != first.model
+
+
+def _launch_warnings(gpus: Gpus, recipe: Recipe, speed: Speed, is_smaller: bool) -> list[str]:
+    """Whether launches bound the time of steps, and the size of the model."""
+    model, found = weightless_model(recipe), []
+    rows = [
+        (stage, sec)
+        for stage, sec in zip(recipe.stages, speed.step_sec, strict=True)
+        if sec == gpus.launches_sec(recipe, stage, model)
+    ]
+    if rows:
+        names = ", ".join(dict.fromkeys(stage.name for stage, _ in rows))
+        whole = all(stage.micro_batch_size is None for stage, _ in rows)
+        graphs = gpus.num == 1 and whole and recipe.compile != "graphs"
+        found.append(
+            f"steps are bound by launches in {names}: the host needs about "
+            f"{1000 * max(sec for _, sec in rows):.0f} ms to launch the kernels of a step "
+            "(measured with an H200), and the GPU less to compute it: a larger batch"
+            f"{' or --compile graphs' * graphs} uses it better"
+        )
+    if is_smaller:
+        width = recipe.model.embed_dim
+        size = next(name for name, row in MODEL_SIZES.items() if row.embed_dim == width)
+        found.append(
+            "the size of the model allows for launches; `maskdm train` on such a GPU does not, and "
+            f"may choose a larger one: add --model.size {size}"
+        )
+    return found
 
 
 def count_images(recipe: Recipe) -> int | None:

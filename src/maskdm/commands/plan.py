@@ -33,7 +33,7 @@ def plan(
 
     Images, compute and time of each stage, memory, disk, the cost of sampling and of evaluating,
     and what looks unwise. On this machine a few steps are timed; with --gpu the time follows from
-    the GPU's peak.
+    the GPU's peak, and from the launches of its kernels where steps are small.
 
     Args:
         recipe: name of a packaged recipe, a YAML file, or a run's folder.

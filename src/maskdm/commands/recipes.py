@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import tyro
@@ -30,8 +31,8 @@ def recipes(
 
     Args:
         name: the recipe to print.
-        gpu: also list the hours of training on one such GPU: t4, v100, l4, rtx3090, rtx4090,
-            rtx5090, a100, h100, h200 or b200.
+        gpu: also list the hours of training on one such GPU, in bf16 (t4, v100: fp16): t4, v100,
+            l4, rtx3090, rtx4090, rtx5090, a100, h100, h200 or b200.
         share: of the GPU's peak that training reaches. Default: 0.22, as the paper's runs.
     """
     if share is not None and gpu is None:
@@ -97,18 +98,20 @@ def _about(name: str) -> str:
 
 
 def _hours(names: Sequence[str], gpu: str, share: float | None) -> dict[str, float]:
-    """Hours of training on one GPU."""
+    """Hours of training on one GPU, in bf16, or in fp16 where it has no bf16 units."""
     from maskdm.models.build import Backbone, weightless_model
-    from maskdm.plan import PAPERS_SHARE, Gpus
-    from maskdm.training.work import stage_work, total_flops
+    from maskdm.training.gpus import PAPERS_SHARE, Gpus
 
     where = Gpus(gpu, 1, PAPERS_SHARE if share is None else share)
-    per_hour = 3600 * where.flops_per_sec()
+    if not where.has_bf16:
+        where = replace(where, precision="fp16")
     models, hours = dict[str, Backbone](), {}
     for name in names:
         recipe = load_recipe(name)
         sizes = f"{recipe.model} {recipe.data.shape}"
         if sizes not in models:
             models[sizes] = weightless_model(recipe)
-        hours[name] = total_flops(recipe, stage_work(recipe, models[sizes])) / per_hour
+        step_sec = where.speed(recipe, models[sizes]).step_sec
+        pairs = zip(recipe.stages, step_sec, strict=True)
+        hours[name] = sum(stage.steps * sec for stage, sec in pairs) / 3600
     return hours
