@@ -19,7 +19,7 @@ from maskdm.recipe import Average, Recipe, Stage
 from maskdm.recipe_files import load_recipe, recipe_names
 from maskdm.runs.checkpoint import Progress
 from maskdm.runs.find import Location, find_model, training_of
-from maskdm.training import budget, planning, speed
+from maskdm.training import budget, controls, planning, speed
 from maskdm.training.budget import scaled
 from maskdm.training.ema import decay_of, make_average, update_average
 from maskdm.training.optim import learning_rate
@@ -355,7 +355,7 @@ def test_the_dense_control_spends_the_same(tiny, tmp_path):
 def test_an_unmasked_control_differs_in_the_masks_alone(tiny, changed, equal):
     first, last = (stage.model_dump() for stage in tiny.stages)
     recipe = changed(stages=[{**first, "lr": 4e-3, "steps": 60, "warmup": 50}, last])
-    control = planning.unmasked_control(recipe, equal, ByFlops())
+    control = controls.unmasked_control(recipe, equal, ByFlops())
     masked, whole = (stage_work(one, build_model(one)) for one in (recipe, control))
     for stage, own, before, now in zip(recipe.stages, control.stages, masked, whole, strict=True):
         kept = {"steps", "warmup", "mask"}

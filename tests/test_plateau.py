@@ -21,7 +21,7 @@ from maskdm.runs.find import stage_checkpoint
 from maskdm.runs.lines import PROBES, read_lines
 from maskdm.training import plateau as lengths
 from maskdm.training import probe as module
-from maskdm.training.planning import dense_control, unmasked_control
+from maskdm.training.controls import dense_control, unmasked_control
 from maskdm.training.plateau import forks_of
 from maskdm.training.work import stage_work, total_flops
 

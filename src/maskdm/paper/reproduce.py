@@ -21,7 +21,7 @@ from maskdm.recipe_files import load_recipe
 from maskdm.runs.find import kept_averages
 from maskdm.runs.load import load_model
 from maskdm.settings import changed
-from maskdm.training.planning import dense_control
+from maskdm.training.controls import dense_control
 from maskdm.training.trainer import train
 from maskdm.words import decimals_of, fixed
 

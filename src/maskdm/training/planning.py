@@ -23,6 +23,7 @@ from maskdm.runs.find import CONTROL
 from maskdm.runs.folder import progress_of
 from maskdm.settings import changed
 from maskdm.training.budget import INTERVALS, MANY_IMAGES, longer, scaled, with_steps
+from maskdm.training.controls import dense_control, unmasked_control
 from maskdm.training.plateau import refuse_plateaus
 from maskdm.training.speed import Machine
 from maskdm.training.speed import ThisMachine as ThisMachine
@@ -31,14 +32,6 @@ from maskdm.training.work import stage_work, total_flops
 # Floating-point operations for each token that a model sees are 6 a parameter; tokens for each
 # parameter that it should see. U-ViT-S has 370 of them in the paper, language models 20.
 TOKENS_PER_PARAMETER = 100
-# What a stage of a control has not.
-BARE: dict[str, Any] = {
-    "mask": {"kind": "none", "rate": 0.0},
-    "until": "steps",
-    "restarts": (),
-    "probe_flops": 0,
-}
-
 
 Amount = float | str | None  # of a budget; "+2" = two more
 
@@ -275,59 +268,6 @@ def flops_of_budget(recipe: Recipe, num_train: int, machine: Machine) -> float:
     images = budget.images or (budget.epochs or 0) * num_train
     each = works[-1].step_flops / recipe.stages[-1].batch_size
     return images * each if images else total_flops(smallest, works)
-
-
-def dense_control(recipe: Recipe, equal: str = "flops", machine: Machine | None = None) -> Recipe:
-    """A planned recipe's control: its last stage's settings alone, without a mask.
-
-    Args:
-        equal: `flops`, `time` or `steps`, to within a step.
-        machine: needed for equal time.
-    """
-    control = changed(recipe, stages=[recipe.stages[-1].model_dump() | BARE], budget=Budget())
-    (price,) = _prices_of_steps(control, equal, machine)
-    steps = max(1, round(sum(_spent(recipe, equal, machine)) / price))
-    return changed(
-        control, stages=[control.stages[0].model_dump() | {"name": "dense", "steps": steps}]
-    )
-
-
-def unmasked_control(
-    recipe: Recipe, equal: str = "flops", machine: Machine | None = None
-) -> Recipe:
-    """A planned recipe's control that differs in the masks alone: its stages, on whole images.
-
-    Each keeps its learning rate and batch, of which a masked recipe's gain may come.
-
-    Args:
-        equal: what each stage has in common with its masked one: `flops`, `time` or `steps`.
-        machine: needed for equal time.
-    """
-    stages = [stage.model_dump() | BARE for stage in recipe.stages]
-    control = changed(recipe, stages=stages, budget=Budget())
-    prices = _prices_of_steps(control, equal, machine)
-    for stage, spent, price in zip(stages, _spent(recipe, equal, machine), prices, strict=True):
-        stage["steps"] = max(1, round(spent / price))
-        if isinstance(stage["warmup"], int):
-            stage["warmup"] = min(stage["warmup"], stage["steps"])
-    return changed(control, stages=stages)
-
-
-def _prices_of_steps(recipe: Recipe, equal: str, machine: Machine | None) -> list[float]:
-    """What a step of each stage takes of what a control has in common with its recipe."""
-    if equal == "steps":
-        return [1.0 for _ in recipe.stages]
-    if equal == "time":
-        assert machine is not None
-        return list(machine.speed(recipe).step_sec)
-    return [float(work.step_flops) for work in stage_work(recipe, weightless_model(recipe))]
-
-
-def _spent(recipe: Recipe, equal: str, machine: Machine | None) -> list[float]:
-    """What each stage takes of it in all: FLOPs with those of the forks that were made."""
-    rows = zip(recipe.stages, _prices_of_steps(recipe, equal, machine), strict=True)
-    forks = equal == "flops"
-    return [stage.steps * price + forks * stage.probe_flops for stage, price in rows]
 
 
 def link_control(run_dir: Path, options: RunOptions) -> None:
