@@ -655,8 +655,8 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(images / f"{i}.png")
     np.savez("theirs.npz", pixels[:8, :16, :16])
-    small = "--data.size 16 --model.embed-dim 16 --model.num-heads 2 --model.depth 3".split()
-    small += "--stages.0.batch-size 2 --stages.1.batch-size 2 --num-previews 1".split()
+    small = "--data.size 16 --model.size None --model.embed-dim 16 --model.num-heads 2".split()
+    small += "--model.depth 3 --num-previews 1 --stages.all.batch-size 2".split()
     assert any(line.startswith("maskdm train") for line in lines)
     for line in lines:
         arguments = shlex.split(line)[1:]

@@ -179,6 +179,7 @@ MODEL_SIZES: dict[str, ModelSize] = {
     "maskdm-s": ModelSize("44 M, the paper's smaller one", 512, 13, 8, 44e6),
     "maskdm-b": ModelSize("102 M, the paper's larger one", 768, 13, 12, 102e6),
 }
+SIZED = ("embed_dim", "depth", "num_heads")  # the settings that a size sets
 SIZES = {
     "auto": Choice("the largest that images and budget can teach"),
     **{name: Choice(row.help) for name, row in MODEL_SIZES.items()},

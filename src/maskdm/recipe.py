@@ -72,9 +72,16 @@ class Model(Settings):
     def _consistent(self) -> Model:
         kind = BACKBONES[self.kind]
         special = "final_conv qkv_bias time_mlp patch_init mlp_ratio options".split()
+        fields = Model.model_fields.items()
+        given = [name for name, field in fields if getattr(self, name) != field.default]
+        if self.size and (own := [name for name in families.SIZED if name in given]):
+            it = "it" if len(own) == 1 else "them"
+            raise ValueError(
+                f"size {self.size} sets {' and '.join(own)}: use --model.size None with {it}, or "
+                "a size by name"
+            )
         for name in special:
-            default = Model.model_fields[name].default
-            if name not in kind.settings and getattr(self, name) != default:
+            if name in given and name not in kind.settings:
                 takers = [one for one, row in BACKBONES.items() if name in row.settings]
                 raise ValueError(f"{name} is for kind {' or '.join(takers)}, not {self.kind}")
         kind.check(self)

@@ -3,6 +3,8 @@ those of the stages that are not over."""
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from maskdm.recipe import Recipe, Stage
 from maskdm.recipe_files import Change, differences
 from maskdm.runs.checkpoint import Progress
@@ -41,6 +43,8 @@ def accepted_changes(
     ]
     if not refused:
         return changes
+    # Restarts follow from other settings, and nobody gives them.
+    refused = [one for one in refused if ".restarts: " not in one] or refused
     possible = [one for one in changes if _is_accepted(one, old, new, progress, True)]
     way_out = "give the same settings to continue it, or name a new folder with --out"
     if not on_request and len(possible) == len(changes):
@@ -83,7 +87,8 @@ def extended(old: Recipe, new: Recipe, progress: Progress) -> Recipe:
     """
     number = progress.stage
     before, now = old.stages[number], new.stages[number]
-    restarts, step = before.restarts, progress.stage_step
+    restarts = tuple(restart for restart in before.restarts if restart < now.steps)
+    step = progress.stage_step
     begins_anew = now.lr != before.lr or now.lr_schedule != before.lr_schedule
     begins_anew = begins_anew or (now.steps > before.steps and has_decayed(before, step))
     if 0 < step < now.steps and begins_anew:
@@ -94,6 +99,22 @@ def extended(old: Recipe, new: Recipe, progress: Progress) -> Recipe:
     stages = list(new.stages)
     stages[number] = changed(now, restarts=restarts, warmup=warmup)
     return changed(new, stages=tuple(stage.model_dump() for stage in stages))
+
+
+def with_fixed_warmups(old: Recipe, new: Recipe, given: Container[str] = ()) -> Recipe:
+    """A run's new recipe, whose warm-ups keep the steps that were fixed when their stages grew.
+
+    Args:
+        old, new: where a stage has grown in `extended`, the old one has a number of steps and the
+            new one still a part of the stage.
+        given: names of the settings that are to count as they are.
+    """
+    stages = [stage.model_dump() for stage in new.stages]
+    for i, (row, own) in enumerate(zip(stages, old.stages, strict=False)):
+        was_fixed = isinstance(own.warmup, int) and isinstance(row["warmup"], str)
+        if was_fixed and row["steps"] >= own.steps and f"stages.{i}.warmup" not in given:
+            row["warmup"] = own.warmup
+    return changed(new, stages=stages)
 
 
 def settled(recipe: Recipe, progress: Progress) -> Recipe:

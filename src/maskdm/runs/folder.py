@@ -41,7 +41,8 @@ def claimed_run_folder(
         resume: `auto` accepts a folder with a run that the recipe continues; `never` accepts none.
         environment: appended to environment.json, one entry for each start, with the settings that
             have changed since the start before. Its `images_sha256` and `labels_sha256` must be
-            those of the start before.
+            those of the start before. Its `lengths` are kept of the start with which the run
+            began: the first, or the last before anything was saved.
         class_names: names of the model's classes, kept in classes.json; they must be those of
             the start before.
         change: accept settings that change the weights to come (`accepted_changes`).
@@ -61,7 +62,12 @@ def claimed_run_folder(
             if resume == "never":
                 raise ValueError(f"{run_dir} already holds a run: name a new folder with --out")
             _refuse_other_images(run_dir, recipe, starts, environment, class_names)
-            changes = _changes(run_dir, recipe, change)
+            progress = progress_of(run_dir)
+            changes = _changes(run_dir, recipe, progress, change)
+            if progress is not None:
+                lengths = first_lengths(run_dir)
+                environment = {k: v for k, v in environment.items() if k != "lengths"}
+                environment |= {} if lengths is None else {"lengths": lengths}
             if not starts and any(one.name == "data.source" for one in changes):
                 raise ValueError(
                     f"{run_dir} holds a run on {load_recipe(path).data.source}, not "
@@ -77,9 +83,11 @@ def claimed_run_folder(
         yield
 
 
-def _changes(run_dir: Path, recipe: Recipe, change: bool) -> list[Change]:
+def _changes(
+    run_dir: Path, recipe: Recipe, progress: Progress | None, change: bool
+) -> list[Change]:
     """What changes in a run by a recipe. Raises ValueError for what is not possible."""
-    old, progress = load_recipe(run_dir / "recipe.yaml"), progress_of(run_dir)
+    old = load_recipe(run_dir / "recipe.yaml")
     if progress is None:  # nothing was saved, so that nothing can be lost
         return differences(old, recipe)
     try:
@@ -143,6 +151,15 @@ def progress_of(run_dir: Path) -> Progress | None:
     """How far the run in a folder has come; None where it has no whole checkpoint."""
     checkpoint = find_checkpoint(run_dir / "checkpoints")
     return None if checkpoint is None else read_progress(checkpoint)
+
+
+def first_lengths(run_dir: Path) -> dict[str, Any] | None:
+    """The lengths that a run's first command gave, before a budget scaled them; None = unknown.
+
+    Raises ValueError where environment.json is damaged.
+    """
+    lengths = starts[-1].get("lengths") if (starts := read_starts(run_dir)) else None
+    return lengths if isinstance(lengths, dict) else None
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:

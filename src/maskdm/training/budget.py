@@ -20,6 +20,7 @@ MOST_BESIDES = 0.5  # part of a budget that may go to what is not its stages' tr
 FEWEST_STEPS = 10  # of a stage
 MANY_IMAGES = 100_000  # stand for an unknown number: more than a measurement takes
 INTERVALS = ("log_every", "checkpoint_every", "keep_every", "preview_every", "evaluate_every")
+LENGTHS_OF_STAGE = ("steps", "warmup", "ema.decay")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ def set_points(recipe: Recipe, interval: int | str) -> set[int]:
         return set()
     ends = itertools.accumulate(stage.steps for stage in recipe.stages)
     return {*ends, *range(every, recipe.num_steps + 1, every)}
+
+
+def lengths_of(recipe: Recipe) -> dict[str, int | float | str]:
+    """What a budget scales, by the dotted names of the settings."""
+    lengths: dict[str, int | float | str] = {name: getattr(recipe, name) for name in INTERVALS}
+    for i, stage in enumerate(recipe.stages):
+        own = zip(LENGTHS_OF_STAGE, (stage.steps, stage.warmup, stage.ema.decay), strict=True)
+        lengths |= {f"stages.{i}.{name}": value for name, value in own}
+    return lengths
 
 
 def scaled(recipe: Recipe, factor: float) -> Recipe:

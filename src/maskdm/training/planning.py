@@ -17,12 +17,20 @@ from maskdm.images.store import Store
 from maskdm.models.build import weightless_model
 from maskdm.recipe import Budget, Recipe
 from maskdm.recipe_files import load_recipe, recipe_names
-from maskdm.runs.changes import extended, settled
+from maskdm.runs.changes import extended, settled, with_fixed_warmups
 from maskdm.runs.checkpoint import Progress
 from maskdm.runs.find import CONTROL
-from maskdm.runs.folder import progress_of
+from maskdm.runs.folder import first_lengths, progress_of
 from maskdm.settings import changed
-from maskdm.training.budget import INTERVALS, MANY_IMAGES, longer, scaled, with_steps
+from maskdm.training.budget import (
+    INTERVALS,
+    LENGTHS_OF_STAGE,
+    MANY_IMAGES,
+    lengths_of,
+    longer,
+    scaled,
+    with_steps,
+)
 from maskdm.training.controls import dense_control, unmasked_control
 from maskdm.training.plateau import refuse_plateaus
 from maskdm.training.speed import Machine
@@ -56,6 +64,10 @@ class RunOptions:
     control_equal: str = "flops"
     change: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 < self.shrink < math.inf:
+            raise ValueError(f"shrink {self.shrink:g}: expected a number above 0")
+
     @classmethod
     def of(
         cls,
@@ -68,7 +80,7 @@ class RunOptions:
     ) -> RunOptions:
         """Options with a budget as a user gives it; `others` by their names here.
 
-        Raises ValueError as `budget_of`.
+        Raises ValueError as `budget_of`, and for a `shrink` that is not a number above 0.
         """
         budget, more = budget_of(hours, minutes, flops, images, epochs)
         return cls(budget, more, **others)
@@ -151,28 +163,32 @@ def planned(
     """
     num_train = len(training_subset(len(store), recipe.data))
     own = run_dir / "recipe.yaml"
-    before = from_main(lambda: load_recipe(own) if own.is_file() else None)
+    there = from_main(lambda: load_recipe(own) if own.is_file() else None)
+    progress = from_main(lambda: progress_of(run_dir))
+    # Where nothing was saved yet, there is nothing to continue: all is planned anew.
+    before = there if options.more or progress is not None else None
+    progress = progress or Progress()
     if options.more and (before is None or options.control != "none"):
         raise ValueError(
             f"{run_dir} holds no run that could grow: give the budget without a plus"
             if before is None
             else "a control has the budget of its recipe: extend the run, then train its control"
         )
-    if before is not None and options.control == "none":
-        draft = scaled(recipe, options.shrink) if options.shrink != 1 else recipe
-        result = _continued(draft, before, options, run_dir, num_train, machine)
+    if options.control != "none":
+        return _control(recipe, options, before, progress, store, machine)
+    if before is not None:
+        result = _continued(recipe, before, options, run_dir, progress, num_train, machine)
         pairs = zip(before.stages, result.stages, strict=False)
         if any((old.until, new.until) == ("steps", "plateau") for old, new in pairs):
             refuse_plateaus(result, len(store))
         return result
     recipe = with_classes(recipe, store)
-    if options.control == "none":  # forks that another run made are not made again
-        stages = [stage.model_dump() | {"probe_flops": 0} for stage in recipe.stages]
-        recipe = changed(recipe, stages=stages)
-    result = with_numbers(recipe, options, len(store), num_train, machine)
-    if before is not None and len(before.stages) == len(result.stages):  # a control that grows
-        progress = from_main(lambda: progress_of(run_dir)) or Progress()
-        return extended(before, result, progress)
+    # Forks that another run made are not made again.
+    stages = [stage.model_dump() | {"probe_flops": 0} for stage in recipe.stages]
+    result = with_numbers(changed(recipe, stages=stages), options, len(store), num_train, machine)
+    is_own = there is not None and recipe.is_planned and recipe.budget == there.budget
+    if is_own and not options.budget.is_set:  # the folder's own recipe, planned for its budget
+        result = changed(result, budget=recipe.budget.model_dump())
     return result
 
 
@@ -250,9 +266,13 @@ def with_model_size(recipe: Recipe, size: str) -> Recipe:
     2022, Table 3: 1 / width for the matrices inside).
     """
     row = MODEL_SIZES[size]
-    sizes = {"embed_dim": row.embed_dim, "depth": row.depth, "num_heads": row.num_heads}
+    return _with_sizes(recipe, row.embed_dim, row.depth, row.num_heads)
+
+
+def _with_sizes(recipe: Recipe, embed_dim: int, depth: int, num_heads: int) -> Recipe:
+    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     model = {**recipe.model.model_dump(), **sizes, "size": None}
-    rates = [stage.model_dump() | {"lr": stage.lr * 96 / row.embed_dim} for stage in recipe.stages]
+    rates = [stage.model_dump() | {"lr": stage.lr * 96 / embed_dim} for stage in recipe.stages]
     return changed(recipe, model=model, stages=rates)
 
 
@@ -279,18 +299,43 @@ def link_control(run_dir: Path, options: RunOptions) -> None:
         write_text(run_dir / CONTROL, json.dumps(content) + "\n")
 
 
+def _control(
+    recipe: Recipe,
+    options: RunOptions,
+    before: Recipe | None,
+    progress: Progress,
+    store: Store,
+    machine: Machine,
+) -> Recipe:
+    """A recipe's control; one that has begun keeps its model, and grows with its recipe.
+
+    Args:
+        before: the control that has begun; None = none has.
+        progress: of it.
+    """
+    num_train = len(training_subset(len(store), recipe.data))
+    recipe = with_classes(recipe, store)
+    if before is not None:
+        recipe = _with_size_of(before, recipe)
+    result = with_numbers(recipe, options, len(store), num_train, machine)
+    if before is None or len(before.stages) != len(result.stages):
+        return result
+    return extended(before, with_fixed_warmups(before, result), progress)
+
+
 def _continued(
     draft: Recipe,
     before: Recipe,
     options: RunOptions,
     run_dir: Path,
+    progress: Progress,
     num_train: int,
     machine: Machine,
 ) -> Recipe:
     """The recipe that continues the run in a folder: with its numbers, or longer."""
-    progress = from_main(lambda: progress_of(run_dir)) or Progress()
-    before, draft = settled(before, progress), settled(draft, progress)
-    asked = _with_numbers_of(before, draft, with_lengths=options.budget.is_set)
+    before = settled(before, progress)
+    lengths = from_main(lambda: first_lengths(run_dir))
+    asked = _with_numbers_of(before, draft, options, progress, lengths)
     if options.budget.is_set and (options.more or options.budget != before.budget):
         extra, total = _extra(options, before.budget, run_dir)
         asked = longer(asked, extra, progress, machine, num_train)
@@ -322,33 +367,57 @@ def _extra(options: RunOptions, before: Budget, run_dir: Path) -> tuple[Budget, 
     return Budget(**{unit: amount - had}), options.budget
 
 
-def _with_numbers_of(before: Recipe, draft: Recipe, with_lengths: bool) -> Recipe:
+def _with_size_of(before: Recipe, draft: Recipe) -> Recipe:
+    """A draft with the run's model where its size is `auto`; any other size is its own."""
+    if draft.model.size is None:
+        return draft
+    if draft.model.size != "auto":
+        return with_model_size(draft, draft.model.size)
+    own = before.model
+    return _with_sizes(draft, own.embed_dim, own.depth, own.num_heads)
+
+
+def _with_numbers_of(
+    before: Recipe,
+    draft: Recipe,
+    options: RunOptions,
+    progress: Progress,
+    lengths: dict[str, Any] | None,
+) -> Recipe:
     """A draft with the numbers of a run's recipe where it leaves them open.
 
+    With a budget, lengths are open that are as in the run's first command: that budget has scaled
+    them. All others count as they are, and so do all of a draft that is the run's own recipe.
+
     Args:
-        with_lengths: take all that depends on the run's length: a budget has scaled it.
+        lengths: those of the run's first command (`lengths_of`); None = unknown.
     """
+    given = set[str]()
+    if lengths is not None:
+        given = {name for name, value in lengths_of(draft).items() if lengths.get(name) != value}
+    draft = scaled(draft, options.shrink) if options.shrink != 1 else draft
+    draft = _with_size_of(before, settled(draft, progress))
     model, evaluation = draft.model, draft.evaluation
     if model.num_classes == "auto":
         model = changed(model, num_classes=before.model.num_classes)
-    if model.size is not None:
-        sizes = {name: getattr(before.model, name) for name in ("embed_dim", "depth", "num_heads")}
-        model = type(model)(**{**model.model_dump(), **sizes, "size": None})
     if evaluation.quick_num == "auto":
         evaluation = changed(evaluation, quick_num=before.evaluation.quick_num)
+    is_own = [stage.steps for stage in draft.stages] == [stage.steps for stage in before.stages]
+    scales = options.budget.is_set and not is_own and (draft.is_planned or lengths is not None)
     stages = [stage.model_dump() for stage in draft.stages]
-    if draft.model.size is not None:
-        for stage, own in zip(stages, before.stages, strict=False):
-            stage["lr"] = own.lr
-    scales = with_lengths and draft.is_planned
-    for stage, own in zip(stages, before.stages, strict=False):
-        stage["restarts"] = own.restarts
-        if scales or not stage["steps"]:
-            stage["steps"] = own.steps
-        if scales:
-            stage |= {"warmup": own.warmup, "ema": stage["ema"] | {"decay": own.ema.decay}}
-    intervals = {name: getattr(before, name) for name in INTERVALS if scales}
-    return changed(
+    for i, (row, own) in enumerate(zip(stages, before.stages, strict=False)):
+        open_ones = {
+            name for name in LENGTHS_OF_STAGE if scales and f"stages.{i}.{name}" not in given
+        }
+        if "steps" in open_ones or not row["steps"]:
+            row["steps"] = own.steps
+        if "warmup" in open_ones:
+            row["warmup"] = own.warmup
+        if "ema.decay" in open_ones:
+            row["ema"] = row["ema"] | {"decay": own.ema.decay}
+        row["restarts"] = tuple(restart for restart in own.restarts if restart < row["steps"])
+    intervals = {name: getattr(before, name) for name in INTERVALS if scales and name not in given}
+    numbers = changed(
         draft,
         model=model,
         evaluation=evaluation,
@@ -356,3 +425,4 @@ def _with_numbers_of(before: Recipe, draft: Recipe, with_lengths: bool) -> Recip
         budget=before.budget.model_dump(),
         **intervals,
     )
+    return with_fixed_warmups(before, numbers, given)
