@@ -13,6 +13,7 @@ from conftest import as_array
 
 import maskdm
 from maskdm.cli import main
+from maskdm.evaluation import evaluate, quick
 from maskdm.evaluation.records import read_records
 from maskdm.recipe_files import load_recipe, migrated
 from maskdm.runs.find import grouped_index, read_index
@@ -50,7 +51,9 @@ def test_an_old_recipe_loads_in_todays_groups():
     }
 
 
-def test_an_old_run_resumes_to_the_same_weights_and_measures_the_same(old_run, capsys):
+def test_an_old_run_resumes_to_the_same_weights_and_measures_the_same(old_run, capsys, monkeypatch):
+    for module in (evaluate, quick):  # that version drew all classes in turn
+        monkeypatch.setattr(module, "class_counts", lambda real, model: None)
     result = maskdm.train(load_recipe(old_run / "recipe.yaml"), old_run)
     assert "continuing after step-00000009" in capsys.readouterr().out
     weights = result.ema.state_dict()
