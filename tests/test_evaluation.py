@@ -221,7 +221,7 @@ def test_classes_are_as_frequent_as_in_the_real_images(tiny, tmp_path, monkeypat
 
 def test_classes_in_shares_belong_to_the_images_numbers():
     counts = [500, 0, 30, 470]
-    labels = labels_in_shares(counts, range(10_000), seed=3)
+    labels = labels_in_shares(counts, range(10_000), seed=3).numpy()
     drawn = np.bincount(labels, minlength=4)
     assert np.abs(drawn - 10 * np.array(counts)).max() <= 3
     assert np.array_equal(labels_in_shares(counts, [7, 5], seed=3), labels[[7, 5]])

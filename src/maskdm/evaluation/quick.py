@@ -105,9 +105,8 @@ class QuickLook:
 
     def _of_samples(self, trained: TrainedModel, progress: bool) -> dict[str, Any]:
         """Figures of a few samples; on ranks other than the first none."""
-        counts, labels = class_counts(self._store, trained.model), None
-        if counts is not None:
-            labels = torch.from_numpy(labels_in_shares(counts, range(self._num), SEED))
+        counts = class_counts(self._store, trained.model)
+        labels = None if counts is None else labels_in_shares(counts, range(self._num), SEED)
         images = generate_on_all_ranks(
             trained, self._sampling, self._num, SEED, labels, progress=progress
         )

@@ -89,9 +89,8 @@ def drawn_samples(
 
     def draw(start: int, stop: int) -> np.ndarray:
         compile_for_sampling(trained, sampling, weak, share, model.num_patches)  # for all shards
-        numbers, labels = list(range(start, stop)), None
-        if class_counts is not None:
-            labels = torch.from_numpy(labels_in_shares(class_counts, numbers, seed))
+        numbers, counts = list(range(start, stop)), class_counts
+        labels = None if counts is None else labels_in_shares(counts, numbers, seed)
         return generate(trained, sampling, numbers, seed, labels=labels, weak=weak)
 
     at_a_time = images_at_a_time(model, sampling)

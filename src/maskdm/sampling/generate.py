@@ -261,7 +261,7 @@ def default_labels(model: Backbone, indices: Sequence[int]) -> np.ndarray | None
     return np.asarray(indices, dtype=np.int64) % num_classes if num_classes else None
 
 
-def labels_in_shares(counts: Sequence[int], indices: Sequence[int], seed: int) -> np.ndarray:
+def labels_in_shares(counts: Sequence[int], indices: Sequence[int], seed: int) -> Tensor:
     """Classes of images, as frequent as in data with so many images of each: int64 (n,).
 
     Image i's class depends on the seed and i alone. Along a golden ratio's sequence the first n,
@@ -275,8 +275,7 @@ def labels_in_shares(counts: Sequence[int], indices: Sequence[int], seed: int) -
     start, golden = np.random.default_rng(derive_seed(seed, "classes")).random(), (5**0.5 - 1) / 2
     places = (start + golden * np.asarray(indices, dtype=np.float64)) % 1
     ends = np.cumsum(counts, dtype=np.float64)
-    classes: np.ndarray = np.searchsorted(ends, places * ends[-1], side="right")
-    return classes
+    return torch.from_numpy(np.searchsorted(ends, places * ends[-1], side="right"))
 
 
 def _refuse_labels(model: Backbone, labels: Tensor | None) -> None:

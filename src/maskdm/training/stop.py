@@ -41,7 +41,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # only it may set handlers
             for number in SIGNALS:
-                is_hangup = signal.Signals(number).name == "SIGHUP"
+                is_hangup = number == getattr(signal, "SIGHUP", None)
                 if is_hangup and signal.getsignal(number) is signal.SIG_IGN:
                     continue
                 self._previous[number] = signal.signal(number, self._on_signal)
@@ -60,7 +60,7 @@ class StopRequest:
             with contextlib.suppress(OSError):
                 os.write(2, b"\nsaving after this step; press Ctrl-C again to stop now\n")
         elif number == signal.SIGINT and now - self._since > SAME_REQUEST_SEC:
-            usual = self._previous[number]
+            usual = self._previous.get(number)
             (usual if callable(usual) else signal.default_int_handler)(number, frame)
 
 
