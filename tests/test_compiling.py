@@ -152,65 +152,6 @@ def test_more_networks_than_the_compiler_keeps(tiny, changed):
         torch.testing.assert_close(model(batch.x0, batch.visible, batch.t), expected)
 
 
-@pytest.mark.slow
-def test_where_the_compiler_has_no_cuda_graphs_it_is_said(tiny, changed):
-    """On a CPU it never has; the run goes on, compiled."""
-    recipe = changed(model={**tiny.model.model_dump(), "depth": 1})
-    model = build_model(recipe)
-    batch = batch_of(recipe, recipe.stages[0])
-    attempt = partial(forward_and_backward, model, batch)
-    done = CompiledForward(model, "inductor").compile(batch.x0.shape, attempt, cuda_graphs=True)
-    assert done.seconds > 0 and not done.cuda_graphs
-
-
-def test_cuda_graphs_are_left_out_where_they_cannot_be(changed, tmp_path, capsys, monkeypatch):
-    class Light(CompiledForward):
-        def __init__(self, model):
-            super().__init__(model, "aot_eager")
-
-    monkeypatch.setattr("maskdm.training.trainer.CompiledForward", Light)
-    train(changed(compile="graphs"), tmp_path / "run")
-    told = capsys.readouterr().out
-    assert told.count("note: no CUDA graphs, since the device is cpu") == 2  # stages
-    assert told.count("compiled in") == 2
-
-
-def test_graphs_are_proposed_for_small_steps(changed, tmp_path, capsys, monkeypatch):
-    class Light(CompiledForward):
-        def __init__(self, model):
-            super().__init__(model, "aot_eager")
-
-    monkeypatch.setattr("maskdm.training.trainer.CompiledForward", Light)
-    # As on one GPU.
-    monkeypatch.setattr("maskdm.training.ready.wants_compiling", lambda *_: True)
-    monkeypatch.setattr("maskdm.training.ready._why_no_graphs", lambda *_, **__: None)
-    train(changed(compile="auto"), tmp_path / "auto")
-    assert capsys.readouterr().out.count("--compile graphs can halve their time") == 2  # stages
-    train(changed(compile="on"), tmp_path / "on")
-    assert "--compile graphs" not in capsys.readouterr().out
-    monkeypatch.setattr("maskdm.training.ready.LAUNCH_BOUND", 1.0)
-    train(changed(compile="auto"), tmp_path / "large")
-    assert "--compile graphs" not in capsys.readouterr().out
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("micro_batch_size", [None, 4])
-def test_a_run_with_cuda_graphs_ends_like_an_eager_one(changed, tmp_path, capsys, micro_batch_size):
-    stages = [
-        {**stage, "steps": 20, "micro_batch_size": micro_batch_size}
-        for stage in changed().model_dump()["stages"]
-    ]
-    for way in ("off", "graphs"):
-        train(changed(compile=way, stages=stages), tmp_path / way)
-    told = capsys.readouterr().out
-    assert told.count("with CUDA graphs") == (0 if micro_batch_size else 2)
-    assert told.count("not micro-batches") == (2 if micro_batch_size else 0)
-    name = Path("checkpoints") / "step-00000040" / "model.safetensors"
-    eager, replayed = (load_file(tmp_path / way / name) for way in ("off", "graphs"))
-    for key, value in eager.items():
-        torch.testing.assert_close(replayed[key], value, rtol=1e-2, atol=1e-3)
-
-
 class Syncs(TorchDispatchMode):
     """Counts operations that make the host wait for a device: values and sizes read from it."""
 

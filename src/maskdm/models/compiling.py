@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
-from torch._dynamo.utils import counters
 
 from maskdm.words import one_line
 
@@ -19,18 +18,6 @@ Shape = tuple[int, ...]
 
 class NotCompiled(RuntimeError):
     """The network cannot be compiled, and runs eagerly."""
-
-
-class Compiled(NamedTuple):
-    """How compiling went.
-
-    Attributes:
-        seconds: that it took.
-        cuda_graphs: whether kernels are replayed; the compiler may leave that out.
-    """
-
-    seconds: float
-    cuda_graphs: bool
 
 
 class CompiledForward:
@@ -70,48 +57,41 @@ class CompiledForward:
             torch.compiler.reset()
         self.shape = None
 
-    def compile(
-        self, shape: Shape, attempt: Callable[[], object], cuda_graphs: bool = False
-    ) -> Compiled:
+    def compile(self, shape: Shape, attempt: Callable[[], object]) -> float:
         """Compiles for patches of a shape.
 
         Args:
             shape: (B, V, P).
             attempt: uses the network as it will be used, changing nothing.
-            cuda_graphs: record its kernels and replay them, which saves their launches. An
-                answer, and its gradients, then last only until the next call.
+
+        Returns:
+            Seconds that it took.
 
         Raises:
             NotCompiled: it failed; the network runs eagerly.
         """
-        self.shape = tuple(shape)
-        skipped, start = counters["inductor"]["cudagraph_skips"], time.perf_counter()
+        self.shape, start = tuple(shape), time.perf_counter()
         try:
-            self._compile(attempt, cuda_graphs)
+            self._compile(attempt)
         except RuntimeError as error:  # an error of the network itself comes again, eagerly
             reason = one_line(error, 160)
         else:
-            replayed = cuda_graphs and counters["inductor"]["cudagraph_skips"] == skipped
-            return Compiled(time.perf_counter() - start, replayed)
+            return time.perf_counter() - start
         # Here the error is gone, and with it the tensors that its frames held.
         self._compiled = None
         torch.compiler.reset()
         clear_device_cache(garbage_collection=True)
         raise NotCompiled(reason)
 
-    def _compile(self, attempt: Callable[[], object], cuda_graphs: bool) -> None:
-        options: dict[str, Any] | None = {"triton.cudagraphs": True} if cuda_graphs else None
+    def _compile(self, attempt: Callable[[], object]) -> None:
         self._compiled = torch.compile(
-            self._eager, backend=self._backend, fullgraph=True, dynamic=False, options=options
+            self._eager, backend=self._backend, fullgraph=True, dynamic=False
         )
         try:
             attempt()
         except FailOnRecompileLimitHit:  # networks of one class share a list of eight graphs
             torch.compiler.reset()
             attempt()
-        if cuda_graphs:
-            attempt()  # recorded
-            attempt()  # replayed
 
 
 def wants_compiling(setting: str, device: torch.device) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from maskdm.families import AVERAGES
@@ -34,15 +35,22 @@ def restart_average(average: nn.Module, model: nn.Module) -> None:
         mean.copy_(weight)
 
 
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+def update_average(average: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
     """Moves the average a step towards the model: mean <- decay mean + (1 - decay) weight.
 
     n calls after a restart it is exactly decay^n w_0 + (1 - decay) sum_k decay^(n - k) w_k.
     torch's own formula, in one pass over all tensors; its `AveragedModel`, which wraps it, reads
-    a count from the device at each call.
+    a count from the device at each call. A decay that is a tensor, float32 () on the device of
+    both, takes three passes.
     """
-    update = get_ema_multi_avg_fn(decay)
-    update(list(average.parameters()), list(model.parameters()), 0)
+    means = list[Tensor](average.parameters())
+    weights = list[Tensor](model.parameters())
+    if isinstance(decay, Tensor):
+        ways = torch._foreach_sub(weights, means)
+        torch._foreach_mul_(ways, 1 - decay)
+        torch._foreach_add_(means, ways)
+    else:
+        get_ema_multi_avg_fn(decay)(means, weights, 0)
 
 
 class Averages(Generic[ModelT]):
@@ -70,11 +78,16 @@ class Averages(Generic[ModelT]):
         elif stage.ema.kind != "power":
             self.narrow = None
 
-    def update(self, stage: Stage, stage_step: int, model: nn.Module) -> None:
-        """Moves them towards the model after the stage's step of that number, counted from 0."""
-        update_average(self.main, model, decay_of(stage.ema, stage_step + 1))
-        if self.narrow is not None:
-            update_average(self.narrow, model, decay_of(narrower(stage.ema), stage_step + 1))
+    def decays(self, stage: Stage, stage_step: int) -> list[float]:
+        """Their decays after the stage's step of that number, counted from 0."""
+        ways = [stage.ema] if self.narrow is None else [stage.ema, narrower(stage.ema)]
+        return [decay_of(one, stage_step + 1) for one in ways]
+
+    def update(self, model: nn.Module, decays: Sequence[float | Tensor]) -> None:
+        """Moves them towards the model, each by its decay (see `update_average`)."""
+        averages = [self.main] if self.narrow is None else [self.main, self.narrow]
+        for average, decay in zip(averages, decays, strict=True):
+            update_average(average, model, decay)
 
     def keep(self, run_dir: Path, recipe: Recipe, stage: Stage, progress: Progress) -> None:
         """Writes what is due: a snapshot (see `runs.averages`), the average for a curve."""

@@ -51,18 +51,19 @@ class MuonAdamW(torch.optim.AdamW):
         for shape, matrices in alike.items():
             gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
             momenta = [self._momentum(matrix) for matrix in matrices]
+            torch._foreach_add_([self.state[matrix]["step"] for matrix in matrices], 1)
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
-            updates = orthogonalized(torch.stack(ahead)).unbind()
-            size = 0.2 * math.sqrt(max(shape)) * group["lr"]
+            size = 0.2 * math.sqrt(max(shape)) * group["lr"]  # a tensor in CUDA graphs
+            updates = (orthogonalized(torch.stack(ahead)) * -size).unbind()
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(matrices, updates, alpha=-size)
+            torch._foreach_add_(matrices, updates)
 
     def _momentum(self, matrix: Tensor) -> Tensor:
         state = self.state[matrix]
         if "momentum" not in state:  # AdamW wants a step of all parameters that have a state
-            state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(matrix)}
-        state["step"] += 1
+            step = torch.zeros((), device=matrix.device)
+            state |= {"step": step, "momentum": torch.zeros_like(matrix)}
         momentum: Tensor = state["momentum"]
         return momentum
 

@@ -197,7 +197,7 @@ class Probe:
             ready = self._ready(recipe, stage, network)
         for i in range(progress.stage_step, progress.stage_step + masked_steps):
             self._step(recipe, stage, ready, step, images, learning_rate(stage, i))
-            averages.update(stage, i, model)
+            averages.update(model, averages.decays(stage, i))
             step, images = step + 1, images + stage.batch_size
 
         if after.start_from == "ema":

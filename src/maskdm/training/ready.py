@@ -30,11 +30,13 @@ class Ready:
         diffusion: what the stage trains under.
         schedule: its noise over time, for images of the recipe's size.
         micro_batch_size: images per device at a time; None = all.
+        recorded: a batch of this device's shapes, where steps are to be replayed as a CUDA graph.
     """
 
     diffusion: Diffusion
     schedule: Schedule
     micro_batch_size: int | None
+    recorded: Batch | None = None
 
 
 def make_ready(
@@ -68,57 +70,38 @@ def make_ready(
 
             size = min(gather_object([largest_that_fits(share, attempt)]))
             say(f"  {size} of {share} images at a time fit in the memory of {accelerator.device}")
+    recorded = None
     if wants_compiling(recipe.compile, accelerator.device):
         num = min(share, size or share)
         example = _example(recipe, stage, schedule, num, accelerator.device)
-        why_no_graphs = _why_no_graphs(accelerator, is_whole=num == share)
-        graphs = recipe.compile == "graphs"
-        is_compiled = _compile(network, model, example, graphs, why_no_graphs, say)
+        attempt = functools.partial(forward_and_backward, model, example)
+        try:
+            say(f"  compiled in {network.compile(example.x0.shape, attempt):.0f} s")
+        except NotCompiled as error:
+            say(f"  not compiled, runs eagerly: {error}")
         middle = [] if example.middle is None else [example.middle.shape[1]]
-        is_small = 3 * num * model.forward_flops(example.visible.shape[1], *middle) < LAUNCH_BOUND
-        if recipe.compile == "auto" and is_compiled and is_small and why_no_graphs is None:
-            say(
-                "  note: in steps this small a GPU waits for its kernels to be launched: "
-                "--compile graphs can halve their time"
-            )
-    return Ready(diffusion, schedule, size)
+        flops = 3 * share * model.forward_flops(example.visible.shape[1], *middle)
+        why_no_graph = _why_no_graph(stage, accelerator)
+        if recipe.compile == "graphs" and why_no_graph:
+            say(f"  note: no CUDA graph, since {why_no_graph}")
+        wants_graph = recipe.compile == "graphs" or (
+            recipe.compile == "auto" and flops < LAUNCH_BOUND
+        )
+        if wants_graph and why_no_graph is None:
+            recorded = _example(recipe, stage, schedule, share, accelerator.device)
+    return Ready(diffusion, schedule, size, recorded)
 
 
-def _compile(
-    network: CompiledForward,
-    model: Backbone,
-    example: Batch,
-    graphs: bool,
-    why_no_graphs: str | None,
-    say: Callable[[str], None],
-) -> bool:
-    """Compiles the network for batches like an example, with CUDA graphs if wanted and possible.
-
-    False where it cannot be compiled, and runs eagerly.
-    """
-    if graphs and why_no_graphs:
-        say(f"  note: no CUDA graphs, since {why_no_graphs}")
-        graphs = False
-    attempt = functools.partial(forward_and_backward, model, example)
-    try:
-        done = network.compile(example.x0.shape, attempt, graphs)
-    except NotCompiled as error:
-        say(f"  not compiled, runs eagerly: {error}")
-        return False
-    say(f"  compiled in {done.seconds:.0f} s" + (", with CUDA graphs" * done.cuda_graphs))
-    if graphs and not done.cuda_graphs:
-        say("  note: no CUDA graphs, since the compiler has none for this network")
-    return True
-
-
-def _why_no_graphs(accelerator: Accelerator, is_whole: bool) -> str | None:
-    """Why a stage cannot replay CUDA graphs; None = it can."""
+def _why_no_graph(stage: Stage, accelerator: Accelerator) -> str | None:
+    """Why a stage's steps cannot be replayed as a CUDA graph; None = they can."""
     if accelerator.device.type != "cuda":
         return f"the device is {accelerator.device.type}"
     if accelerator.num_processes > 1:
-        return "they are for one GPU alone"
-    if not is_whole:  # the next micro-batch would overwrite this one's gradients
-        return "they take a whole batch, not micro-batches"
+        return "it is for one GPU alone"
+    if accelerator.scaler is not None:  # it reads from the device
+        return "fp16 has a loss scaler"
+    if stage.until != "steps":  # forks would pull compiled kernels away from under it
+        return "the stage trains forks"
     return None
 
 

@@ -61,9 +61,9 @@ class Tick:
         yield
         self._paused_sec += time.perf_counter() - start
 
-    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """Takes a step's loss and gradient norm, float32 () on the device."""
-        self._pending.append(torch.stack([loss, grad_norm.to(loss.dtype)]))
+    def add(self, loss_and_norm: Tensor) -> None:
+        """Takes a copy of a step's loss and gradient norm, float32 (2,) on the device."""
+        self._pending.append(loss_and_norm.clone())
 
     def read(self, accelerator: Accelerator) -> None:
         """Brings the pending values to the host, averaged over ranks, into the progress.

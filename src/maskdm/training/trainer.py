@@ -21,7 +21,7 @@ from maskdm.runs.checkpoint import (
 from maskdm.training.checkups import Checkups
 from maskdm.training.ema import Averages
 from maskdm.training.monitor import Monitor, Remaining
-from maskdm.training.optim import clip_gradients, enter_stage, learning_rate, make_optimizer
+from maskdm.training.optim import enter_stage, learning_rate, make_optimizer
 from maskdm.training.planning import (
     Amount,
     RunOptions,
@@ -40,9 +40,10 @@ from maskdm.training.start import (
     open_images,
     refuse_recipe,
 )
-from maskdm.training.step import backward, draw_batch
+from maskdm.training.step import draw_batch
 from maskdm.training.stop import SaveTimer, StopRequest, agreed
 from maskdm.training.tick import NonFiniteLoss, Tick, with_way_out
+from maskdm.training.update import make_update
 from maskdm.training.work import stage_work
 
 
@@ -155,8 +156,8 @@ def train(
         feed = stack.enter_context(contextlib.closing(make_feed(recipe, store, accelerator)))
         monitor.say(f"feed    {feed.how}")
         stop, timer = stack.enter_context(StopRequest()), SaveTimer(recipe.checkpoint_minutes)
-        parts = (accelerator, model, wrapped, stepper, averages, feed, stop)
-        probe = Probe(recipe, works, store, *parts)
+        parts = (accelerator, model, wrapped, stepper, averages)
+        probe = Probe(recipe, works, store, *parts, feed, stop)
         monitor.start(progress, recipe)
         if checkpoint is not None:  # a kill may have come between saving and looking
             checkups.catch_up(progress, average, monitor)
@@ -184,6 +185,7 @@ def train(
             tick = Tick(progress)
             with tick.excluded_from_speed():
                 ready = make_ready(network, model, recipe, stage, accelerator, monitor.say)
+                update = make_update(parts, stage, ready, monitor.say)
 
             while progress.stage_step < stage.steps:
                 # Fetch this rank's share of the batch.
@@ -196,23 +198,10 @@ def train(
                 )
 
                 # Follow the gradient of the denoising loss on the visible patches.
-                for group in stepper.param_groups:
-                    group["lr"] = learning_rate(stage, progress.stage_step)
-                loss = backward(
-                    accelerator,
-                    wrapped,
-                    batch,
-                    ready.schedule,
-                    ready.diffusion,
-                    ready.micro_batch_size,
-                )
-                grad_norm = clip_gradients(accelerator, model, stage.clip)
-                stepper.step()
-                stepper.zero_grad()
-                averages.update(stage, progress.stage_step, model)
+                loss_and_norm = update(batch, progress.stage_step)
 
                 # Count what was done.
-                tick.add(loss, grad_norm)
+                tick.add(loss_and_norm)
                 progress.step += 1
                 progress.stage_step += 1
                 progress.images += stage.batch_size
