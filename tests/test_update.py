@@ -156,9 +156,7 @@ def test_without_a_gpu_there_is_no_graph(changed, tmp_path, capsys, monkeypatch)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
-def test_a_run_with_cuda_graphs_ends_like_an_eager_one(
-    modern, tmp_path, capsys, micro_batch_size
-):
+def test_a_run_with_cuda_graphs_ends_like_an_eager_one(modern, tmp_path, capsys, micro_batch_size):
     stages = [
         {**stage, "steps": 20, "micro_batch_size": micro_batch_size}
         for stage in modern.model_dump()["stages"]
@@ -170,10 +168,10 @@ def test_a_run_with_cuda_graphs_ends_like_an_eager_one(
     for way, recipe in recipes.items():
         train(recipe, tmp_path / way)
     assert capsys.readouterr().out.count("each step is replayed as one CUDA graph") == 2
-    assert_alike(tmp_path / "off", tmp_path / "auto", rtol=1e-2, atol=1e-3)
+    assert_alike(tmp_path / "off", tmp_path / "auto", rtol=1e-2, atol=3e-3)
     train_until(recipes["auto"], tmp_path / "parts", 8)
     train(recipes["auto"], tmp_path / "parts", show=False)
-    assert_alike(tmp_path / "auto", tmp_path / "parts", rtol=1e-2, atol=1e-3)
+    assert_alike(tmp_path / "auto", tmp_path / "parts", rtol=1e-2, atol=3e-3)
 
 
 @pytest.mark.gpu
