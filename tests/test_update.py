@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -94,13 +96,32 @@ def test_a_replayed_run_that_was_killed_goes_on_bit_for_bit(modern, tmp_path, as
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_recording_changes_nothing(modern, as_on_a_gpu, begun):
-    model, accelerator, stage = build_model(modern), Accelerator(cpu=True), modern.stages[0]
+def parts_of(recipe: Recipe) -> tuple:
+    """What a run of it would update."""
+    model, accelerator, stage = build_model(recipe), Accelerator(cpu=True), recipe.stages[0]
     averages, optimizer = Averages(model), make_optimizer(model, stage)
     averages.enter_stage(stage, model, begins=True)
-    wrapped, stepper = accelerator.prepare(model, optimizer)
-    parts = (accelerator, model, wrapped, stepper, averages)
+    return accelerator, model, *accelerator.prepare(model, optimizer), averages
+
+
+def test_a_graph_finds_all_that_it_was_recorded_with(modern, monkeypatch):
+    """It knows tensors by their addresses, so none may be freed."""
+    monkeypatch.setattr(update, "recorded", lambda work, groups: lambda: None)
+    stage = modern.stages[1]  # whole images: their patches' places are one expanded row
+    one = Update(*parts_of(modern), stage, Ready(modern.diffusion, make_schedule("cosine"), None))
+    example = batch_of(modern, stage)
+    kept = [weakref.ref(part) for part in vars(example).values() if part is not None]
+    one.record(example)
+    del example
+    gc.collect()
+    assert len(kept) == 4 and all(one() is not None for one in kept)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_recording_changes_nothing(modern, as_on_a_gpu, begun):
+    stage, parts = modern.stages[0], parts_of(modern)
+    _, model, _, stepper, averages = parts
+    optimizer = stepper.optimizer
     one = Update(*parts, stage, Ready(modern.diffusion, make_schedule("cosine"), None))
     if begun:
         for step in range(2):

@@ -34,13 +34,13 @@ class Recording:
     """A recorded step.
 
     Attributes:
-        batch: tensors that it reads its batch from.
+        batch: what it reads its batch from; kept, for a graph knows its tensors by address alone.
         numbers: float32 () each, where it reads learning rate and decays.
         answer: float32 (2,), where it leaves loss and norm.
         replay: does it with what these hold.
     """
 
-    batch: list[Tensor]
+    batch: Batch
     numbers: list[Tensor]
     answer: Tensor
     replay: Callable[[], None]
@@ -85,7 +85,7 @@ class Update:
         recording = self._recording
         if recording is None:
             return self._do(batch, lr, decays)
-        for known, new in zip(recording.batch, _tensors(batch), strict=True):
+        for known, new in zip(_tensors(recording.batch), _tensors(batch), strict=True):
             known.copy_(new)
         for number, value in zip(recording.numbers, (lr, *decays), strict=True):
             number.fill_(value)
@@ -126,7 +126,7 @@ class Update:
 
         with self._same_moments():
             replay = recorded(work, self._stepper.param_groups)
-        self._recording = Recording(_tensors(example), [lr, *decays], answer, replay)
+        self._recording = Recording(example, [lr, *decays], answer, replay)
 
     @contextlib.contextmanager
     def _same_moments(self) -> Iterator[None]:
@@ -161,7 +161,7 @@ def recorded(work: Callable[[], None], groups: list[dict[str, Any]]) -> Callable
         group["capturable"] = True
     try:
         # Another thread, which feeds the batches, may use the GPU meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             work()
     finally:
         for group in groups:
