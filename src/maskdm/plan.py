@@ -239,21 +239,19 @@ def _with_numbers(
 
 def _launch_warnings(gpus: Gpus, recipe: Recipe, speed: Speed, is_smaller: bool) -> list[str]:
     """Whether launches bound the time of steps, and the size of the model."""
-    model, found = weightless_model(recipe), []
+    launches, found = gpus.launches_sec(recipe, weightless_model(recipe)), []
     rows = [
         (stage, sec)
-        for stage, sec in zip(recipe.stages, speed.step_sec, strict=True)
-        if sec == gpus.launches_sec(recipe, stage, model)
+        for stage, sec, least in zip(recipe.stages, speed.step_sec, launches, strict=True)
+        if sec == least
     ]
     if rows:
         names = ", ".join(dict.fromkeys(stage.name for stage, _ in rows))
-        whole = all(stage.micro_batch_size is None for stage, _ in rows)
-        graphs = gpus.num == 1 and whole and recipe.compile != "graphs"
+        graphs = gpus.num == 1 and recipe.compile in ("on", "off")
         found.append(
-            f"steps are bound by launches in {names}: the host needs about "
-            f"{1000 * max(sec for _, sec in rows):.0f} ms to launch the kernels of a step "
-            "(measured with an H200), and the GPU less to compute it: a larger batch"
-            f"{' or --compile graphs' * graphs} uses it better"
+            f"steps are bound by launches in {names}: the kernels of a step take about "
+            f"{1000 * max(sec for _, sec in rows):.2g} ms to launch (measured with an H200), and "
+            f"less to compute: a larger batch{' or --compile auto' * graphs} uses the GPU better"
         )
     if is_smaller:
         width = recipe.model.embed_dim

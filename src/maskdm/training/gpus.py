@@ -10,6 +10,7 @@ from maskdm.models.backbone import Backbone
 from maskdm.models.build import weightless_model
 from maskdm.recipe import Recipe, Stage
 from maskdm.sampling.speed import images_at_a_time
+from maskdm.training.ready import wants_graph
 from maskdm.training.speed import Speed
 from maskdm.training.work import stage_work, total_flops
 
@@ -48,11 +49,13 @@ SHARE = 0.3  # of a peak that training reaches
 PAPERS_SHARE = 0.22  # about what the paper's runs reached: 0.20 to 0.23
 
 # Seconds that the host needs to launch the kernels of a step: the least time of a step. Measured
-# with an H200 on MaskDM-S, 13 blocks (docs/performance.md; the parts of a step are in docs/log.md,
-# 2026-11-26): compiled, the forward and backward pass take 10.5 + 8.8 of 26.7 ms; an eager step
-# takes 34.9 ms, one with CUDA graphs 12.2. A faster host needs less.
-LAUNCH_SEC = 7e-3  # draw, loss, clipping, optimizer, average
-BLOCK_SEC = {"eager": 2.1e-3, "compiled": 1.5e-3, "graphs": 0.4e-3}  # forward and backward
+# beside H200s (docs/performance.md): 13 blocks with AdamW take 34.9 ms eagerly and 26.7 compiled,
+# of which forward and backward pass have 10.5 + 8.8 (docs/log.md, 2026-11-26); 5 blocks with Muon
+# 20 to 23 and 21, or 2.4 as one CUDA graph, whose small kernels follow one another. A faster host
+# needs less.
+LAUNCH_SEC = {"eager": 7e-3, "compiled": 7e-3, "graphs": 1.5e-3}  # draw, loss, clip, AdamW, average
+BLOCK_SEC = {"eager": 2.1e-3, "compiled": 1.5e-3, "graphs": 0.2e-3}  # forward and backward
+MUON_SEC = {"eager": 4e-3, "compiled": 4e-3, "graphs": 0.0}
 FORWARD_BLOCK_SEC = 0.8e-3  # of drawing
 MATRICES_OF_BLOCK = 4  # of a transformer: queries, keys and values; projection; two of the MLP
 
@@ -107,8 +110,10 @@ class Gpus:
         model = model or weightless_model(recipe)
         each = self._flops_per_sec(self.compute)
         steps = tuple(
-            max(work.step_flops / each, self.launches_sec(recipe, stage, model))
-            for work, stage in zip(stage_work(recipe, model), recipe.stages, strict=True)
+            max(work.step_flops / each, launches)
+            for work, launches in zip(
+                stage_work(recipe, model), self.launches_sec(recipe, model), strict=True
+            )
         )
         # A network draws in bf16, or in fp32 (`engine.autocast`), whatever it was trained in.
         drawing = self._flops_per_sec("bf16" if self.has_bf16 else "fp32")
@@ -117,15 +122,24 @@ class Gpus:
         forward = max(model.forward_flops(model.num_patches) / drawing, launches / num)
         return Speed(steps, forward)
 
-    def launches_sec(self, recipe: Recipe, stage: Stage, model: Backbone) -> float:
-        """Seconds that the host needs to launch a step of a stage; each GPU has its own process."""
-        images = -(-stage.batch_size // self.num)
-        size = stage.micro_batch_size
-        num = -(-images // size) if isinstance(size, int) else 1
-        how = {"off": "eager", "graphs": "graphs"}.get(recipe.compile, "compiled")
-        if how == "graphs" and (self.num > 1 or num > 1):  # as training decides
-            how = "compiled"
-        return LAUNCH_SEC + num * num_blocks(recipe, model) * BLOCK_SEC[how]
+    def launches_sec(self, recipe: Recipe, model: Backbone) -> list[float]:
+        """Seconds that launches take in a step of each stage; each GPU has its own process."""
+        found = []
+        for stage, work in zip(recipe.stages, stage_work(recipe, model), strict=True):
+            images = -(-stage.batch_size // self.num)
+            size = stage.micro_batch_size
+            num = -(-images // size) if isinstance(size, int) else 1
+            how = self._how(recipe, stage, work.step_flops)
+            sec = LAUNCH_SEC[how] + num * num_blocks(recipe, model) * BLOCK_SEC[how]
+            found.append(sec + (MUON_SEC[how] if stage.optimizer == "muon" else 0))
+        return found
+
+    def _how(self, recipe: Recipe, stage: Stage, step_flops: int) -> str:
+        """How a stage's steps are done, as training decides."""
+        if recipe.compile == "off":
+            return "eager"
+        alone = self.num == 1 and stage.until == "steps" and self.compute != "fp16"
+        return "graphs" if alone and wants_graph(recipe, step_flops) else "compiled"
 
     def flops_per_sec(self) -> float:
         """Of all of them: a share of their peak, or what the steps of a planned recipe reach."""

@@ -84,12 +84,15 @@ def make_ready(
         why_no_graph = _why_no_graph(stage, accelerator)
         if recipe.compile == "graphs" and why_no_graph:
             say(f"  note: no CUDA graph, since {why_no_graph}")
-        wants_graph = recipe.compile == "graphs" or (
-            recipe.compile == "auto" and flops < LAUNCH_BOUND
-        )
-        if wants_graph and why_no_graph is None:
+        if wants_graph(recipe, flops) and why_no_graph is None:
             recorded = _example(recipe, stage, schedule, share, accelerator.device)
     return Ready(diffusion, schedule, size, recorded)
+
+
+def wants_graph(recipe: Recipe, step_flops: float) -> bool:
+    """Whether a recipe wants steps of so many FLOPs a GPU replayed as a CUDA graph."""
+    is_small = step_flops < LAUNCH_BOUND
+    return recipe.compile == "graphs" or (recipe.compile == "auto" and is_small)
 
 
 def _why_no_graph(stage: Stage, accelerator: Accelerator) -> str | None:

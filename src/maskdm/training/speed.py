@@ -22,7 +22,6 @@ from maskdm.recipe import Recipe, Stage
 from maskdm.sampling.speed import seconds_of_answer, seconds_of_call
 from maskdm.training.ema import Averages
 from maskdm.training.optim import make_optimizer
-from maskdm.training.ready import make_ready
 from maskdm.training.step import draw_batch
 from maskdm.training.update import make_update
 
@@ -177,8 +176,8 @@ def _step_sec(recipe: Recipe, stage: Stage, accelerator: Accelerator) -> float:
     averages.enter_stage(stage, model, begins=True)
     network = CompiledForward(model)
     wrapped, stepper = engine.prepare(model, optimizer)  # its precision, its exchange
-    ready = make_ready(network, model, recipe, stage, engine, lambda text: None)
-    update = make_update((engine, model, wrapped, stepper, averages), stage, ready, lambda _: None)
+    parts = (engine, model, wrapped, stepper, averages)
+    update = make_update(network, parts, recipe, stage, lambda text: None)
     share = stage.batch_size // num_ranks
     generator = torch.Generator().manual_seed(0)
     shape = (share, *recipe.data.shape)
@@ -186,6 +185,6 @@ def _step_sec(recipe: Recipe, stage: Stage, accelerator: Accelerator) -> float:
     labels = torch.zeros(share, dtype=torch.int64, device=device) if recipe.model.classes else None
 
     def step(number: int) -> None:
-        update(draw_batch(images, labels, recipe, stage, ready.schedule, number), 0)
+        update(draw_batch(images, labels, recipe, stage, update.ready.schedule, number), 0)
 
     return seconds_of_call(step, device, LEAST_SEC)

@@ -31,7 +31,6 @@ from maskdm.training.planning import (
     recipe_and_folder,
 )
 from maskdm.training.probe import Probe, Stopped
-from maskdm.training.ready import CompiledForward, make_ready
 from maskdm.training.start import (
     claimed,
     initial_model,
@@ -43,7 +42,7 @@ from maskdm.training.start import (
 from maskdm.training.step import draw_batch
 from maskdm.training.stop import SaveTimer, StopRequest, agreed
 from maskdm.training.tick import NonFiniteLoss, Tick, with_way_out
-from maskdm.training.update import make_update
+from maskdm.training.update import CompiledForward, make_update
 from maskdm.training.work import stage_work
 
 
@@ -184,8 +183,8 @@ def train(
             monitor.introduce_stage(recipe, progress, work)
             tick = Tick(progress)
             with tick.excluded_from_speed():
-                ready = make_ready(network, model, recipe, stage, accelerator, monitor.say)
-                update = make_update(parts, stage, ready, monitor.say)
+                update = make_update(network, parts, recipe, stage, monitor.say)
+            schedule = update.ready.schedule
 
             while progress.stage_step < stage.steps:
                 # Fetch this rank's share of the batch.
@@ -194,7 +193,7 @@ def train(
 
                 # Hide patches and add noise; all of it depends on (seed, rank, step) alone.
                 batch = draw_batch(
-                    pixels, labels, recipe, stage, ready.schedule, progress.step, rank, num_ranks
+                    pixels, labels, recipe, stage, schedule, progress.step, rank, num_ranks
                 )
 
                 # Follow the gradient of the denoising loss on the visible patches.

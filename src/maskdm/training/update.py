@@ -7,6 +7,7 @@ step is bound by the launches of its kernels, about a thousand, and a graph has 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,11 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from maskdm.models.backbone import Backbone
-from maskdm.recipe import Stage
+from maskdm.recipe import Recipe, Stage
 from maskdm.training.ema import Averages
 from maskdm.training.optim import clip_gradients, learning_rate
-from maskdm.training.ready import Ready
+from maskdm.training.ready import CompiledForward as CompiledForward
+from maskdm.training.ready import Ready, make_ready
 from maskdm.training.step import Batch, backward
 from maskdm.words import one_line
 
@@ -56,6 +58,9 @@ class Update:
         averages: of the weights; they have entered the stage, as has the optimizer.
         stage: whose steps it does.
         ready: what they need besides.
+
+    Attributes:
+        ready: the same.
     """
 
     def __init__(
@@ -70,7 +75,7 @@ class Update:
     ):
         self._accelerator, self._model, self._wrapped = accelerator, model, wrapped
         self._stepper, self._averages = stepper, averages
-        self._stage, self._ready = stage, ready
+        self._stage, self.ready = stage, ready
         self._recording: Recording | None = None
 
     def __call__(self, batch: Batch, stage_step: int) -> Tensor:
@@ -95,7 +100,7 @@ class Update:
     def _do(self, batch: Batch, lr: float | Tensor, decays: Sequence[float | Tensor]) -> Tensor:
         for group in self._stepper.param_groups:
             group["lr"] = lr
-        how = (self._ready.schedule, self._ready.diffusion, self._ready.micro_batch_size)
+        how = (self.ready.schedule, self.ready.diffusion, self.ready.micro_batch_size)
         loss = backward(self._accelerator, self._wrapped, batch, *how)
         norm = clip_gradients(self._accelerator, self._model, self._stage.clip)
         self._stepper.step()
@@ -150,7 +155,7 @@ def recorded(work: Callable[[], None], groups: list[dict[str, Any]]) -> Callable
         work: launches kernels, and reads nothing from the device.
         groups: of the optimizer whose step is part of it.
     """
-    stream = torch.cuda.Stream()
+    stream = _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
@@ -169,14 +174,38 @@ def recorded(work: Callable[[], None], groups: list[dict[str, Any]]) -> Callable
     return graph.replay
 
 
-def make_update(parts: Parts, stage: Stage, ready: Ready, say: Callable[[str], None]) -> Update:
-    """A stage's update, recorded as a CUDA graph where `ready` says so.
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """A GPU's stream for recording, the same for all stages.
+
+    Autograd may keep the node that adds up a weight's gradients, and with it the stream of its
+    first use: it complains of another one, or cannot be recorded with it.
+    """
+    return torch.cuda.Stream(device)
+
+
+def make_update(
+    network: CompiledForward,
+    parts: Parts,
+    recipe: Recipe,
+    stage: Stage,
+    say: Callable[[str], None],
+) -> Update:
+    """Readies the network for a stage (`make_ready`), and its update, replayed where that pays.
+
+    To be called on every rank.
 
     Args:
+        network: the model's forward.
         parts: engine, model, and what else `Update` wants before the stage.
-        stage, ready: see `Update`.
-        say: is told.
+        recipe, stage: what is trained.
+        say: is told what was done.
+
+    Raises:
+        RuntimeError: not even one image fits in the device's memory.
     """
+    accelerator, model, *_ = parts
+    ready = make_ready(network, model, recipe, stage, accelerator, say)
     update = Update(*parts, stage, ready)
     if ready.recorded is not None:
         try:
