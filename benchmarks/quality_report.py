@@ -30,7 +30,7 @@ DOC = HERE.parent / "docs" / "does-masking-pay.md"
 IMAGES = DOC.parent / "images"
 COLOURS = {"dense": "#b3432b", "half": "#2b5fb3", "recipe": "#2b5fb3"}
 MASKED = ("half", "recipe")  # variants that are compared with `dense` over seeds
-BUDGETS = {  # experiments that differ only in their budget
+BUDGETS = {  # experiments that differ only in their budget: the figures' panels
     "CIFAR-10, 64 tokens": ("cifar-recipes-3", "cifar-recipes", "cifar-recipes-24"),
     "faces, 16 tokens": ("budget-16-3", "budget-16-8", "budget-16-24"),
     "faces, 64 tokens": ("budget-64-5", "parts-64", "budget-64-48"),
@@ -238,11 +238,21 @@ def _save(figure: Figure, panels: list[Axes], ylabel: str, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def panels_of(groups: dict[str, list[Line]]) -> dict[str, list[Line]]:
+    """The experiments of `BUDGETS` that were run, by title."""
+    return {
+        f"{title}, {groups[name][0]['budget'] / 1e12:g} TFLOP": groups[name]
+        for title, names in BUDGETS.items()
+        for name in names
+        if name in groups
+    }
+
+
 def draw_rates(groups: dict[str, list[Line]], path: Path) -> None:
     """Distance against learning rate, a panel for each experiment with several on both sides."""
     shown = {
-        name: (lines, masked[0])
-        for name, lines in groups.items()
+        title: (lines, masked[0])
+        for title, lines in panels_of(groups).items()
         if (masked := [one for one in MASKED if one in {x["variant"] for x in lines}])
         and len({x["lr"][0] for x in lines if x["variant"] == masked[0]}) > 1
     }
@@ -272,7 +282,7 @@ def draw_rates(groups: dict[str, list[Line]], path: Path) -> None:
 
 def draw_losses(groups: dict[str, list[Line]], path: Path) -> None:
     """The loss on held-out images against FLOPs: a line for each fresh seed of either side."""
-    shown = {name: sides(lines) for name, lines in groups.items() if all(sides(lines))}
+    shown = {t: sides(lines) for t, lines in panels_of(groups).items() if all(sides(lines))}
     figure, panels = _figure(len(shown))
     for axes, (name, both) in zip(panels, shown.items(), strict=True):
         for lines, title in zip(both, ("dense", "50 % hidden, then whole"), strict=True):

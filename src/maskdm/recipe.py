@@ -324,8 +324,8 @@ class Recipe(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute precision; auto = bf16 where the hardware is good at it, else fp32."""
     compile: Literal["auto", "on", "off", "graphs"] = "auto"
-    """Compile the network, once a stage (torch.compile); auto = on a GPU; graphs = also replay
-    kernels as a CUDA graph: for steps too small to keep the GPU busy, on one GPU."""
+    """Compile the network, once a stage (torch.compile); on one GPU also replay steps, each as one
+    CUDA graph. auto = compile on a GPU, replay small steps; on = replay none; graphs = all."""
     budget: Annotated[Budget, tyro.conf.Suppress] = Budget()
     """What the run may cost. The stages' steps are scaled to it, or computed from their shares;
     on the command line: --hours, --minutes, --flops, --images, --epochs."""
