@@ -283,6 +283,8 @@ def draw_rates(groups: dict[str, list[Line]], path: Path) -> None:
 def draw_losses(groups: dict[str, list[Line]], path: Path) -> None:
     """The loss on held-out images against FLOPs: a line for each fresh seed of either side."""
     shown = {t: sides(lines) for t, lines in panels_of(groups).items() if all(sides(lines))}
+    if not shown:
+        return
     figure, panels = _figure(len(shown))
     for axes, (name, both) in zip(panels, shown.items(), strict=True):
         for lines, title in zip(both, ("dense", "50 % hidden, then whole"), strict=True):
@@ -348,8 +350,7 @@ def main() -> None:
     args.doc.write_text(text, "utf-8")
     draw_rates(groups, args.images / "masking-rates.png")
     draw_budgets(groups, args.images / "masking-budgets.png")
-    if any(all(sides(lines)) for lines in groups.values()):
-        draw_losses(groups, args.images / "masking-losses.png")
+    draw_losses(groups, args.images / "masking-losses.png")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_a_failed_part_is_reported_and_the_rest_runs(tmp_path):
 
 
 TABLE = """
-tiny:
+budget-16-3:
   recipe:
     data: {source: digits, size: 8, channels: 1, held_out: 20}
     model: {patch_size: 2, embed_dim: 16, depth: 3, num_heads: 2}
@@ -71,7 +71,7 @@ def test_the_quality_laboratory_runs_what_is_missing_and_draws_its_report(tmp_pa
         return done.stderr
 
     flags = ["--results", str(results), "--work", str(tmp_path / "work")]
-    run("quality.py", str(table), "--only", "tiny_dense", *flags)
+    run("quality.py", str(table), "--only", "budget-16-3_dense", *flags)
     run("quality.py", str(table), *flags)
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     keys = [(line["variant"], tuple(line["lr"]), line["seed"]) for line in lines]
@@ -89,13 +89,13 @@ def test_the_quality_laboratory_runs_what_is_missing_and_draws_its_report(tmp_pa
     assert run("quality.py", str(table), *flags) == ""  # nothing is missing
     document = tmp_path / "doc.md"
     places = "".join(
-        f"<!-- {name} -->\nold\n<!-- end -->\n" for name in ("seeds", "variants", "tiny")
+        f"<!-- {name} -->\nold\n<!-- end -->\n" for name in ("seeds", "variants", "budget-16-3")
     )
     document.write_text(places)
     run("quality_report.py", "--results", str(results), "--doc", str(document),
         "--images", str(tmp_path))  # fmt: skip
     assert "| dense | 0.01 |" in document.read_text() and "old" not in document.read_text()
-    assert "| tiny | half | 0.01 |" in document.read_text()  # of the fresh seeds
+    assert "| budget-16-3 | half | 0.01 |" in document.read_text()  # of the fresh seeds
     assert (tmp_path / "masking-rates.png").stat().st_size > 1000
     assert (tmp_path / "masking-losses.png").stat().st_size > 1000
     # FLOPs to equal loss: half way on the logarithms between measurements at 1 and 4 TFLOP.
