@@ -129,7 +129,7 @@ def test_rates_are_tried_until_the_best_is_bracketed(monkeypatch):
 
 def test_a_trial_waits_for_what_it_begins_from(tmp_path):
     table, results = tmp_path / "table.yaml", tmp_path / "results.jsonl"
-    tiny = yaml.safe_load(TABLE)["tiny"] | {"evaluations": 1}
+    tiny = yaml.safe_load(TABLE)["budget-16-3"] | {"evaluations": 1}
     one = {"lr": [0.01], "seeds": [0]}
     primers = {**tiny, "rounds": [{**one, "variants": ["dense"]}]}
     tuned = {"variants": {"tuned": {"init": "tiny_dense_0.01_2e+08_0"}}}
