@@ -196,6 +196,8 @@ def test_small_steps_on_a_gpu_take_as_long_as_their_launches(capsys):
         ms[name] = 1000 * stage["seconds"] / stage["steps"]
         bound = "bound by launches" in " ".join(plan["warnings"])
         assert bound == (name not in ("auto", "large")), name
+    large = plan_in_json(capsys, *size_s, "--stages.all.batch-size", "80")
+    assert "or --compile graphs" in " ".join(large["warnings"])  # whole images: 5.9 TFLOP
     assert 26 < ms["compiled"] < 34 < ms["eager"] < 40
     assert ms["auto"] == pytest.approx(1000 * 64 * 35.454e9 / (0.3 * 989e12), rel=0.02)
     assert ms["auto on two"] == pytest.approx(ms["compiled"]) == pytest.approx(ms["in fp16"])

@@ -239,7 +239,8 @@ def _with_numbers(
 
 def _launch_warnings(gpus: Gpus, recipe: Recipe, speed: Speed, is_smaller: bool) -> list[str]:
     """Whether launches bound the time of steps, and the size of the model."""
-    launches, found = gpus.launches_sec(recipe, weightless_model(recipe)), []
+    model, found = weightless_model(recipe), []
+    launches = gpus.launches_sec(recipe, model)
     rows = [
         (stage, sec)
         for stage, sec, least in zip(recipe.stages, speed.step_sec, launches, strict=True)
@@ -247,11 +248,18 @@ def _launch_warnings(gpus: Gpus, recipe: Recipe, speed: Speed, is_smaller: bool)
     ]
     if rows:
         names = ", ".join(dict.fromkeys(stage.name for stage, _ in rows))
-        graphs = gpus.num == 1 and recipe.compile in ("on", "off")
+        better = next(
+            (
+                f" or --compile {way}"
+                for way in ("auto", "graphs")
+                if sum(gpus.launches_sec(changed(recipe, compile=way), model)) < sum(launches)
+            ),
+            "",
+        )
         found.append(
             f"steps are bound by launches in {names}: the kernels of a step take about "
             f"{1000 * max(sec for _, sec in rows):.2g} ms to launch (measured with an H200), and "
-            f"less to compute: a larger batch{' or --compile auto' * graphs} uses the GPU better"
+            f"less to compute: a larger batch{better} uses the GPU better"
         )
     if is_smaller:
         width = recipe.model.embed_dim

@@ -35,19 +35,20 @@ def restart_average(average: nn.Module, model: nn.Module) -> None:
         mean.copy_(weight)
 
 
+@torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
     """Moves the average a step towards the model: mean <- decay mean + (1 - decay) weight.
 
     n calls after a restart it is exactly decay^n w_0 + (1 - decay) sum_k decay^(n - k) w_k.
     torch's own formula, in one pass over all tensors; its `AveragedModel`, which wraps it, reads
-    a count from the device at each call. A decay that is a tensor, float32 () on the device of
-    both, takes three passes.
+    a count from the device at each call. Takes three passes where the decay is given as a tensor:
+    float32 () on the device of both, 1 - decay, of which float32 keeps more near 0.
     """
     means = list[Tensor](average.parameters())
     weights = list[Tensor](model.parameters())
     if isinstance(decay, Tensor):
         ways = torch._foreach_sub(weights, means)
-        torch._foreach_mul_(ways, 1 - decay)
+        torch._foreach_mul_(ways, decay)
         torch._foreach_add_(means, ways)
     else:
         get_ema_multi_avg_fn(decay)(means, weights, 0)

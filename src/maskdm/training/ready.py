@@ -53,7 +53,9 @@ def make_ready(
         RuntimeError: not even one image fits in the device's memory.
     """
     if stage.activation_checkpointing:
-        model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False))
+        # Nothing that is recomputed is random, and its generator could not be recorded.
+        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        model.enable_gradient_checkpointing(again)
     elif model.is_gradient_checkpointing:  # a stage before had it on
         model.disable_gradient_checkpointing()
     network.run_eagerly()

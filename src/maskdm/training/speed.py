@@ -139,6 +139,7 @@ def _key(recipe: Recipe, accelerator: Accelerator) -> str:
                 "batch_size",
                 "micro_batch_size",
                 "activation_checkpointing",
+                "until",
             },
         )
         for stage in recipe.stages

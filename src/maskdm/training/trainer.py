@@ -267,3 +267,4 @@ def train(
                             return TrainResult(False, average, checkpoint)
                     checkups.look(progress, average, monitor)
             monitor.conclude_stage(progress, stage, tick.recent_loss)
+            del update  # a recorded step keeps its memory

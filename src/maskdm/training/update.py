@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
 from maskdm.models.backbone import Backbone
@@ -37,7 +38,7 @@ class Recording:
 
     Attributes:
         batch: what it reads its batch from; kept, for a graph knows its tensors by address alone.
-        numbers: float32 () each, where it reads learning rate and decays.
+        numbers: float32 () each, where it reads the learning rate, and 1 - decay of averages.
         answer: float32 (2,), where it leaves loss and norm.
         replay: does it with what these hold.
     """
@@ -92,7 +93,8 @@ class Update:
             return self._do(batch, lr, decays)
         for known, new in zip(_tensors(recording.batch), _tensors(batch), strict=True):
             known.copy_(new)
-        for number, value in zip(recording.numbers, (lr, *decays), strict=True):
+        values = lr, *(1 - decay for decay in decays)
+        for number, value in zip(recording.numbers, values, strict=True):
             number.fill_(value)
         recording.replay()
         return recording.answer
@@ -122,16 +124,15 @@ class Update:
         """
         device, num = example.x0.device, len(self._averages.decays(self._stage, 0))
         # Steps of no size: with a rate of 0 weights stay, with decays of 1 averages do.
-        lr = torch.zeros((), device=device)
-        decays = [torch.ones((), device=device) for _ in range(num)]
+        numbers = [torch.zeros((), device=device) for _ in range(1 + num)]
         answer = torch.zeros(2, device=device)
 
         def work() -> None:
-            answer.copy_(self._do(example, lr, decays))
+            answer.copy_(self._do(example, numbers[0], numbers[1:]))
 
         with self._same_moments():
             replay = recorded(work, self._stepper.param_groups)
-        self._recording = Recording(example, [lr, *decays], answer, replay)
+        self._recording = Recording(example, numbers, answer, replay)
 
     @contextlib.contextmanager
     def _same_moments(self) -> Iterator[None]:
@@ -157,10 +158,12 @@ def recorded(work: Callable[[], None], groups: list[dict[str, Any]]) -> Callable
     """
     stream = _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                work()
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     for group in groups:  # torch asks for it while recording, and warns of it otherwise
         group["capturable"] = True
@@ -178,8 +181,8 @@ def recorded(work: Callable[[], None], groups: list[dict[str, Any]]) -> Callable
 def _stream(device: int) -> torch.cuda.Stream:
     """A GPU's stream for recording, the same for all stages.
 
-    Autograd may keep the node that adds up a weight's gradients, and with it the stream of its
-    first use: it complains of another one, or cannot be recorded with it.
+    Where something keeps the node that adds up a weight's gradients, autograd knows the stream of
+    its first use: it complains of another one, or cannot be recorded with it.
     """
     return torch.cuda.Stream(device)
 
@@ -207,13 +210,18 @@ def make_update(
     accelerator, model, *_ = parts
     ready = make_ready(network, model, recipe, stage, accelerator, say)
     update = Update(*parts, stage, ready)
-    if ready.recorded is not None:
-        try:
-            update.record(ready.recorded)
-        except RuntimeError as error:
-            say(f"  note: no CUDA graph: {one_line(error, 160)}")
-        else:
-            say("  each step is replayed as one CUDA graph")
+    if ready.recorded is None:
+        return update
+    try:
+        update.record(ready.recorded)
+    except RuntimeError as error:
+        reason = one_line(error, 160)
+    else:
+        say("  each step is replayed as one CUDA graph")
+        return update
+    # Here the error is gone, and with it the tensors that its frames held.
+    clear_device_cache(garbage_collection=True)
+    say(f"  note: no CUDA graph: {reason}")
     return update
 
 
