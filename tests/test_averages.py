@@ -63,7 +63,7 @@ def test_an_average_made_afterwards_is_near_the_one_that_was_tracked(width, tmp_
     for step in range(stage_steps):
         with torch.no_grad():
             model.weight += 0.1 * torch.randn(20, 20, generator=generator)
-        averages.update(model, averages.decays(stage, step))
+        averages.update(model, averages.shares(stage, step))
         update_average(tracked, model, decay_of(wanted, step + 1))
         if (step + 1) % 100 == 0:
             save_snapshot(tmp_path, stage, step + 1, step + 1, averages.by_width(stage))

@@ -9,7 +9,6 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from maskdm.families import AVERAGES
 from maskdm.models.power_average import gamma_of_width
@@ -35,23 +34,32 @@ def restart_average(average: nn.Module, model: nn.Module) -> None:
         mean.copy_(weight)
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Moves the average a step towards the model: mean <- decay mean + (1 - decay) weight.
 
     n calls after a restart it is exactly decay^n w_0 + (1 - decay) sum_k decay^(n - k) w_k.
-    torch's own formula, in one pass over all tensors; its `AveragedModel`, which wraps it, reads
-    a count from the device at each call. Takes three passes where the decay is given as a tensor:
-    float32 () on the device of both, 1 - decay, of which float32 keeps more near 0.
+    """
+    move_average(average, model, 1 - decay)
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, model: nn.Module, share: float | Tensor) -> None:
+    """Moves the average a share of the way to the model's weights, all tensors at once.
+
+    torch's own `AveragedModel` reads a count from the device at each call.
+
+    Args:
+        average, model: of the same weights.
+        share: 1 - decay. As a tensor, float32 () on their device, it takes three passes, not one.
     """
     means = list[Tensor](average.parameters())
     weights = list[Tensor](model.parameters())
-    if isinstance(decay, Tensor):
+    if isinstance(share, Tensor):
         ways = torch._foreach_sub(weights, means)
-        torch._foreach_mul_(ways, decay)
+        torch._foreach_mul_(ways, share)
         torch._foreach_add_(means, ways)
     else:
-        get_ema_multi_avg_fn(decay)(means, weights, 0)
+        torch._foreach_lerp_(means, weights, share)
 
 
 class Averages(Generic[ModelT]):
@@ -79,16 +87,16 @@ class Averages(Generic[ModelT]):
         elif stage.ema.kind != "power":
             self.narrow = None
 
-    def decays(self, stage: Stage, stage_step: int) -> list[float]:
-        """Their decays after the stage's step of that number, counted from 0."""
+    def shares(self, stage: Stage, stage_step: int) -> list[float]:
+        """1 - decay of each, after the stage's step of that number, counted from 0."""
         ways = [stage.ema] if self.narrow is None else [stage.ema, narrower(stage.ema)]
-        return [decay_of(one, stage_step + 1) for one in ways]
+        return [1 - decay_of(one, stage_step + 1) for one in ways]
 
-    def update(self, model: nn.Module, decays: Sequence[float | Tensor]) -> None:
-        """Moves them towards the model, each by its decay (see `update_average`)."""
+    def update(self, model: nn.Module, shares: Sequence[float | Tensor]) -> None:
+        """Moves them towards the model, each by its share (see `move_average`)."""
         averages = [self.main] if self.narrow is None else [self.main, self.narrow]
-        for average, decay in zip(averages, decays, strict=True):
-            update_average(average, model, decay)
+        for average, share in zip(averages, shares, strict=True):
+            move_average(average, model, share)
 
     def keep(self, run_dir: Path, recipe: Recipe, stage: Stage, progress: Progress) -> None:
         """Writes what is due: a snapshot (see `runs.averages`), the average for a curve."""

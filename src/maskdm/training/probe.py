@@ -37,11 +37,12 @@ from maskdm.runs.lines import Line
 from maskdm.settings import changed
 from maskdm.training.ema import Averages, decay_of, make_average, update_average
 from maskdm.training.monitor import Monitor
-from maskdm.training.optim import clip_gradients, enter_stage, learning_rate
+from maskdm.training.optim import enter_stage, learning_rate
 from maskdm.training.plateau import Forks, forks_of
 from maskdm.training.ready import Ready, make_ready
-from maskdm.training.step import backward, draw_batch
+from maskdm.training.step import draw_batch
 from maskdm.training.stop import StopRequest, agreed
+from maskdm.training.update import descend
 from maskdm.training.work import StageWork
 
 WARMUP_PART = 5  # of a fork's steps, one in so many is warm-up at most
@@ -197,7 +198,7 @@ class Probe:
             ready = self._ready(recipe, stage, network)
         for i in range(progress.stage_step, progress.stage_step + masked_steps):
             self._step(recipe, stage, ready, step, images, learning_rate(stage, i))
-            averages.update(model, averages.decays(stage, i))
+            averages.update(model, averages.shares(stage, i))
             step, images = step + 1, images + stage.batch_size
 
         if after.start_from == "ema":
@@ -229,13 +230,8 @@ class Probe:
         pixels, labels = self._feed.next(images, stage.batch_size)
         ranks = engine.process_index, engine.num_processes
         batch = draw_batch(pixels, labels, recipe, stage, ready.schedule, step, *ranks)
-        for group in self._stepper.param_groups:
-            group["lr"] = rate
-        how = (ready.schedule, ready.diffusion, ready.micro_batch_size)
-        backward(engine, self._wrapped, batch, *how)
-        clip_gradients(engine, self._model, stage.clip)
-        self._stepper.step()
-        self._stepper.zero_grad()
+        parts = (engine, self._model, self._wrapped, self._stepper)
+        descend(*parts, stage, ready, batch, rate)
 
     def _ready(self, recipe: Recipe, stage: Stage, network: CompiledForward) -> Ready:
         silent = (self._accelerator, lambda text: None)

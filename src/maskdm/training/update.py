@@ -38,7 +38,7 @@ class Recording:
 
     Attributes:
         batch: what it reads its batch from; kept, for a graph knows its tensors by address alone.
-        numbers: float32 () each, where it reads the learning rate, and 1 - decay of averages.
+        numbers: float32 () each, where it reads the learning rate, and the shares of averages.
         answer: float32 (2,), where it leaves loss and norm.
         replay: does it with what these hold.
     """
@@ -87,28 +87,22 @@ class Update:
             last until the next call only.
         """
         lr = learning_rate(self._stage, stage_step)
-        decays = self._averages.decays(self._stage, stage_step)
+        shares = self._averages.shares(self._stage, stage_step)
         recording = self._recording
         if recording is None:
-            return self._do(batch, lr, decays)
+            return self._do(batch, lr, shares)
         for known, new in zip(_tensors(recording.batch), _tensors(batch), strict=True):
             known.copy_(new)
-        values = lr, *(1 - decay for decay in decays)
-        for number, value in zip(recording.numbers, values, strict=True):
+        for number, value in zip(recording.numbers, (lr, *shares), strict=True):
             number.fill_(value)
         recording.replay()
         return recording.answer
 
-    def _do(self, batch: Batch, lr: float | Tensor, decays: Sequence[float | Tensor]) -> Tensor:
-        for group in self._stepper.param_groups:
-            group["lr"] = lr
-        how = (self.ready.schedule, self.ready.diffusion, self.ready.micro_batch_size)
-        loss = backward(self._accelerator, self._wrapped, batch, *how)
-        norm = clip_gradients(self._accelerator, self._model, self._stage.clip)
-        self._stepper.step()
-        self._stepper.zero_grad()
-        self._averages.update(self._model, decays)
-        return torch.stack([loss, norm.to(loss.dtype)])
+    def _do(self, batch: Batch, lr: float | Tensor, shares: Sequence[float | Tensor]) -> Tensor:
+        parts = (self._accelerator, self._model, self._wrapped, self._stepper)
+        loss_and_norm = descend(*parts, self._stage, self.ready, batch, lr)
+        self._averages.update(self._model, shares)
+        return loss_and_norm
 
     def record(self, example: Batch) -> None:
         """Records a step as a CUDA graph, which later calls replay; changes nothing.
@@ -122,8 +116,8 @@ class Update:
         Raises:
             RuntimeError: the step has something that cannot be recorded; it is done eagerly.
         """
-        device, num = example.x0.device, len(self._averages.decays(self._stage, 0))
-        # Steps of no size: with a rate of 0 weights stay, with decays of 1 averages do.
+        device, num = example.x0.device, len(self._averages.shares(self._stage, 0))
+        # Steps of no size: with a rate of 0 weights stay, with shares of 0 averages do.
         numbers = [torch.zeros((), device=device) for _ in range(1 + num)]
         answer = torch.zeros(2, device=device)
 
@@ -147,6 +141,31 @@ class Update:
                 for name, value in values.items():
                     known = before.get(parameter, {}).get(name)
                     value.zero_() if known is None else value.copy_(known)
+
+
+def descend(
+    accelerator: Accelerator,
+    model: Backbone,
+    wrapped: nn.Module,
+    stepper: AcceleratedOptimizer,
+    stage: Stage,
+    ready: Ready,
+    batch: Batch,
+    lr: float | Tensor,
+) -> Tensor:
+    """An optimizer step along the gradient of a batch's loss; see `Update`.
+
+    Returns:
+        Loss, and norm of the gradient before clipping: float32 (2,) on the device.
+    """
+    for group in stepper.param_groups:
+        group["lr"] = lr
+    how = (ready.schedule, ready.diffusion, ready.micro_batch_size)
+    loss = backward(accelerator, wrapped, batch, *how)
+    norm = clip_gradients(accelerator, model, stage.clip)
+    stepper.step()
+    stepper.zero_grad()
+    return torch.stack([loss, norm.to(loss.dtype)])
 
 
 def recorded(work: Callable[[], None], groups: list[dict[str, Any]]) -> Callable[[], None]:
