@@ -53,7 +53,7 @@ if [ -n "${DRY_RUN:-}" ]; then
     step benchmarks 400 "$python" benchmarks/run.py --try --out "$out/benchmarks.jsonl"
     step profile 120 "$python" benchmarks/profile_step.py --model tiny --batch-size 2 --num 1
 else
-    step tests 180 "$python" -m pytest -q -m gpu tests
+    step tests 240 "$python" -m pytest -q -m gpu tests
     step benchmarks 270 "$python" benchmarks/run.py --full --limit-sec 260 \
         --out "$out/benchmarks.jsonl"
     step profile 60 "$python" benchmarks/profile_step.py --batch-size 256 --how compiled --num 10
