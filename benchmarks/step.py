@@ -86,6 +86,7 @@ SIZES = {
     "S-64-muon": Size(64, 4, 512, 8, optimizer="muon"),
     "S-64-middle": Size(64, 4, 512, 8, where="middle"),
     "photos32": Size(32, 4, 192, 3, depth=5, optimizer="muon"),  # 2.4 M parameters
+    "photos32-vit": Size(32, 4, 192, 3, kind="vit", depth=5, optimizer="muon"),
     "tiny": Size(16, 4, 64, 2),  # to try the script itself
 }
 DIFFUSION = Diffusion()
