@@ -30,6 +30,16 @@ DOC = HERE.parent / "docs" / "does-masking-pay.md"
 IMAGES = DOC.parent / "images"
 COLOURS = {"dense": "#b3432b", "half": "#2b5fb3", "recipe": "#2b5fb3"}
 MASKED = ("half", "recipe")  # variants that are compared with `dense` over seeds
+SIDES = {  # pairs of variants in the tables of fresh seeds, by what a row calls them
+    "seeds": {
+        "": (("dense",), MASKED),
+        ", `vit`": (("vit",), ("vit-half", "vit-recipe")),
+    },
+    "blocks": {
+        ", whole images": (("dense",), ("vit",)),
+        ", masked": (MASKED, ("vit-half", "vit-recipe")),
+    },
+}
 BUDGETS = {  # experiments that differ only in their budget: the figures' panels
     "CIFAR-10, 64 tokens": ("cifar-recipes-3", "cifar-recipes", "cifar-recipes-24"),
     "faces, 16 tokens": ("budget-16-3", "budget-16-8", "budget-16-24"),
@@ -147,35 +157,47 @@ def saving(dense: list[Line], masked: list[Line]) -> tuple[float, float, float] 
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
-def sides(lines: list[Line]) -> tuple[list[Line], list[Line]]:
-    """The fresh seeds of dense and of masked training."""
-    masked = next((fresh for name in MASKED if (fresh := fresh_seeds(lines, name))), [])
-    return fresh_seeds(lines, "dense"), masked
+def sides(
+    lines: list[Line], one: tuple[str, ...] = ("dense",), other: tuple[str, ...] = MASKED
+) -> tuple[list[Line], list[Line]]:
+    """The fresh seeds of two sides, each the first of its variants that has some."""
+    first, second = (
+        next((fresh for name in names if (fresh := fresh_seeds(lines, name))), [])
+        for names in (one, other)
+    )
+    return first, second
 
 
-def seeds_table(groups: dict[str, list[Line]]) -> str:
-    """Dense against masked at their best rates, over seeds that did not choose them."""
+def seeds_table(groups: dict[str, list[Line]], table: str, titles: tuple[str, str]) -> str:
+    """Two sides at their best rates, over seeds that did not choose them.
+
+    Args:
+        groups: lines by experiment.
+        table: whose sides, of `SIDES`.
+        titles: of the sides.
+    """
     rows = [
-        "| experiment | tokens per parameter | dense | masked | dense / masked | of held-out "
-        "losses | of FLOPs to equal loss |",
+        f"| experiment | tokens per parameter | {titles[0]} | {titles[1]} | "
+        f"{' / '.join(titles)} | of held-out losses | of FLOPs to equal loss |",
         "|---|---|---|---|---|---|---|",
     ]
     for experiment, lines in groups.items():
-        dense, masked = sides(lines)
-        if len({line["seed"] for line in dense} & {line["seed"] for line in masked}) < 2:
-            continue
-        cells = [
-            f"{np.mean([*map(distance, group)]):.3f} ("
-            + ", ".join(f"{distance(line):.3f}" for line in group)
-            + ")"
-            for group in (dense, masked)
-        ]
-        for value in (distance, lambda line: float(line["dense_loss"])):
-            middle, low, high = ratio_of(dense, masked, value)
-            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
-        saved = saving(dense, masked)
-        cells.append("{:.2f} ({:.2f} to {:.2f})".format(*saved) if saved else "not reached")
-        rows.append(f"| {experiment} | {tokens_seen(dense[0]):.2g} | {' | '.join(cells)} |")
+        for name, pair in SIDES[table].items():
+            one, other = sides(lines, *pair)
+            if len({line["seed"] for line in one} & {line["seed"] for line in other}) < 2:
+                continue
+            cells = [
+                f"{np.mean([*map(distance, group)]):.3f} ("
+                + ", ".join(f"{distance(line):.3f}" for line in group)
+                + ")"
+                for group in (one, other)
+            ]
+            for value in (distance, lambda line: float(line["dense_loss"])):
+                middle, low, high = ratio_of(one, other, value)
+                cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+            saved = saving(one, other)
+            cells.append("{:.2f} ({:.2f} to {:.2f})".format(*saved) if saved else "not reached")
+            rows.append(f"| {experiment}{name} | {tokens_seen(one[0]):.2g} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -343,7 +365,8 @@ def main() -> None:
     args = parser.parse_args()
     groups = by_experiment(common.results(args.results))
     text = args.doc.read_text("utf-8")
-    text = replaced(text, "seeds", seeds_table(groups))
+    text = replaced(text, "seeds", seeds_table(groups, "seeds", ("dense", "masked")))
+    text = replaced(text, "blocks", seeds_table(groups, "blocks", ("U-ViT", "vit")))
     text = replaced(text, "variants", variants_table(groups))
     for name, lines in groups.items():
         text = replaced(text, name, bracket_table(lines))
