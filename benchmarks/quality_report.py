@@ -1,8 +1,9 @@
 """Tables and figures of docs/does-masking-pay.md, from the results of `benchmarks/quality.py`.
 
-    python benchmarks/quality_report.py [--results FILE] [--doc FILE]
+    python benchmarks/quality_report.py [--results FILE] [--docs FILE ...]
 
-Rewrites what stands between `<!-- NAME -->` and `<!-- end -->` in the document, and its figures.
+Rewrites what stands between `<!-- NAME -->` and `<!-- end -->` in that page and in
+docs/masking-trials.md, and the figures.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from maskdm.recipe import Recipe
 from maskdm.recipe_files import migrated
 
 HERE = Path(__file__).parent
-DOC = HERE.parent / "docs" / "does-masking-pay.md"
-IMAGES = DOC.parent / "images"
+DOCS = [HERE.parent / "docs" / name for name in ("does-masking-pay.md", "masking-trials.md")]
+IMAGES = HERE.parent / "docs" / "images"
 COLOURS = {"dense": "#b3432b", "half": "#2b5fb3", "recipe": "#2b5fb3"}
 MASKED = ("half", "recipe")  # variants that are compared with `dense` over seeds
 SIDES = {  # pairs of variants in the tables of fresh seeds, by what a row calls them
@@ -347,30 +348,38 @@ def draw_budgets(groups: dict[str, list[Line]], path: Path) -> None:
     _save(figure, panels, "Fréchet distance, lower is better", path)
 
 
-def replaced(text: str, name: str, content: str) -> str:
-    """The document with other content between `<!-- name -->` and `<!-- end -->`."""
+def replace(texts: dict[Path, str], name: str, content: str) -> None:
+    """Puts other content between `<!-- name -->` and `<!-- end -->`, in the page that has it.
+
+    Raises ValueError where not exactly one has such a place.
+    """
     pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
-    found, count = re.subn(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.S)
-    if count != 1:
-        raise ValueError(f"the document needs one place for {name}, and has {count}")
-    return found
+    total = 0
+    for path, text in texts.items():
+        texts[path], count = re.subn(
+            pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.S
+        )
+        total += count
+    if total != 1:
+        raise ValueError(f"the pages need one place for {name}, and have {total}")
 
 
 def main() -> None:
-    """Rewrites the document's tables and figures."""
+    """Rewrites the pages' tables and figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=HERE / "results" / "quality.jsonl")
-    parser.add_argument("--doc", type=Path, default=DOC)
-    parser.add_argument("--images", type=Path, default=IMAGES)
+    parser.add_argument("--docs", nargs="+", type=Path, default=DOCS, help="the pages")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder of the figures")
     args = parser.parse_args()
     groups = by_experiment(common.results(args.results))
-    text = args.doc.read_text("utf-8")
-    text = replaced(text, "seeds", seeds_table(groups, "seeds", ("dense", "masked")))
-    text = replaced(text, "blocks", seeds_table(groups, "blocks", ("U-ViT", "vit")))
-    text = replaced(text, "variants", variants_table(groups))
+    texts = {path: path.read_text("utf-8") for path in args.docs}
+    replace(texts, "seeds", seeds_table(groups, "seeds", ("dense", "masked")))
+    replace(texts, "blocks", seeds_table(groups, "blocks", ("U-ViT", "vit")))
+    replace(texts, "variants", variants_table(groups))
     for name, lines in groups.items():
-        text = replaced(text, name, bracket_table(lines))
-    args.doc.write_text(text, "utf-8")
+        replace(texts, name, bracket_table(lines))
+    for path, text in texts.items():
+        path.write_text(text, "utf-8")
     draw_rates(groups, args.images / "masking-rates.png")
     draw_budgets(groups, args.images / "masking-budgets.png")
     draw_losses(groups, args.images / "masking-losses.png")

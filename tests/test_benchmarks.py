@@ -87,21 +87,24 @@ def test_the_quality_laboratory_runs_what_is_missing_and_draws_its_report(tmp_pa
     for line in lines:
         assert line["flops"] == pytest.approx(2e8, rel=0.05) and line["metrics"]["frechet"]
     assert run("quality.py", str(table), *flags) == ""  # nothing is missing
-    document = tmp_path / "doc.md"
-    names = ("seeds", "blocks", "variants", "budget-16-3")
-    places = "".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in names)
-    document.write_text(places)
-    run("quality_report.py", "--results", str(results), "--doc", str(document),
-        "--images", str(tmp_path))  # fmt: skip
-    assert "| dense | 0.01 |" in document.read_text() and "old" not in document.read_text()
-    assert "| budget-16-3 | half | 0.01 |" in document.read_text()  # of the fresh seeds
+    pages = {"page.md": ("seeds", "blocks"), "trials.md": ("variants", "budget-16-3")}
+    for file, names in pages.items():
+        places = "".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in names)
+        (tmp_path / file).write_text(places)
+    run("quality_report.py", "--results", str(results), "--docs", *pages, "--images", ".")
+    page, trials = ((tmp_path / file).read_text() for file in pages)
+    assert "| budget-16-3 | " in page and "old" not in page
+    assert "| dense | 0.01 |" in trials and "old" not in trials
+    assert "| budget-16-3 | half | 0.01 |" in trials  # of the fresh seeds
     assert (tmp_path / "masking-rates.png").stat().st_size > 1000
     assert (tmp_path / "masking-losses.png").stat().st_size > 1000
     # Two networks side by side, at equal sides.
     twins = [{**line, "variant": "vit"} for line in lines if line["variant"] == "dense"]
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     report = runpy.run_path(str(ROOT / "benchmarks" / "quality_report.py"), run_name="report")
-    same = report["seeds_table"]({"one": lines + twins}, "blocks", ("U-ViT", "vit")).splitlines()[2:]
+    same = report["seeds_table"]({"one": lines + twins}, "blocks", ("U-ViT", "vit")).splitlines()[
+        2:
+    ]
     assert len(same) == 1 and same[0].startswith("| one, whole images |")
     assert "| 1.00 (" in same[0]
     # FLOPs to equal loss: half way on the logarithms between measurements at 1 and 4 TFLOP.
