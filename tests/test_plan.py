@@ -180,7 +180,7 @@ def test_small_steps_on_a_gpu_take_as_long_as_their_launches(capsys):
     assert hour["costs"]["total_seconds"] == pytest.approx(3600, rel=0.01)
 
     size_s = ["photos64", "--data.source", "faces:99@64", "--gpu", "h200", "--images", "640000"]
-    size_s += ["--model.size", "maskdm-s"]
+    size_s += ["--model.size", "maskdm-s", "--model.kind", "uvit"]
     ms = {}
     for name, more in {
         "compiled": ["--compile", "on"],

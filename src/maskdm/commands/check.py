@@ -118,8 +118,7 @@ def recommendation(report: Report) -> list[str]:
     ]
     images = f"{counted(num, 'image')} of {size}x{size}"
     if taught:
-        params = MODEL_SIZES[model].num_params / 1e6
-        enough = f"{images} can teach up to size {model} ({params:.3g} M parameters)"
+        enough = f"{images} can teach up to size {model}"
         enough += f"; {larger[0]} wants {needs[larger[0]]:,} or more" if larger else ""
     else:
         enough = f"{images} are few: even size {model} wants {needs[model]:,} or more"
