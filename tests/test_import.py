@@ -333,7 +333,7 @@ def test_an_imported_model_samples_evaluates_and_is_trained_further(tmp_path, ca
     capsys.readouterr()
 
     recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(yaml.safe_dump({**tiny_settings(), "stages": [
+    recipe.write_text(yaml.safe_dump({**tiny_settings(), "model": {"kind": "vit"}, "stages": [
         {"name": "show", "steps": 1, "batch_size": 8, "lr": 1e-9}
     ]}))  # fmt: skip
     (command,) = [line.split() for line in printed if "maskdm train RECIPE" in line]

@@ -188,6 +188,9 @@ def test_an_init_is_read_once_and_refused_before_anything_is_written(
     wide = {**tiny.model.model_dump(), "embed_dim": 32}
     with pytest.raises(ValueError, match="init .*source: no weights of the model"):
         train(changed(init=str(source_run), model=wide), tmp_path / "a", show=False)
+    other = {**tiny.model.model_dump(), "kind": "vit"}
+    with pytest.raises(ValueError, match="the new one is a ViT of .*: use --model.kind uvit"):
+        train(changed(init=str(source_run), model=other), tmp_path / "a", show=False)
     assert not (tmp_path / "a").exists()
     recipe = changed(init=str(source_run))
     whole = train(recipe, tmp_path / "b", show=False)

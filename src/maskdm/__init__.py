@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from maskdm.masks import draw_visible as draw_visible
     from maskdm.masks import num_visible as num_visible
     from maskdm.models.uvit import UViT as UViT
+    from maskdm.models.vit import ViT as ViT
     from maskdm.recipe import Data as Data
     from maskdm.recipe import Diffusion as Diffusion
     from maskdm.recipe import Mask as Mask
@@ -51,6 +52,7 @@ _PLACES = {
     "Sampling": "recipe",
     "MaskDMPipeline": "export.pipeline",
     "UViT": "models.uvit",
+    "ViT": "models.vit",
     "draw_visible": "masks",
     "num_visible": "masks",
     "patchify": "tokens",

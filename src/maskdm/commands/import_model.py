@@ -95,7 +95,8 @@ def _flags(trained: TrainedModel) -> list[str]:
     sizes = (config.embed_dim, config.depth, config.num_heads)
     rows = MODEL_SIZES.items()
     names = [name for name, row in rows if (row.embed_dim, row.depth, row.num_heads) == sizes]
-    flags = [f"--data.size {size}", f"--model.patch-size {config.patch_size}"]
+    flags = [f"--data.size {size}", f"--model.kind {trained.model.kind}"]
+    flags.append(f"--model.patch-size {config.patch_size}")
     flags += [f"--data.channels {channels}"] * (channels != Data.model_fields["channels"].default)
     flags.append(f"--model.size {names[0] if names else None}")
     if not names:

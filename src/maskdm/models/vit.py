@@ -2,7 +2,7 @@
 
 RMSNorm, normalized queries and keys, SwiGLU, rotary positions in two dimensions at the patches'
 true places, and a modulation of every block by time and class, as in DiT (Peebles & Xie 2022) and
-JiT (Li & He 2025). Each part can be taken out: docs/does-masking-pay.md has what each brought.
+JiT (Li & He 2025). Each part can be taken out. docs/does-masking-pay.md has what they bring in all.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def recipe_and_folder(
 
     Args:
         recipe: a recipe, its name or file, or a run's folder with its own.
-        run_dir: None = the run's folder that was named, or runs/RECIPE-SOURCE.
+        run_dir: None = the run's folder that was named, or what `named_folder` says.
 
     Raises ValueError where there is no such recipe, or no name to be made of it.
     """
@@ -246,7 +246,8 @@ def with_size(recipe: Recipe, num_train: int, machine: Machine) -> Recipe:
     """The recipe with a model that fits images and budget, where its size is `auto`.
 
     The largest of `MODEL_SIZES` that sees 100 tokens for each of its parameters within the budget,
-    and has no more parameters than the training images have values; else the smallest.
+    and has no more parameters than the training images have values; else the smallest. Parameters
+    are those of a U-ViT of that size, for any kind.
     """
     if recipe.model.size is None:
         return recipe

@@ -48,9 +48,10 @@ def transfer_weights(source: Backbone, target: Backbone) -> list[str]:
             fitting["label_embed.weight"] = labels
             not_copied = labels[:-1].numel()
     if not any(fitting[name].ndim > 1 and "block" in name for name in fitting):
+        other_kind = f": use --model.kind {source.kind}" if source.kind != target.kind else ""
         raise ValueError(
             f"no weights of the model to start from fit: it is a {_sizes(source)}, the new one is "
-            f"a {_sizes(target)}"
+            f"a {_sizes(target)}{other_kind}"
         )
     target.load_state_dict({**new, **fitting})
     loaded = sum(fitting[name].numel() for name in fitting) - not_copied
