@@ -1,19 +1,22 @@
 """Side by side with other trainers of diffusion models, for the same seconds on the same machine.
 
     python benchmarks/peers.py [--data faces FOLDER ...] [--minutes 2.5 10] [--only NAME ...]
-                               [--features FILE] [--list]
+                               [--lr RATE] [--features FILE] [--table]
 
-Each trial trains one network for so many minutes on images in memory, draws 2,000 samples by DDIM
+Each trial trains one network for so many minutes on images in memory, draws 1,000 samples by DDIM
 in 50 steps, and appends a line to `benchmarks/results/peers.jsonl`: their Fréchet distance from all
 images, in 32 principal components of pixels from 0 to 1 (or in the features of a TorchScript file),
 images seen, steps. Trials whose line is there are skipped. Nothing else may run on the machine.
 
 Rows: `maskdm` is this package's recipe for such images, with all that a run costs from its start
-to its exported model. `lucidrains` is the U-Net and the settings of denoising-diffusion-pytorch's
-Trainer, `diffusers` UNet2DModel and the settings of diffusers' training script, both with a width
-that fits the size and a learning rate that falls along a cosine; their seconds do not count
-loading, previews and measuring. "Tuned" is the best of some learning rates, which seed 0 chose,
-with fresh seeds. Needs `pip install denoising-diffusion-pytorch`.
+to its exported model; the others get as many seconds as it took. `lucidrains` is the U-Net and the
+settings of denoising-diffusion-pytorch's Trainer, `diffusers` UNet2DModel and the settings of
+diffusers' training script, both with a width that fits the size and a learning rate that falls
+along a cosine; their seconds do not count loading, previews and measuring. "Tuned" is the best of
+some learning rates, which seed 0 chose, with fresh seeds. The first rate is the peer's own, and all
+else there is as it comes; under other rates lucidrains averages after every step: so few steps are
+too few for an average after every tenth. `--lr` gives peers this one rate, and all trainers one
+seed. Needs `pip install denoising-diffusion-pytorch`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shutil
 import statistics
 import sys
 import time
@@ -45,7 +49,7 @@ from maskdm.settings import changed
 from maskdm.training.trainer import train
 
 RESULTS = Path(__file__).parent / "results" / "peers.jsonl"
-NUM_SAMPLES, NUM_STEPS, SAMPLED_AT_ONCE = 2000, 50, 250
+NUM_SAMPLES, NUM_STEPS, SAMPLED_AT_ONCE = 1000, 50, 50
 BATCH_SIZE = 32  # of the peers
 RATES = {"lucidrains": [1e-4, 1e-3, 2e-3, 4e-3], "diffusers": [1e-4, 1e-3, 2e-3, 4e-3]}
 TUNED_SEEDS = (1, 2, 3)
@@ -93,6 +97,7 @@ def run_maskdm(trial: Trial, images: np.ndarray, work: Path) -> Drawn:
     data = changed(recipe.data, source=trial.data, size=side)
     recipe = changed(recipe, data=data, seed=trial.seed)
     folder = work / f"{Path(trial.data).name}-{trial.minutes:g}-{trial.seed}"
+    shutil.rmtree(folder, ignore_errors=True)  # an interrupted trial begins again
     start = time.perf_counter()
     done = train(recipe, folder, show=False, minutes=trial.minutes)
     seconds = time.perf_counter() - start
@@ -115,7 +120,8 @@ class Lucidrains:
         net = Unet(dim=16, dim_mults=(1, 2, 4))
         self.model = GaussianDiffusion(net, image_size=side, sampling_timesteps=NUM_STEPS)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=lr, betas=(0.9, 0.99))
-        self.ema = EMA(self.model, beta=0.995, update_every=10)
+        every = 10 if lr == RATES["lucidrains"][0] else 1
+        self.ema = EMA(self.model, beta=0.995, update_every=every)
 
     def step(self, x: Tensor) -> None:
         """A step on images from 0 to 1, (B, C, H, W)."""
@@ -177,13 +183,15 @@ class Diffusers:
         return (x / 2 + 0.5).clamp(0, 1)
 
 
-def run_peer(make: Callable[[int, float], Any], trial: Trial, images: np.ndarray) -> Drawn:
-    """Trains a peer for its time; its learning rate falls along a cosine, warmed up in 5 %."""
+def run_peer(
+    make: Callable[[int, float], Any], trial: Trial, images: np.ndarray, total: float
+) -> Drawn:
+    """Trains a peer for `total` seconds; its rate falls along a cosine, warmed up in 5 %."""
     torch.manual_seed(trial.seed)
     peer = make(images.shape[1], trial.lr)
     pixels = torch.from_numpy(np.ascontiguousarray(images)).movedim(3, 1)
     order, step = torch.Generator().manual_seed(trial.seed), 0
-    start, total = time.perf_counter(), 60 * trial.minutes
+    start = time.perf_counter()
     while (done := (time.perf_counter() - start) / total) < 1:
         for group in peer.optimizer.param_groups:
             group["lr"] = trial.lr * min(done / 0.05, 0.5 + 0.5 * np.cos(np.pi * done))
@@ -219,17 +227,32 @@ def features_of(images: np.ndarray, file: Path | None) -> Callable[[np.ndarray],
     return lambda x: components.transform(x.reshape(len(x), -1) / 255)
 
 
-def trials_of(data: str, minutes: float, lines: list[dict[str, Any]]) -> list[Trial]:
-    """Ours with three seeds, peers at all rates with seed 0, then at the best with fresh seeds."""
-    trials = [Trial(data, minutes, "maskdm", None, seed) for seed in TUNED_SEEDS]
-    for peer, rates in RATES.items():
-        tried = [Trial(data, minutes, peer, lr, 0) for lr in rates]
-        found = {trial.lr: line_of(trial, lines) for trial in tried}
-        trials += tried
-        if all(found.values()):
-            best = min(rates, key=lambda lr: found[lr]["frechet"])
-            trials += [Trial(data, minutes, peer, best, seed) for seed in TUNED_SEEDS]
-    return trials
+def trials_of(
+    data: str, minutes: float, lr: float | None, lines: list[dict[str, Any]]
+) -> list[Trial]:
+    """The trials that are wanted, as far as results say: ours with three seeds, and the peers'.
+
+    With a rate for the peers, one trial of each trainer.
+    """
+    if lr is not None:
+        pairs = [("maskdm", None), *((peer, lr) for peer in PEERS)]
+        return [Trial(data, minutes, name, rate, TUNED_SEEDS[0]) for name, rate in pairs]
+    ours = [Trial(data, minutes, "maskdm", None, seed) for seed in TUNED_SEEDS]
+    return ours + [one for peer in PEERS for one in tuned(data, minutes, peer, lines)]
+
+
+def tuned(data: str, minutes: float, peer: str, lines: list[dict[str, Any]]) -> list[Trial]:
+    """A peer's trials: rising rates with seed 0 until one is worse, the best with fresh seeds."""
+    trials, found = list[Trial](), dict[float, float]()
+    for lr in RATES[peer]:
+        trials.append(Trial(data, minutes, peer, lr, 0))
+        if (line := line_of(trials[-1], lines)) is None:
+            return trials
+        found[lr] = line["frechet"]
+        if found[lr] > min(found.values()):
+            break
+    best = min(found, key=found.__getitem__)
+    return trials + [Trial(data, minutes, peer, best, seed) for seed in TUNED_SEEDS]
 
 
 def line_of(trial: Trial, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -238,15 +261,28 @@ def line_of(trial: Trial, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     return same[0] if same else None
 
 
-def run_trial(trial: Trial, features: Path | None, work: Path) -> dict[str, Any]:
-    """Trains, draws and measures; a line of results."""
+def seconds_of(trial: Trial, lines: list[dict[str, Any]]) -> float:
+    """What `maskdm` took on the same images: it keeps the minutes only roughly."""
+    took = [
+        line["train_sec"]
+        for line in lines
+        if (line["data"], line["minutes"]) == (trial.key["data"], trial.minutes)
+        and line["trainer"] == "maskdm"
+    ]
+    return statistics.mean(took) if took else 60 * trial.minutes
+
+
+def run_trial(
+    trial: Trial, features: Path | None, work: Path, lines: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Trains, draws and measures, given the results so far; a line of results."""
     size = 16 if trial.data.startswith("faces") else 32
     store = open_store(Data(source=trial.data, size=size), progress=False)
     images = np.asarray(store.images)
     if trial.trainer == "maskdm":
         drawn = run_maskdm(trial, images, work)
     else:
-        drawn = run_peer(PEERS[trial.trainer], trial, images)
+        drawn = run_peer(PEERS[trial.trainer], trial, images, seconds_of(trial, lines))
     of = features_of(images, features)
     return {
         **common.facts("peers"),
@@ -264,8 +300,8 @@ def run_trial(trial: Trial, features: Path | None, work: Path) -> dict[str, Any]
 def table_of(lines: list[dict[str, Any]]) -> str:
     """A table of Markdown: each trainer's distance by data and minutes."""
     rows = [
-        "| images | minutes | trainer | Fréchet distance | images seen |",
-        "|---|---|---|---|---|",
+        "| images | minutes | trainer | Fréchet distance | images seen | seconds |",
+        "|---|---|---|---|---|---|",
     ]
     for data, minutes in sorted({(line["data"], line["minutes"]) for line in lines}):
         own = [line for line in lines if (line["data"], line["minutes"]) == (data, minutes)]
@@ -277,12 +313,14 @@ def table_of(lines: list[dict[str, Any]]) -> str:
                 if not group:
                     continue
                 lr = group[0]["lr"]
-                title = trainer + (name or ("" if lr is None else f", tuned ({lr:g})"))
+                title = trainer + (name or ("" if lr is None else f", rate {lr:g}"))
                 values = ", ".join(f"{one['frechet']:.3g}" for one in group)
                 seen = statistics.mean(one["images"] for one in group)
                 mean = statistics.mean(one["frechet"] for one in group)
+                seconds = statistics.mean(one["train_sec"] for one in group)
                 rows.append(
-                    f"| {data} | {minutes:g} | {title} | {mean:.3g} ({values}) | {seen:,.0f} |"
+                    f"| {data} | {minutes:g} | {title} | {mean:.3g} ({values}) | {seen:,.0f} | "
+                    f"{seconds:.0f} |"
                 )
     return "\n".join(rows)
 
@@ -293,6 +331,7 @@ def main() -> int:
     parser.add_argument("--data", nargs="+", default=["faces:10000"], help="faces..., or images")
     parser.add_argument("--minutes", nargs="+", type=float, default=[2.5])
     parser.add_argument("--only", nargs="+", choices=["maskdm", *PEERS], help="trainers")
+    parser.add_argument("--lr", type=float, help="of peers, not tuned")
     parser.add_argument("--features", type=Path, help="TorchScript of features; not for faces")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines")
     parser.add_argument("--work", type=Path, default=Path("runs") / "peers", help="for the runs")
@@ -306,11 +345,12 @@ def main() -> int:
             features = None if data.startswith("faces") else args.features
             while missing := [
                 trial
-                for trial in trials_of(data, minutes, common.results(args.results))
+                for trial in trials_of(data, minutes, args.lr, common.results(args.results))
                 if line_of(trial, common.results(args.results)) is None
                 and (args.only is None or trial.trainer in args.only)
             ]:
-                line = run_trial(missing[0], features, args.work)
+                done = common.results(args.results)
+                line = run_trial(missing[0], features, args.work, done)
                 with args.results.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 common.say(f"{missing[0]}: {line['frechet']:.4g}, {line['images']:,} images")

@@ -15,7 +15,7 @@ from test_training import assert_same_bits, metrics, quiet, state, train_until
 from maskdm.commands.compare import with_control
 from maskdm.evaluation.quick import QuickLook
 from maskdm.models.build import build_model
-from maskdm.recipe import Average, Recipe, Stage
+from maskdm.recipe import Average, Budget, Recipe, Stage
 from maskdm.recipe_files import load_recipe, recipe_names
 from maskdm.runs.checkpoint import Progress
 from maskdm.runs.find import Location, find_model, training_of
@@ -325,6 +325,30 @@ def test_a_run_that_grows_is_found_by_its_newest_checkpoint(tiny, tmp_path):
     assert training_of(find_model(run))["step"] == saved(run).num_steps
 
 
+def test_more_hours_pay_for_more_previews_and_measurements(tiny, changed):
+    recipe = changed(preview_every=2, num_previews=100)
+    machine, done = ByFlops(), Progress(step=6, stage=1)
+
+    def seconds(one: Recipe) -> float:
+        speed = machine.speed(one)
+        steps = sum(row.steps * sec for row, sec in zip(one.stages, speed.step_sec, strict=True))
+        return steps + budget.besides(one, 1797, after=6).total * speed.forward_sec
+
+    grown = budget.longer(recipe, Budget(hours=0.1), done, machine, 1797, 1700)
+    looks = budget.besides(grown, 1797, 6).total - budget.besides(recipe, 1797, 6).total
+    assert looks * machine.speed(recipe).forward_sec > 30
+    assert seconds(grown) - seconds(recipe) == pytest.approx(360, abs=8)
+    with pytest.raises(ValueError, match="too small: .* go to previews and measuring: give more"):
+        budget.longer(
+            changed(preview_every=2, num_previews=10**6),
+            Budget(hours=0.1),
+            done,
+            machine,
+            1797,
+            1700,
+        )
+
+
 def test_the_images_may_be_named_differently(changed, tmp_path, image_folder, monkeypatch):
     data = {"source": str(image_folder), "size": 8, "channels": 1}
     train_until(changed(data=data), tmp_path / "run", 5)
@@ -367,6 +391,19 @@ def test_an_unmasked_control_differs_in_the_masks_alone(tiny, changed, equal):
         else:
             assert spent[1] == pytest.approx(spent[0], abs=now.step_flops / 2)
     assert control.stages[1].steps == 5 and control.budget == recipe.budget
+
+
+def test_a_dense_control_leaves_out_what_it_cannot_have(tiny, changed):
+    """A primer to be guided by, and a warm-up that is longer than its fewer, dearer steps."""
+    masked = {**tiny.stages[0].model_dump(), "steps": 60, "warmup": 60}
+    guided = {"kind": "autoguidance", "weak": "primer"}
+    stages = [masked, {**masked, "name": "last"}]
+    recipe = changed(stages=stages, sampling={"guidance": guided})
+    (stage,) = controls.dense_control(recipe).stages
+    assert stage.warmup == stage.steps < 120
+    assert controls.dense_control(recipe).sampling.guidance.kind == "none"
+    other = changed(sampling={"guidance": {**guided, "weak": "runs/other"}})
+    assert controls.dense_control(other).sampling.guidance.weak == "runs/other"
 
 
 def test_an_unmasked_control_lies_beside_its_run(tiny, tmp_path):

@@ -144,6 +144,20 @@ def test_a_start_that_saved_nothing_decides_nothing(shares, tmp_path):
     assert saved(run).budget.images == 400
 
 
+def test_a_start_that_saved_nothing_fixes_no_images(shares, tmp_path):
+    """Nor does it leave averages behind, which the run would mix with its own."""
+    run = tmp_path / "run"
+    train_until(shares(keep_every=1), run, 2, images=640)
+    assert (run / "kept" / "step-00000001").is_dir()
+    before = (run / "data.png").read_bytes()
+    other = shares(data={"source": "digits", "size": 16, "channels": 1})
+    quiet(other, run, images=320)
+    assert saved(run).data.size == 16 and (run / "data.png").read_bytes() != before
+    assert not (run / "kept" / "step-00000001").exists()
+    with pytest.raises(ValueError, match="are not those that the run"):
+        quiet(shares(), run, images=320)
+
+
 def test_sizes_that_a_size_by_name_would_overwrite_are_refused(capsys):
     with pytest.raises(ValueError, match="size auto sets embed_dim: use --model.size None with"):
         Recipe(model={"size": "auto", "embed_dim": 64}, stages=[{"name": "a"}])
@@ -173,6 +187,32 @@ def test_a_control_keeps_its_size_where_the_machine_looks_faster(shares, tmp_pat
     assert changes_of(tmp_path / "run") == []
     train_until(auto, tmp_path / "other", 4, control="dense")
     assert saved(tmp_path / "other").model.embed_dim == 160
+
+
+def test_a_control_in_hours_keeps_its_length_where_the_machine_looks_slower(
+    shares, tmp_path, monkeypatch
+):
+    """It continues by the command that began it; one of another kind does not."""
+    factor, run = [1.0], tmp_path / "run"
+
+    def measured(recipe: Recipe, *_: object) -> speed.Speed:
+        return speed.Speed(tuple(factor[0] * s for s in ByFlops().speed(recipe).step_sec), 1e-6)
+
+    monkeypatch.setattr(speed, "measure_speed", measured)
+    hours = shares(budget={"hours": 0.1})
+    train_until(hours, run, 4, control="dense")
+    first = saved(run).num_steps
+    for factor[0] in (3.0, 0.3):
+        train_until(hours, run, 5, control="dense")
+        assert (saved(run).num_steps, changes_of(run)) == (first, [])
+    slower = with_rows(hours, lr=1e-5)
+    train_until(slower, run, 6, control="dense", change=True)
+    assert (saved(run).num_steps, saved(run).stages[0].lr) == (first, 1e-5)
+    with pytest.raises(ValueError, match="holds a control of equal flops: name a new folder"):
+        quiet(hours, run, control="dense", control_equal="steps")
+    factor[0] = 1.0
+    quiet(slower, run, control="dense", hours=0.2)
+    assert saved(run).num_steps == pytest.approx(2 * first, abs=1)
 
 
 @pytest.mark.parametrize("factor", ["0", "-1", "nan", "inf"])

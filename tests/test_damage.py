@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from maskdm.cli import main
 from maskdm.recipe_files import load_recipe
+from maskdm.runs import find
 from maskdm.runs.checkpoint import FILES
 from maskdm.runs.find import find_checkpoint, find_model
 from maskdm.runs.lines import append_line, read_lines
@@ -68,6 +70,18 @@ def test_a_damaged_checkpoint_of_the_right_size_gives_way_to_the_one_before(
     again = load_file(newest / file)
     assert before.keys() == again.keys()
     assert all(torch.equal(before[name], again[name]) for name in before)
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_is_damaged_too(run, monkeypatch):
+    newest, read = run / "checkpoints" / "step-00000011", find.crc32_of
+
+    def failing(file: Path) -> int:
+        if file.parent == newest:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(file)
+
+    monkeypatch.setattr(find, "crc32_of", failing)
+    assert find_checkpoint(newest.parent).name == "step-00000009"
 
 
 def test_checkpoints_of_earlier_versions_have_no_checksums_and_load(run):

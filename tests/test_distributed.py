@@ -22,6 +22,8 @@ from maskdm.images.order import ImageOrder, training_subset
 from maskdm.images.store import open_store
 from maskdm.models.build import build_model
 from maskdm.recipe import Recipe, Sampling
+from maskdm.recipe_files import load_recipe
+from maskdm.runs.lines import read_lines
 from maskdm.runs.load import load_model
 from maskdm.training.step import draw_batch
 
@@ -182,3 +184,15 @@ def test_two_ranks_repeat_a_table(tmp_path):
     assert done.stdout.count("1 of 1  celeba64") == 1
     (record,) = json.loads((out / "celeba64-0" / "evaluation.json").read_text())
     assert f"{record['metrics']['frechet']['value']:.4g}" in (out / "README.md").read_text()
+
+
+def test_two_ranks_plan_a_budget_in_minutes_alike(run, tmp_path):
+    """They measure their speed together, step by step, and each has a clock of its own."""
+    out = tmp_path / "timed"
+    arguments = ("--minutes", "0.1", "--evaluate-every", "0", "--num-previews", "0")
+    done = launch("train", str(run.parent / "tiny.yaml"), "--out", str(out), *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("measuring the speed of this machine") == 1
+    recipe = load_recipe(out / "recipe.yaml")
+    last = read_lines(out / "metrics.jsonl")[-1]
+    assert last["step"] == recipe.num_steps != 11 and recipe.budget.hours == 0.1 / 60

@@ -23,6 +23,7 @@ from maskdm.sampling.speed import (
     images_at_a_time,
     in_parts,
     is_worth_compiling,
+    seconds_of_call,
 )
 
 
@@ -272,6 +273,14 @@ def test_a_batch_size_is_a_number_or_auto():
     for wrong in (0, "most"):
         with pytest.raises(ValueError, match="batch_size"):
             Sampling(batch_size=wrong)
+
+
+def test_ranks_that_wait_for_each_other_are_measured_over_as_many_calls():
+    """By their own clocks one would end a call before another, which would wait for ever."""
+    for num in (1, 7):
+        calls = list[int]()
+        seconds_of_call(calls.append, torch.device("cpu"), 1e-3, lambda own, num=num: num)
+        assert calls == list(range(num + 1))
 
 
 @pytest.mark.gpu

@@ -327,8 +327,8 @@ class Recipe(Settings):
     """Compile the network, once a stage (torch.compile); on one GPU also replay steps, each as one
     CUDA graph. auto = compile on a GPU, replay small steps; on = replay none; graphs = all."""
     budget: Annotated[Budget, tyro.conf.Suppress] = Budget()
-    """What the run may cost. The stages' steps are scaled to it, or computed from their shares;
-    on the command line: --hours, --minutes, --flops, --images, --epochs."""
+    """What the run may cost, where stages have no steps: they divide it by their shares. On the
+    command line all stages are scaled to it: --hours, --minutes, --flops, --images, --epochs."""
     log_every: SomeSteps = 100
     """Steps between two lines of metrics.jsonl, or a part of the run: 1%."""
     checkpoint_every: SomeSteps = 5000

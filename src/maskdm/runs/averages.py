@@ -9,6 +9,7 @@ by the linear combination of the snapshots whose profile is nearest to it.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from maskdm.files import parsed_json, write_whole
 from maskdm.models.power_average import gamma_of_width, inner_product
 from maskdm.recipe import Stage
+from maskdm.runs.find import KEPT
 from maskdm.words import listed
 
 NUM_SNAPSHOTS = 16  # of a stage
@@ -83,6 +85,17 @@ def snapshots_of(run_dir: Path, stage: str, until_step: int) -> list[Snapshot]:
         if facts["stage"] == stage and facts["step"] <= until_step:
             found.append(Snapshot(path, **{**facts, "widths": tuple(facts["widths"])}))
     return found
+
+
+def remove_averages_after(run_dir: Path, step: int) -> None:
+    """Removes snapshots and kept averages beyond a step, which a kill or a failed attempt left.
+
+    A run that goes on at this step, perhaps of another length, would mix them with its own.
+    """
+    for path in [*(run_dir / FOLDER).glob("step-*"), *(run_dir / KEPT).glob("step-*")]:
+        number = path.stem.removeprefix("step-")
+        if number.isdecimal() and int(number) > step:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def averaged_weights(

@@ -273,9 +273,9 @@ def crc32_of(file: Path) -> int:
 
 @functools.lru_cache(maxsize=1024)  # a command looks for its checkpoint more than once
 def _is_sound(file: Path, crc32: int | None, changed_ns: int) -> bool:
-    if crc32 is not None:
-        return crc32_of(file) == crc32
     try:
+        if crc32 is not None:
+            return crc32_of(file) == crc32
         with safe_open(file, "np"):
             return True
     except (SafetensorError, OSError):

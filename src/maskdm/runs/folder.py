@@ -41,8 +41,8 @@ def claimed_run_folder(
         resume: `auto` accepts a folder with a run that the recipe continues; `never` accepts none.
         environment: appended to environment.json, one entry for each start, with the settings that
             have changed since the start before. Its `images_sha256` and `labels_sha256` must be
-            those of the start before. Its `lengths` are kept of the start with which the run
-            began: the first, or the last before anything was saved.
+            those of the start before, unless that saved nothing. Its `lengths` are kept of the
+            start with which the run began: the first, or the last before anything was saved.
         class_names: names of the model's classes, kept in classes.json; they must be those of
             the start before.
         change: accept settings that change the weights to come (`accepted_changes`).
@@ -61,8 +61,9 @@ def claimed_run_folder(
         if path.is_file():
             if resume == "never":
                 raise ValueError(f"{run_dir} already holds a run: name a new folder with --out")
-            _refuse_other_images(run_dir, recipe, starts, environment, class_names)
             progress = progress_of(run_dir)
+            if progress is not None or (run_dir / "model").is_dir():
+                _refuse_other_images(run_dir, recipe, starts, environment, class_names)
             changes = _changes(run_dir, recipe, progress, change)
             if progress is not None:
                 lengths = first_lengths(run_dir)
@@ -75,7 +76,9 @@ def claimed_run_folder(
                 )
             environment = environment | {"changes": [str(one) for one in changes]}
         write_text(path, recipe.to_yaml())
-        if class_names is not None:
+        if class_names is None:
+            (run_dir / CLASSES).unlink(missing_ok=True)  # of a start that saved nothing
+        else:
             write_text(
                 run_dir / CLASSES, json.dumps(class_names, ensure_ascii=False, indent=1) + "\n"
             )

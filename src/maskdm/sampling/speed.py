@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -188,10 +189,20 @@ def seconds_of_answer(
     return seconds_of_call(evaluate, device, least_sec) / num
 
 
-def seconds_of_call(run: Callable[[int], object], device: torch.device, least_sec: float) -> float:
-    """Mean seconds of `run(i)`, over at least three calls and so many seconds.
+def seconds_of_call(
+    run: Callable[[int], object],
+    device: torch.device,
+    least_sec: float,
+    agreed: Callable[[int], int] = lambda num: num,
+) -> float:
+    """Mean seconds of `run(i)`, over about so many seconds and three calls, or a few seconds.
 
-    The first call does not count; a few seconds end the measurement in any case.
+    Args:
+        run: its first call does not count; the second says how many there are.
+        device: where its work is done.
+        least_sec: seconds.
+        agreed: makes this number the same on all ranks, where `run` waits for the others: by their
+            own clocks some would end a call earlier than others, who would wait for ever.
     """
 
     def wait() -> float:
@@ -200,10 +211,11 @@ def seconds_of_call(run: Callable[[int], object], device: torch.device, least_se
         return time.perf_counter()
 
     run(0)
-    start, num = wait(), 0
-    while True:
-        run(num + 1)
-        num += 1
-        spent = wait() - start
-        if spent > 4 * least_sec or (spent > least_sec and num >= LEAST_CALLS):
-            return spent / num
+    start = wait()
+    run(1)
+    first = wait() - start
+    num = max(LEAST_CALLS, math.ceil(least_sec / first))
+    num = agreed(max(1, min(num, int(4 * least_sec / first))))
+    for i in range(1, num):
+        run(i + 1)
+    return (wait() - start) / num

@@ -17,6 +17,7 @@ from maskdm.words import about, counted, flops_text
 MOST_ON_SAMPLES = 0.05  # part of a run's FLOPs that measuring samples in it may cost (auto)
 FEWEST_SAMPLES, MOST_SAMPLES = 100, 1000  # for a measurement that says something (auto)
 MOST_BESIDES = 0.5  # part of a budget that may go to what is not its stages' training
+LESS_LOOKING = "or do without some: --evaluate-every 0 --num-previews 0"
 FEWEST_STEPS = 10  # of a stage
 MANY_IMAGES = 100_000  # stand for an unknown number: more than a measurement takes
 INTERVALS = ("log_every", "checkpoint_every", "keep_every", "preview_every", "evaluate_every")
@@ -36,11 +37,15 @@ class Besides:
         return self.previews + self.measuring
 
 
-def besides(recipe: Recipe, num_images: int) -> Besides:
-    """What the previews and measurements of a planned recipe take, for so many images."""
+def besides(recipe: Recipe, num_images: int, after: int = 0) -> Besides:
+    """What a planned recipe's previews and measurements after a step take, for so many images."""
+    previews, looks = (
+        sum(step > after for step in set_points(recipe, every))
+        for every in (recipe.preview_every, recipe.evaluate_every)
+    )
     return Besides(
-        len(set_points(recipe, recipe.preview_every)) * recipe.num_previews * recipe.preview_steps,
-        len(set_points(recipe, recipe.evaluate_every)) * evaluations_of_look(recipe, num_images),
+        previews * recipe.num_previews * recipe.preview_steps,
+        looks * evaluations_of_look(recipe, num_images),
     )
 
 
@@ -123,12 +128,8 @@ def with_steps(
         if apart > MOST_BESIDES * wanted:
             fixed, way_out = "stages with steps", "or shorten them with --stages.N.steps"
             if speed is not None:
-                fixed = "previews, measuring, and " + fixed
-                way_out = "or do without some: --evaluate-every 0 --num-previews 0"
-            raise ValueError(
-                f"the budget of {_text(budget, wanted)} is too small: {_text(budget, apart)} of it "
-                f"go to {fixed}: give more, {way_out}"
-            )
+                fixed, way_out = "previews, measuring, and " + fixed, LESS_LOOKING
+            raise _too_small(budget, wanted, apart, fixed, way_out)
     for i, stage in enumerate(planned.stages):
         if parts[i] and stage.steps < FEWEST_STEPS:
             raise ValueError(
@@ -143,6 +144,7 @@ def longer(
     extra: Budget,
     progress: Progress,
     machine: Machine,
+    num_images: int,
     num_train: int,
 ) -> Recipe:
     """A planned recipe with more steps in the stages that are not over, in proportion.
@@ -152,8 +154,10 @@ def longer(
     Args:
         extra: what the run gets on top.
         progress: of the run.
-        machine: on which hours are spent.
-        num_train: images that are trained on.
+        machine: on which hours are spent, also on what previews and measurements there are more.
+        num_images: of the source; `num_train` of them are trained on.
+
+    Raises ValueError for hours that are too few.
     """
     works = stage_work(recipe, weightless_model(recipe))
     speed = machine.speed(recipe) if extra.hours else None
@@ -166,13 +170,29 @@ def longer(
     parts = [part if i >= progress.stage else 0.0 for i, part in enumerate(parts)]
     if not is_last and progress.stage_step >= recipe.stages[progress.stage].steps:
         parts[progress.stage] = 0.0
-    flops = amount / _price_of_flop(parts, prices, works)
-    stages = [
-        stage.model_dump()
-        | {"steps": stage.steps + round(flops * part / sum(parts) / work.step_flops)}
-        for stage, part, work in zip(recipe.stages, parts, works, strict=True)
-    ]
-    return changed(recipe, stages=stages)
+    price, grown, apart = _price_of_flop(parts, prices, works), recipe, 0.0
+    for _ in range(4):  # how often is measured depends on the length, too
+        flops = (amount - apart) / price
+        stages = [
+            stage.model_dump()
+            | {"steps": stage.steps + round(flops * part / sum(parts) / work.step_flops)}
+            for stage, part, work in zip(recipe.stages, parts, works, strict=True)
+        ]
+        grown = changed(recipe, stages=stages)
+        if speed is None:
+            break
+        now, before = (besides(one, num_images, progress.step).total for one in (grown, recipe))
+        apart = (now - before) * speed.forward_sec
+        if apart > MOST_BESIDES * amount:
+            raise _too_small(extra, amount, apart, "previews and measuring", LESS_LOOKING)
+    return grown
+
+
+def _too_small(budget: Budget, wanted: float, apart: float, where: str, way_out: str) -> ValueError:
+    return ValueError(
+        f"the budget of {_text(budget, wanted)} is too small: {_text(budget, apart)} of it go to "
+        f"{where}: give more, {way_out}"
+    )
 
 
 def _parts(recipe: Recipe, works: list[StageWork]) -> list[float]:

@@ -30,7 +30,7 @@ from maskdm.report.pictures import spread
 from maskdm.report.plots import plot_loss
 from maskdm.report.sheets import draw_sheet, neighbours_sheet, preview_sheet
 from maskdm.runs.checkpoint import Progress
-from maskdm.runs.find import REPORT
+from maskdm.runs.find import REPORT, find_checkpoint
 from maskdm.runs.lines import Line, read_lines
 from maskdm.runs.plan_file import write_plan
 from maskdm.sampling.generate import generate_on_all_ranks
@@ -84,7 +84,7 @@ class Checkups:
             return
         write_plan(self._run_dir, plan_of(self._recipe, model, self._store, self._accelerator))
         sheet = self._run_dir / "data.png"
-        if not sheet.exists():
+        if not sheet.exists() or find_checkpoint(self._run_dir / "checkpoints") is None:
             images = self._store.images[self._training_images(NUM_SHOWN)]
             draw_sheet(list(images), self._recipe).save(sheet)
         update_report(self._run_dir, monitor.say)

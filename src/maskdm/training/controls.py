@@ -22,16 +22,21 @@ BARE: dict[str, Any] = {
 def dense_control(recipe: Recipe, equal: str = "flops", machine: Machine | None = None) -> Recipe:
     """A planned recipe's control: its last stage's settings alone, without a mask.
 
+    It has no primer, so that guidance by it is left out.
+
     Args:
         equal: `flops`, `time` or `steps`, to within a step.
         machine: needed for equal time.
     """
-    control = changed(recipe, stages=[recipe.stages[-1].model_dump() | BARE], budget=Budget())
+    stage, sampling = recipe.stages[-1].model_dump() | BARE, recipe.sampling
+    if (sampling.guidance.kind, sampling.guidance.weak) == ("autoguidance", "primer"):
+        sampling = changed(sampling, guidance={})
+    control = changed(
+        recipe, stages=[stage], sampling=sampling.model_dump(), budget=Budget().model_dump()
+    )
     (price,) = _prices_of_steps(control, equal, machine)
     steps = max(1, round(sum(_spent(recipe, equal, machine)) / price))
-    return changed(
-        control, stages=[control.stages[0].model_dump() | {"name": "dense", "steps": steps}]
-    )
+    return changed(control, stages=[_of_steps(stage, steps) | {"name": "dense"}])
 
 
 def unmasked_control(
@@ -48,11 +53,20 @@ def unmasked_control(
     stages = [stage.model_dump() | BARE for stage in recipe.stages]
     control = changed(recipe, stages=stages, budget=Budget())
     prices = _prices_of_steps(control, equal, machine)
-    for stage, spent, price in zip(stages, _spent(recipe, equal, machine), prices, strict=True):
-        stage["steps"] = max(1, round(spent / price))
-        if isinstance(stage["warmup"], int):
-            stage["warmup"] = min(stage["warmup"], stage["steps"])
-    return changed(control, stages=stages)
+    rows = zip(stages, _spent(recipe, equal, machine), prices, strict=True)
+    return changed(
+        control,
+        stages=[_of_steps(stage, max(1, round(spent / price))) for stage, spent, price in rows],
+    )
+
+
+def _of_steps(stage: dict[str, Any], steps: int) -> dict[str, Any]:
+    """A stage of so many steps, whose warm-up does not outlast them."""
+    warmup = stage["warmup"]  # a number of steps, or a part of the stage
+    return stage | {
+        "steps": steps,
+        "warmup": min(warmup, steps) if isinstance(warmup, int) else warmup,
+    }
 
 
 def _prices_of_steps(recipe: Recipe, equal: str, machine: Machine | None) -> list[float]:

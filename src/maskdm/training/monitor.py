@@ -23,6 +23,7 @@ from maskdm.images.unreadable import listed_unreadable
 from maskdm.masks import mask_text
 from maskdm.models.backbone import Backbone
 from maskdm.recipe import Budget, Recipe, Stage
+from maskdm.runs.averages import remove_averages_after
 from maskdm.runs.checkpoint import Progress
 from maskdm.runs.lines import PROBES, append_line, keep_lines_until
 from maskdm.training.costs import costs_of, warnings_of
@@ -85,12 +86,13 @@ class Monitor:
         self._unsaid = ""  # the newest line, if it came too soon after another
 
     def start(self, progress: Progress, recipe: Recipe) -> None:
-        """Drops lines of later steps (a kill left them) and opens trackers and the bar."""
+        """Drops what is of later steps (a kill left it), and opens trackers and the bar."""
         self._remaining.begin(progress)
         if self._active:
             keep_lines_until(self._path, progress.step)
             keep_lines_until(self.quality_path, progress.step)
             keep_lines_until(self._probes_path, progress.step)
+            remove_averages_after(self._run_dir, progress.step)
             if progress.step < recipe.num_steps:
                 self._trackers = Trackers(recipe, self._run_dir, progress.step, self.say)
         if self._show and sys.stderr.isatty():

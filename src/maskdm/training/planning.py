@@ -41,6 +41,7 @@ from maskdm.training.work import stage_work, total_flops
 # parameter that it should see. U-ViT-S has 370 of them in the paper, language models 20.
 TOKENS_PER_PARAMETER = 100
 
+CONTROLS = {"dense": dense_control, "unmasked": unmasked_control}
 Amount = float | str | None  # of a budget; "+2" = two more
 
 
@@ -175,9 +176,10 @@ def planned(
             else "a control has the budget of its recipe: extend the run, then train its control"
         )
     if options.control != "none":
-        return _control(recipe, options, before, progress, store, machine)
+        return _control(recipe, options, before, run_dir, progress, store, machine)
     if before is not None:
-        result = _continued(recipe, before, options, run_dir, progress, num_train, machine)
+        numbers = (len(store), num_train)
+        result = _continued(recipe, before, options, run_dir, progress, numbers, machine)
         pairs = zip(before.stages, result.stages, strict=False)
         if any((old.until, new.until) == ("steps", "plateau") for old, new in pairs):
             refuse_plateaus(result, len(store))
@@ -219,8 +221,7 @@ def with_numbers(
     draft = with_size(draft, num_train, machine)
     result = with_steps(draft, num_images, num_train, machine, rescale=options.budget.is_set)
     if options.control != "none":
-        make = {"dense": dense_control, "unmasked": unmasked_control}[options.control]
-        return make(result, options.control_equal, machine)
+        return CONTROLS[options.control](result, options.control_equal, machine)
     refuse_plateaus(result, num_images)
     return result
 
@@ -291,6 +292,24 @@ def flops_of_budget(recipe: Recipe, num_train: int, machine: Machine) -> float:
     return images * each if images else total_flops(smallest, works)
 
 
+def asked_lengths(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+    """How long a run was asked to be, before a budget scaled it: kept of its first start.
+
+    Args:
+        recipe: as it was given.
+    """
+    lengths: dict[str, Any] = dict(lengths_of(recipe))
+    if options.control != "none":
+        budget = options.budget if options.budget.is_set else recipe.budget
+        lengths |= {"control": options.control, "control_equal": options.control_equal}
+        lengths |= {"budget": budget.model_dump(exclude_none=True), "shrink": options.shrink}
+        costs = {"mask", "batch_size", "share"}
+        lengths["control_of"] = [
+            row.model_dump(mode="json", include=costs) for row in recipe.stages
+        ]
+    return lengths
+
+
 def link_control(run_dir: Path, options: RunOptions) -> None:
     """Writes down in a control's folder whose control it is, for `compare`."""
     suffix = f"-{options.control}"
@@ -304,6 +323,7 @@ def _control(
     recipe: Recipe,
     options: RunOptions,
     before: Recipe | None,
+    run_dir: Path,
     progress: Progress,
     store: Store,
     machine: Machine,
@@ -312,16 +332,50 @@ def _control(
 
     Args:
         before: the control that has begun; None = none has.
+        run_dir: its folder.
         progress: of it.
+
+    Raises ValueError where one has begun that has something else in common with its recipe.
     """
-    num_train = len(training_subset(len(store), recipe.data))
+    asked = asked_lengths(recipe, options)
     recipe = with_classes(recipe, store)
     if before is not None:
         recipe = _with_size_of(before, recipe)
+        lengths = from_main(lambda: first_lengths(run_dir)) or {}
+        equal = lengths.get("control_equal", options.control_equal)
+        if equal != options.control_equal:
+            raise ValueError(
+                f"{run_dir} holds a control of equal {equal}: name a new folder with --out for one "
+                f"of equal {options.control_equal}"
+            )
+        if asked == lengths:  # the machine may look slower now, but no other length was asked for
+            return _of_same_length(before, recipe, options)
+    num_train = len(training_subset(len(store), recipe.data))
     result = with_numbers(recipe, options, len(store), num_train, machine)
     if before is None or len(before.stages) != len(result.stages):
         return result
     return extended(before, with_fixed_warmups(before, result), progress)
+
+
+def _of_same_length(before: Recipe, recipe: Recipe, options: RunOptions) -> Recipe:
+    """A control that goes on with its steps, and with all else of its recipe as it is now."""
+    draft = scaled(recipe, options.shrink) if options.shrink != 1 else recipe
+    stages = [stage.model_dump() for stage in draft.stages]
+    for row in stages:  # its steps tell nothing here, but a warm-up must fit
+        row["steps"] = row["steps"] or before.num_steps + draft.num_steps
+        row["warmup"] = 0
+    evaluation = draft.evaluation.model_dump()
+    if evaluation["quick_num"] == "auto":
+        evaluation["quick_num"] = before.evaluation.quick_num
+    control = CONTROLS[options.control](
+        changed(draft, stages=stages, evaluation=evaluation), "steps"
+    )
+    kept = ("steps", "warmup", "restarts", "probe_flops")
+    rows = [
+        stage.model_dump() | {name: getattr(own, name) for name in kept}
+        for stage, own in zip(control.stages, before.stages, strict=True)
+    ]
+    return changed(control, stages=rows)
 
 
 def _continued(
@@ -330,16 +384,20 @@ def _continued(
     options: RunOptions,
     run_dir: Path,
     progress: Progress,
-    num_train: int,
+    numbers: tuple[int, int],
     machine: Machine,
 ) -> Recipe:
-    """The recipe that continues the run in a folder: with its numbers, or longer."""
+    """The recipe that continues the run in a folder: with its numbers, or longer.
+
+    Args:
+        numbers: images of the source, and those of them that are trained on.
+    """
     before = settled(before, progress)
     lengths = from_main(lambda: first_lengths(run_dir))
     asked = _with_numbers_of(before, draft, options, progress, lengths)
     if options.budget.is_set and (options.more or options.budget != before.budget):
         extra, total = _extra(options, before.budget, run_dir)
-        asked = longer(asked, extra, progress, machine, num_train)
+        asked = longer(asked, extra, progress, machine, *numbers)
         asked = changed(asked, budget=total.model_dump())
     if len(asked.stages) != len(before.stages):
         return asked

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from maskdm.engine import choose_precision, device_name, make_another
+from maskdm.engine import choose_precision, device_name, from_main, make_another
 from maskdm.files import parsed_json, write_text
 from maskdm.images.store import cache_dir
 from maskdm.models.build import build_model
@@ -188,4 +188,4 @@ def _step_sec(recipe: Recipe, stage: Stage, accelerator: Accelerator) -> float:
     def step(number: int) -> None:
         update(draw_batch(images, labels, recipe, stage, update.ready.schedule, number), 0)
 
-    return seconds_of_call(step, device, LEAST_SEC)
+    return seconds_of_call(step, device, LEAST_SEC, lambda num: from_main(lambda: num))

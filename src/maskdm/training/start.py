@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -24,7 +25,6 @@ from maskdm.runs.find import damage, find_checkpoint
 from maskdm.runs.folder import claimed_run_folder
 from maskdm.runs.load import load_model
 from maskdm.sampling.samplers import refuse_settings
-from maskdm.training.budget import lengths_of
 from maskdm.training.monitor import Monitor
 from maskdm.training.trackers import refuse_trackers
 from maskdm.training.transfer import transfer_weights
@@ -123,19 +123,20 @@ def claimed(
     accelerator: Accelerator,
     precision: str,
     change: bool,
-    asked: Recipe,
+    lengths: dict[str, Any],
 ) -> Iterator[None]:
     """Claims RUN for this process, on the first rank: see `claimed_run_folder`.
 
     Args:
-        recipe: with all numbers; `asked` is what it was planned from.
+        recipe: with all numbers.
+        lengths: what was asked for (`asked_lengths`).
     """
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             class_names = _class_names(recipe, store)
             facts = environment(accelerator.device, accelerator.num_processes)
             facts |= {"precision": precision, "images_sha256": store.manifest["sha256"]}
-            facts["lengths"] = lengths_of(asked)
+            facts["lengths"] = lengths
             facts["labels_sha256"] = store.labels_sha256() if class_names else None
             claim = claimed_run_folder(run_dir, recipe, resume, facts, class_names, change)
             stack.enter_context(claim)

@@ -26,6 +26,7 @@ from maskdm.training.planning import (
     Amount,
     RunOptions,
     ThisMachine,
+    asked_lengths,
     link_control,
     planned,
     recipe_and_folder,
@@ -115,8 +116,8 @@ def train(
     refuse_recipe(recipe, run_dir, num_ranks)
     machine = ThisMachine(accelerator, print if show and rank == 0 else lambda text: None)
     store = open_images(recipe, accelerator, show)
-    asked = recipe
-    recipe = planned(asked, options, run_dir, store, machine)
+    lengths = asked_lengths(recipe, options)
+    recipe = planned(recipe, options, run_dir, store, machine)
     model, transferred = initial_model(recipe, run_dir, store)
     works = stage_work(recipe, model)
     checkups = Checkups(recipe, run_dir, store, works, accelerator)
@@ -124,7 +125,7 @@ def train(
     with contextlib.ExitStack() as stack:
         # Claim the folder, and say what will be done.
         stack.enter_context(
-            claimed(run_dir, recipe, resume, store, accelerator, precision, options.change, asked)
+            claimed(run_dir, recipe, resume, store, accelerator, precision, options.change, lengths)
         )
         remaining = Remaining(recipe, works, model, len(store))
         monitor = Monitor(run_dir, remaining, accelerator.is_main_process, show)
