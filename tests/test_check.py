@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import tarfile
@@ -232,6 +233,7 @@ def test_unreadable_images_make_a_source_unusable_by_on_bad(tmp_path, capsys):
     )
     text = printed(capsys, str(tmp_path), "--on-bad", "skip")
     assert "1 image of 4 cannot be read and will be skipped" in " ".join(text.split())
+    assert " --data.on-bad skip --hours 8" in text
     assert "on-bad error allows none" in printed(capsys, str(tmp_path), "--on-bad", "error", code=2)
     for i in range(3):
         (tmp_path / f"{i}.png").unlink()
@@ -253,8 +255,11 @@ def test_settings_are_the_recipes_unless_flags_say_otherwise(tmp_path, capsys):
 
     assert asked() == [[64, 64, 3], "center", "auto", "white"]
     assert asked("--recipe", str(recipe)) == [[8, 8, 1], "resize", "skip", "black"]
-    flags = "--size 4 6 --channels 4 --crop auto --on-bad error --background #102030".split()
-    assert asked("--recipe", str(recipe), *flags) == [[4, 6, 4], "center", "error", "#102030"]
+    flags = "--size 8 12 --channels 4 --crop auto --on-bad error --background #102030".split()
+    assert asked("--recipe", str(recipe), *flags) == [[8, 12, 4], "center", "error", "#102030"]
+    # Blocks of 2x2 patches do not tile 3x3 patches.
+    assert main(["check", str(tmp_path), "--recipe", str(recipe), "--size", "6"]) == 2
+    assert "blocks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -556,6 +561,7 @@ def test_a_folder_of_everything_trains(mixed, tmp_path, capsys, channels, backgr
     printed = capsys.readouterr().out
     assert f"data    16 images 16x16x{channels}" in printed and "6 unreadable" in printed
     assert "skipped: cat/latin-\\udce9.png (not an image), dog/bomb.png" in printed
+    assert re.search(r"to read them again, remove \S+/store-\w+\n", printed)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line["loss"]) for line in lines) and lines[-1]["step"] == 11
     out = tmp_path / "cats.npz"

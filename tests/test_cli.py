@@ -179,6 +179,10 @@ def test_short_help_fits_a_screen_and_names_what_beginners_need(command, capsys)
         ("train digits --output_dir x", "--output_dir: use --out"),
         ("train --config x.yaml", "--config: use the file as the first argument"),
         ("sample run --num-inference-steps 5", "use --steps"),
+        ("train digits --num-inference-steps 5", "use --sampling.steps"),
+        ("train digits --guidance-scale 5", "--sampling.guidance.scale, with --sampling.guidance"),
+        ("pack digits out --image-size 64", "use --size"),
+        ("check digits --resolution 64", "use --size"),
     ],
 )
 def test_other_tools_names_of_settings_get_a_pointer(arguments, instead, capsys):

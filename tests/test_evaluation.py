@@ -23,7 +23,7 @@ from maskdm.evaluation.evaluate import evaluate
 from maskdm.evaluation.features import available_features, features_of, make_features
 from maskdm.evaluation.measure import Measured, over_seeds
 from maskdm.evaluation.records import records_file
-from maskdm.evaluation.reference import own_reference
+from maskdm.evaluation.reference import other_reference, own_reference
 from maskdm.evaluation.samples import Samples, drawn_samples
 from maskdm.export.pipeline import pipeline_of_run, save_pipeline
 from maskdm.images.order import training_subset
@@ -592,6 +592,16 @@ def test_a_reference_of_another_shape_is_refused(tiny, tmp_path):
     samples = Samples(DIGITS[:9], tmp_path, {})
     with pytest.raises(ValueError, match="images of 8x8x1, but the reference has 16x16x1"):
         evaluate([lambda: samples], (8, 8, 1), reference, Evaluation())
+
+
+def test_a_reference_with_small_images_in_one_class_is_refused(tmp_path):
+    """Class folders follow one another, and the first of them may hold large images alone."""
+    for name, side, count in (("a", 16, 90), ("b", 8, 30)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new("L", (side, side), i).save(tmp_path / name / f"{i:03}.png")
+    with pytest.raises(ValueError, match="has images of 8x8 pixels, smaller than the samples'"):
+        other_reference(str(tmp_path), Data(size=16, channels=1), True, False)
 
 
 def test_metrics_that_are_not_available_are_refused_before_anything_is_drawn(run, capsys):

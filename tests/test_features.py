@@ -13,6 +13,7 @@ import torch_fidelity
 from torch import nn
 from torch_fidelity import feature_extractor_clip, feature_extractor_inceptionv3
 
+from maskdm.evaluation import features as module
 from maskdm.evaluation.distances import kid
 from maskdm.evaluation.features import available_features, features_of, make_features
 from maskdm.images.store import open_store
@@ -122,6 +123,16 @@ def test_files_without_a_network_are_refused(tmp_path):
             ValueError, match="not a TorchScript network, nor one saved by torch.export"
         ):
             vectors(images(2), features=str(tmp_path / name))
+
+
+def test_principal_components_of_large_images_are_taken_a_few_at_a_time(monkeypatch, tmp_path):
+    pixels = images(40)
+    np.save(tmp_path / "images.npy", pixels)
+    store = open_store(Data(source=str(tmp_path / "images.npy"), size=16), progress=False)
+    features = make_features(Evaluation(num_components=5), store, CPU)
+    whole = features.extract(pixels)
+    monkeypatch.setattr(module, "MAX_FIT_BYTES", 7 * 4 * 16 * 16 * 3)
+    np.testing.assert_allclose(features.extract(pixels), whole, rtol=1e-4, atol=0.01)
 
 
 def test_auto_features_fall_back_on_pca_with_a_note(monkeypatch, tmp_path):

@@ -165,6 +165,26 @@ def test_no_local_path_and_no_training_image_leaves_the_machine(run, hub):
     assert recipe.data.source == "photos"
 
 
+@pytest.mark.parametrize("kind", ["uvit", "unet2d"])
+def test_no_path_of_a_weak_model_or_of_the_network_leaves_the_machine(kind, made, hub, tmp_path):
+    secret = tmp_path / "secret"
+    settings = maskdm.load_recipe(made / "recipe.yaml").model_dump()
+    settings["sampling"]["guidance"] = {"kind": "autoguidance", "weak": str(secret / "weak")}
+    if kind == "unet2d":
+        options = {"norm_num_groups": 4, "block_out_channels": [8, 8, 8, 8]}
+        settings["model"] = {"kind": kind, "patch_size": 4, "num_classes": 2, "options": options}
+        settings["data"]["size"] = 16
+        settings["sampling"]["guidance"]["weak"] = "primer"
+    settings["num_previews"] = 0
+    shutil.copytree(made / "model", secret / "weak")
+    maskdm.train(maskdm.Recipe(**settings), secret / "run")
+    assert pushed(secret / "run", "someone/pets") == 0
+    for path in (hub.root / "someone/pets").rglob("*"):
+        assert not path.is_file() or b"secret" not in path.read_bytes(), path
+    pipeline = maskdm.load(hub.root / "someone/pets")  # as the card says
+    assert len(pipeline(2, seed=0).images) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "public"),
     [

@@ -309,6 +309,11 @@ def test_bad_files_are_refused_in_one_line(tmp_path, capsys):
     assert "is a folder" in failure(tmp_path, capsys, None, "--from", "uvit")
 
 
+def test_flags_of_a_model_that_knows_no_absent_class_say_so(tmp_path, capsys):
+    imported(tmp_path, uvit_tensors(64, 1, 3), "--from", "uvit")
+    assert "--model.num-classes 3 --model.label-dropout 0" in capsys.readouterr().out
+
+
 def test_what_is_in_the_way_is_kept(tmp_path, capsys):
     torch.save(uvit_tensors(), tmp_path / "file.pth")
     (tmp_path / "out").mkdir()

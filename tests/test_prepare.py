@@ -617,13 +617,44 @@ def test_svg_is_drawn_where_its_renderer_is_installed(tmp_path, monkeypatch):
     expected = np.full((4, 8, 3), 255, dtype=np.uint8)
     expected[:, :4] = (0xC0, 0, 0)
     assert (np.asarray(store.images) == expected).all()
-    image = '<image href="/etc/other.png" width="8" height="4"/>'
-    contents = [(SVG % image).encode(), (SVG % "<rect")[:-8].encode()]
-    _, bad = prepare_contents(contents, Data(size=16))
-    assert bad[0].startswith("SVG that shows another file") and bad[1].startswith("damaged SVG")
+    _, bad = prepare_contents([(SVG % "<rect")[:-8].encode()], Data(size=16))
+    assert bad[0].startswith("damaged SVG")
     monkeypatch.setattr("maskdm.images.decode.HAS_SVG", False)
     _, bad = prepare_contents([(SVG % "").encode()], Data(size=16))
     assert re.match("not an image, but vector graphics .*: render it to PNG", bad[0])
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        '<image href="FILE" width="8" height="4"/>',
+        '<image id="a>b" href="FILE" width="8" height="4"/>',
+        '<s:image xmlns:s="http://www.w3.org/2000/svg" href="FILE" width="8" height="4"/>',
+        '<image xmlns:x="http://www.w3.org/1999/xlink" x:href=" FILE" width="8" height="4"/>',
+        '<filter id="f"><feImage href="FILE"/></filter><rect width="8" filter="url(#f)"/>',
+        '<image width="8" height="4" href="data:image/svg+xml,%3Csvg%3E"/>',
+    ],
+)
+def test_an_svg_shows_no_other_file(tmp_path, shown):
+    """Else a visitor of the web page would see pictures of this machine."""
+    pytest.importorskip("resvg_py")
+    Image.new("RGB", (8, 4), "blue").save(tmp_path / "mine.png")
+    content = (SVG % shown.replace("FILE", str(tmp_path / "mine.png"))).encode()
+    _, bad = prepare_contents([content], Data(size=16))
+    assert bad[0].startswith("SVG that shows another file")
+    link = '<a href="https://example.org"><rect x="4" width="4" height="4"/></a>'
+    assert not prepare_contents([(SVG % link).encode()], Data(size=16))[1]
+
+
+def test_a_jpeg_of_any_size_is_read_where_it_is_reduced(monkeypatch):
+    """Pillow refuses to open what has more than twice its own limit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
+    monkeypatch.setattr("maskdm.images.decode.MAX_PIXELS", 64 * 64)
+    content = encoded(photo(256, 256), "JPEG")
+    assert not prepare_contents([content], Data(size=16))[1]
+    _, bad = prepare_contents([content, encoded(photo(256, 256), "PNG")], Data(size=128))
+    assert bad == dict.fromkeys((0, 1), "decompression bomb: 256x256 pixels")
+    assert Image.MAX_IMAGE_PIXELS == 64 * 64
 
 
 def test_heic_is_read_where_its_reader_is_installed():

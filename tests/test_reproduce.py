@@ -243,3 +243,10 @@ def test_the_images_of_a_curve_are_not_kept(tmp_path):
     (run,) = row.runs
     assert len(list((run / "kept").glob("step-*"))) > 4
     assert not [*(run / "evaluation").iterdir()]
+
+
+def test_a_readme_of_another_project_stays(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("# Mine\n")
+    assert main(["reproduce", "fig2", "--scale", "smoke", "--out", str(tmp_path)]) == 2
+    assert "has a README.md of its own: name a new folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]

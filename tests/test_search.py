@@ -60,6 +60,7 @@ from maskdm.search.search import (  # noqa: E402
     Found,
     Search,
     _flops_of_hours,
+    _planned,
     carried_out,
     opened,
 )
@@ -258,6 +259,40 @@ def test_all_processes_take_the_flops_that_the_first_has_measured(tmp_path):
     (tmp_path / "hours.json").write_text("{")
     with pytest.raises(ValueError, match="hours.json is damaged"):
         _flops_of_hours(tmp_path, base_recipe(), 2.0, Machine(0.1))
+
+
+def test_all_processes_take_the_numbers_that_the_first_has_planned(tmp_path):
+    """Its hours are steps at its machine's speed; another machine's would be others."""
+
+    class Machine:
+        def __init__(self, sec: float):
+            self.sec = sec
+
+        def speed(self, recipe: Recipe) -> Speed:
+            return Speed((self.sec, self.sec), 1e-6)
+
+    settings = tiny_settings()
+    for stage in settings["stages"]:
+        stage["steps"] = 0
+    recipe = Recipe(**{**settings, "num_previews": 0, "budget": {"hours": 1}})
+    store = open_store(recipe.data, progress=False)
+    first, second = (_planned(recipe, tmp_path, store, Machine(sec)) for sec in (1.0, 2.0))
+    assert first == second and 3000 < first.num_steps < 4000
+    other = Recipe(**{**recipe.model_dump(), "seed": 5})
+    assert _planned(other, tmp_path, store, Machine(2.0)).num_steps < 2000
+    assert _planned(recipe, tmp_path, store, Machine(2.0)) == first
+
+
+def test_a_trial_that_runs_out_of_memory_counts_as_diverged(tmp_path, monkeypatch):
+    recipe = Recipe(**tiny_settings())
+    trainer = LocalTrainer(recipe, open_store(recipe.data, progress=False))
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(local, "train", full)
+    with pytest.warns(UserWarning, match="ran out of memory"), pytest.raises(Diverged):
+        trainer.train(recipe, tmp_path / "run", None)
 
 
 def test_what_is_not_searched_stays_as_the_recipe_has_it():

@@ -15,6 +15,7 @@ import tarfile
 import threading
 import tracemalloc
 import unicodedata
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -435,6 +436,36 @@ def test_a_changed_data_set_is_another(image_folder, offline):
     after = opened(f"hf:{image_folder}")
     assert before.manifest["fingerprint"] != after.manifest["fingerprint"]
     assert (after.images[4] == 5).all()
+
+
+def test_a_changed_data_set_is_another_whose_readme_names_its_files(image_folder, offline):
+    """The library's own hash then leaves out the files' states."""
+    (image_folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: '**/*.png'\n---\n"
+    )
+    before = opened(f"hf:{image_folder}").manifest["fingerprint"]
+    assert opened(f"hf:{image_folder}").manifest["fingerprint"] == before
+    os.utime(image_folder / "dog" / "b.png", (1, 1))
+    assert opened(f"hf:{image_folder}").manifest["fingerprint"] != before
+
+
+def test_label_files_of_a_recycle_bin_are_no_matter(image_folder):
+    (image_folder / "#recycle").mkdir()
+    row = {"file_name": "old.png", "label": 3}
+    (image_folder / "#recycle" / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    assert opened(image_folder).manifest["class_names"] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("name", ["digits", "faces"])
+def test_a_folder_with_the_name_of_a_set_is_pointed_out(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    with pytest.warns(UserWarning, match=f"not the folder here: ./{name} is that"):
+        open_source(name)
+    (tmp_path / name / "recipe.yaml").touch()  # a run
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_source(name)
 
 
 def test_sources_without_images_are_refused(tmp_path):

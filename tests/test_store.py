@@ -424,6 +424,16 @@ def test_a_packed_store_is_a_source(image_folder, tmp_path, capsys):
         opened(out, size=(8, 12), crop="center")
 
 
+def test_what_was_packed_without_many_images_is_used_as_it_is(tmp_path):
+    folder, out = textures(tmp_path / "images", 9), tmp_path / "packed"
+    (folder / "a" / "00004.png").write_text("no image")
+    assert run(folder, out, "--size", 8) == 2
+    assert run(folder, out, "--size", 8, "--on-bad", "skip") == 0
+    assert len(opened(out)) == 8
+    with pytest.raises(ValueError, match="1 of 9 images cannot be read"):
+        opened(out, on_bad="error")
+
+
 def test_parts_that_are_packed_apart_make_the_whole(tmp_path, capsys):
     folder = textures(tmp_path / "images", 23)
     (folder / "a" / "00004.png").write_text("no image")

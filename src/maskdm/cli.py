@@ -118,6 +118,7 @@ OTHER_NAMES = {
     "--mask-ratio": "--stages.0.mask.rate",
 }
 OF_SAMPLING, SAMPLES = ("--batch-size",), ("sample", "inpaint", "evaluate")
+OF_IMAGES = ("check", "pack")  # whose flags are those of a recipe's data, without `--data.`
 OF_PLAN = ("--gpu", "--gpus", "--share", "--json")  # flags that train does not have
 NEEDS_NO_RUN = (
     "recipes check pack plan compare report app import reproduce export push search".split()
@@ -210,7 +211,12 @@ def _point_out_other_names(command: str, arguments: list[str]) -> None:
     for argument in arguments:
         flag = argument.split("=")[0].replace("_", "-")
         if flag in OTHER_NAMES and not (flag in OF_SAMPLING and command in SAMPLES):
-            raise ValueError(f"unknown flag {argument.split('=')[0]}: use {OTHER_NAMES[flag]}")
+            here = OTHER_NAMES[flag]
+            if command in OF_IMAGES:
+                here = here.replace("--data.", "--")
+            elif command not in SAMPLES and flag in ("--num-inference-steps", "--guidance-scale"):
+                here = here.replace("--", "--sampling.")
+            raise ValueError(f"unknown flag {argument.split('=')[0]}: use {here}")
 
 
 def _for_all_stages(arguments: list[str], num_stages: int) -> list[str]:

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
+MOST_OPEN_FILES = 65_536  # that a process asks for
+
 
 def expanded(name: str | Path) -> Path:
     """A path with the home folder for a leading `~`. Raises ValueError where it is unknown."""
@@ -149,3 +151,15 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def allow_open_files() -> None:
+    """Lets this process open as many files as it may: a memory-mapped one counts, too."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MOST_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -70,6 +70,10 @@ def check(
     how = {"size": size, "channels": channels, "crop": crop, "background": background}
     data = changed(settings.data, source=source, **how, on_bad=on_bad)
     settings = changed(settings, data=data)  # refuses what training would refuse
+    if recipe is not None:
+        from maskdm.training.work import stage_work
+
+        stage_work(settings)  # masks that the grid cannot have
     if sheet is not None:  # before hours of reading images
         if sheet.suffix.lower() != ".png" or sheet.is_dir():
             raise ValueError(f"--sheet {sheet}: use the name of a file that ends in .png")
@@ -98,12 +102,16 @@ def check(
         if not json_output:
             print(f"-> {sheet}")
     if report.usable and recipe is None and not json_output:
-        print("\n".join(recommendation(report)))
+        print("\n".join(recommendation(report, "skip" if on_bad == "skip" else None)))
     return DONE if report.usable else WRONG_USAGE
 
 
-def recommendation(report: Report) -> list[str]:
-    """The recipe, budget and command for these images, and how large a model they can teach."""
+def recommendation(report: Report, on_bad: str | None = None) -> list[str]:
+    """The recipe, budget and command for these images, and how large a model they can teach.
+
+    Args:
+        on_bad: what the command must say of unreadable images; None = nothing.
+    """
     width, height = report.width, report.height
     assert width is not None and height is not None  # usable: there are images
     size = photos_size(min(width[1], height[1]))
@@ -112,8 +120,9 @@ def recommendation(report: Report) -> list[str]:
     model = taught[-1] if taught else next(iter(MODEL_SIZES))
     needs = {name: math.ceil(row.num_params / values) for name, row in MODEL_SIZES.items()}
     larger = [name for name in MODEL_SIZES if name not in taught]
+    flags = shlex.quote(report.source) + (f" --data.on-bad {on_bad}" if on_bad else "")
     lines = [
-        f"next    maskdm train photos{size} --data.source {shlex.quote(report.source)} --hours 8",
+        f"next    maskdm train photos{size} --data.source {flags} --hours 8",
         f"        (a GPU; on a CPU photos{PHOTOS[0]} and --minutes 20 give a first look)",
     ]
     images = f"{counted(num, 'image')} of {size}x{size}"

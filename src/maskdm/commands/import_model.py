@@ -12,7 +12,7 @@ from maskdm.commands.common import DONE, OptionalInt, quiet, sampling_text
 from maskdm.export.origins import ORIGINS, OriginName
 from maskdm.families import MODEL_SIZES, PREDICTIONS, SCHEDULES, PredictionName
 from maskdm.files import refuse_unwritable
-from maskdm.recipe import Data, Sampling
+from maskdm.recipe import Data, Model, Sampling
 from maskdm.words import counted
 
 if TYPE_CHECKING:
@@ -105,7 +105,11 @@ def _flags(trained: TrainedModel) -> list[str]:
             for flag, value in zip(("embed-dim", "depth", "num-heads"), sizes, strict=True)
         ]
     flags += [f"--model.mlp-ratio {config.mlp_ratio:g}"] * (config.mlp_ratio != 4)
-    flags += [f"--model.num-classes {config.num_classes}"] * (config.num_classes > 0)
+    if config.num_classes:
+        flags.append(f"--model.num-classes {config.num_classes}")
+        dropout = config.label_dropout
+        usual = Model.model_fields["label_dropout"].default
+        flags += [f"--model.label-dropout {dropout:g}"] * (dropout != usual)
     switches = ("final_conv", "qkv_bias", "time_mlp")
     flags += [f"--model.{name.replace('_', '-')}" for name in switches if config[name]]
     return flags

@@ -51,7 +51,7 @@ def reproduce(
         raise ValueError(f"--seeds {seeds}: at least one")
 
     from maskdm.paper import fig2
-    from maskdm.paper.page import write_page
+    from maskdm.paper.page import PAGE, PICTURE, write_page
     from maskdm.paper.reproduce import FIG2, Wanted, number, rows_of
     from maskdm.paper.reproduce import reproduce as run
 
@@ -59,6 +59,9 @@ def reproduce(
     folder = expanded(out or Path("reproductions") / f"{target}-{scale}")
     names = [] if target == FIG2 else wanted.recipes
     refuse_unwritable(folder, "--out", is_folder=True)
+    page = folder / PAGE
+    if page.is_file() and f"]({PICTURE})" not in page.read_text("utf-8", "replace"):
+        raise ValueError(f"{folder} has a {PAGE} of its own: name a new folder with --out")
     if target == FIG2:
         drawn = list[fig2.Row]()
         for seed, one in enumerate(fig2.reproduce_fig2(wanted, folder, verbose)):

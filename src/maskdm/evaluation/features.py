@@ -236,8 +236,12 @@ def _pca(reference: Store, settings: Evaluation) -> Features:
         write_whole(file, lambda stream: np.savez(stream, mean=mean, components=components))
 
     def extract(images: np.ndarray) -> np.ndarray:
-        vectors: np.ndarray = (pixels(images) - mean) @ components.T
-        return vectors
+        at_once = max(1, MAX_FIT_BYTES // (4 * num_values))
+        parts = [
+            (pixels(images[i : i + at_once]) - mean) @ components.T
+            for i in range(0, len(images), at_once)
+        ]
+        return np.concatenate(parts)
 
     library = f"scikit-learn {metadata.version('scikit-learn')}"
     return Features("pca", sha256, library, extract, note=note)

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from maskdm.engine import process_state
-from maskdm.files import write_whole
+from maskdm.files import allow_open_files, write_whole
 from maskdm.images.joined import JoinedArrays
 
 SHARD = re.compile(r"(\d{8})-(\d{8})\.npy")
@@ -93,6 +93,7 @@ def _load(path: Path, num: int) -> np.ndarray | None:
 
 
 def _joined(folder: Path, num: int) -> JoinedArrays:
+    allow_open_files()  # of which each shard is one
     parts, end = [], 0
     for (start, stop), path in _shards(folder).items():
         if start <= end < stop and (rows := _load(path, stop - start)) is not None:

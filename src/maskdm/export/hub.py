@@ -14,7 +14,7 @@ from maskdm.evaluation.records import Record
 from maskdm.export.pipeline import make_pipeline, save_pipeline
 from maskdm.files import expanded, write_text
 from maskdm.images.huggingface import PREFIX
-from maskdm.recipe import Recipe
+from maskdm.recipe import Recipe, Sampling
 from maskdm.runs.load import Loaded
 from maskdm.settings import changed
 from maskdm.words import one_line
@@ -26,9 +26,9 @@ LOG_IN = "log in first, with `hf auth login` or a token in HF_TOKEN"
 def stage_model(loaded: Loaded, folder: Path) -> None:
     """Writes a run's model into an empty folder as it is to lie on the Hub, without card and sheet.
 
-    That is the model, exported anew, the recipe without the names of local folders, and the plot of
-    the loss. Training images, environment.json with its paths and commands, and whatever else lies
-    in the model's folder stay here.
+    That is the model, exported anew, without guidance by a model that stays here; the recipe
+    without the names of local folders; and the plot of the loss. Training images, environment.json
+    with its paths and commands, and whatever else lies in the model's folder stay here.
 
     Raises:
         ValueError: the model is outside of a run's folder.
@@ -36,11 +36,16 @@ def stage_model(loaded: Loaded, folder: Path) -> None:
     """
     location = loaded.location
     recipe = public_recipe(location.recipe)
-    save_pipeline(make_pipeline(loaded.trained, loaded.sampling), folder)
+    save_pipeline(make_pipeline(loaded.trained, public_sampling(loaded.sampling)), folder)
     write_text(folder / RECIPE, recipe.to_yaml())
     assert location.run is not None  # else it has no recipe
     if (location.run / LOSS).is_file():
         shutil.copy(location.run / LOSS, folder / LOSS)
+
+
+def public_sampling(sampling: Sampling) -> Sampling:
+    """Settings without guidance by another model, which does not come along."""
+    return changed(sampling, guidance={}) if sampling.guidance.kind == "autoguidance" else sampling
 
 
 def public_recipe(recipe: Recipe) -> Recipe:

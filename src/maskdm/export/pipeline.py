@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from maskdm.export.pixel_pipeline import follow, takes_eta
-from maskdm.export.portable import component_of, save_portable
+from maskdm.export.portable import component_of, forget_origin, save_portable
 from maskdm.export.schedulers import diffusers_scheduler, refuse_scheduler
 from maskdm.families import SAMPLERS
 from maskdm.files import whole_folder
@@ -158,11 +158,12 @@ class MaskDMPipeline(DiffusionPipeline):
             "variant": variant,
             "max_shard_size": max_shard_size,
         }
-        component = component_of(self.denoiser)
+        component, folder = component_of(self.denoiser), Path(save_directory)
         if component is None:
-            super().save_pretrained(save_directory, **options)
+            super().save_pretrained(folder, **options)
+            for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+                forget_origin(file)
             return
-        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         is_followed = self.scheduler is not self._own_scheduler
         parts = (self.trained, self.settings, self.scheduler, is_followed)

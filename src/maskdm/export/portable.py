@@ -143,6 +143,7 @@ def save_portable(
     """
     place = folder / component.name
     component.network.save_pretrained(place, **options)
+    forget_origin(place / "config.json")
     if (code := component.code) is not None:
         heading = f"{code.title} on whole images: a network for pixels, as diffusers calls it."
         text = self_contained(heading, code.parts, code.face)
@@ -171,6 +172,13 @@ def save_portable(
         "is_scheduler_followed": is_followed,
     }
     write_json(folder / SETTINGS, settings)
+
+
+def forget_origin(file: Path) -> None:
+    """Removes from a network's settings where it was loaded from, as diffusers notes it."""
+    settings = json.loads(file.read_text("utf-8"))
+    if settings.pop("_name_or_path", None) is not None:
+        write_json(file, settings)
 
 
 def is_stock(component: Component, trained: TrainedModel, scheduler: Any) -> bool:

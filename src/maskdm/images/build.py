@@ -167,6 +167,7 @@ def _write_images(
         **_write_labels(building, list(groups), np.array(of_image, np.int64), source, is_whole),
         "num_seen": num_seen,
         "left_out": unreadable,
+        "on_bad": data.on_bad,
         "notes": source.notes,
         "passed_over": dict(sorted(source.skipped.items())),
         "sha256": digest.hexdigest(),

@@ -76,7 +76,7 @@ def opened(content: Content) -> Iterator[Image.Image]:
     if not (content.stat().st_size if isinstance(content, Path) else content):
         raise ValueError("empty file")
     file = content if isinstance(content, Path) else io.BytesIO(content)
-    with _long_texts():
+    with _own_limits():
         try:
             image: Image.Image = Image.open(file, formats=_formats())
         except UnidentifiedImageError:
@@ -216,12 +216,17 @@ def _formats() -> list[str]:
 
 
 @contextlib.contextmanager
-def _long_texts() -> Iterator[None]:
-    """Lets Pillow read PNGs whose texts or profile are longer than its limit."""
-    limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+def _own_limits() -> Iterator[None]:
+    """Lets Pillow read PNGs whose texts or profile are longer than its limit, and open any size.
+
+    `load` judges the number of pixels, which for a JPEG may have been reduced by then.
+    """
+    limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY, Image.MAX_IMAGE_PIXELS
     PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT_BYTES
     PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXTS_BYTES
+    Image.MAX_IMAGE_PIXELS = None
     try:
         yield
     finally:
-        PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = limits
+        PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = limits[:2]
+        Image.MAX_IMAGE_PIXELS = limits[2]

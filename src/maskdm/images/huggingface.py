@@ -12,7 +12,7 @@ import fsspec
 
 from maskdm.files import expanded
 from maskdm.images.decode import Content
-from maskdm.images.source import Item, Source
+from maskdm.images.source import Item, Source, file_state, litter_of
 from maskdm.words import one_line
 
 PREFIX = "hf:"
@@ -107,6 +107,10 @@ def _open(path: str, config: str | None, split: str) -> tuple[Any, str]:
     local = str(folder) if folder.is_dir() else path
     builder = datasets.load_dataset_builder(local, config)
     identity = f"{local}\0{builder.config_id}\0{builder.hash}"
+    if folder.is_dir():  # a README's `configs` keep the files' states out of the hash
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+        own = [name for name in sorted(files) if files[name].is_file() and not litter_of(name)]
+        identity += "".join(name + file_state(files[name]).decode() for name in own)
     return builder.as_streaming_dataset(split=split), identity
 
 

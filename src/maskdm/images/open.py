@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -27,6 +28,11 @@ def open_source(name: str) -> Source:
 
     Raises ValueError where it does not exist or has no images.
     """
+    if (name == "digits" or is_faces(name)) and _is_folder_of_images(Path(name)):
+        warnings.warn(
+            f"data.source {name} is the set of that name, not the folder here: ./{name} is that",
+            stacklevel=2,
+        )
     try:
         if name == "digits":
             return DigitsSource()
@@ -60,6 +66,11 @@ def refuse_inside(source: str, path: Path, flag: str) -> None:
             f"{path} lies in the image folder {source}, so that pictures in it would become "
             f"images: name a place elsewhere with {flag}"
         )
+
+
+def _is_folder_of_images(path: Path) -> bool:
+    """Whether a name is also that of a folder, other than a run's."""
+    return path.is_dir() and not (path / "recipe.yaml").is_file()
 
 
 def _open_folder(path: Path) -> Source:

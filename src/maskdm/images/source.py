@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import features
 
-from maskdm.images.decode import HAS_HEIF, Content, is_common_image
+from maskdm.images.decode import HAS_HEIF, HEAD_BYTES, Content, is_common_image
 from maskdm.images.labels import (
     Label,
     folder_notes,
@@ -121,7 +121,8 @@ class ListedSource(Source):
     def __init__(self, files: Collection[str], folders: Collection[str], where: str):
         super().__init__()
         self._names = images_among(files, where, self.skipped, self._is_image)
-        self._labels, self.notes, remarks = labels_of(self._names, files, self._bytes)
+        own = [name for name in files if not litter_of(name)]
+        self._labels, self.notes, remarks = labels_of(self._names, own, self._bytes)
         self.num_images = len(self._names)
         digest = hashlib.sha256(notes_key(self.notes))
         for name, label in zip(self._names, self._labels, strict=True):
@@ -150,12 +151,16 @@ class ListedSource(Source):
             raise ValueError(f"it cannot be read: {content}")
         return content.read_bytes() if isinstance(content, Path) else content
 
+    def _head(self, name: str) -> bytes:
+        """How a file begins, at least `HEAD_BYTES`."""
+        return self._bytes(name)
+
     def _is_image(self, name: str) -> bool:
         """Whether a file is an image by its suffix, or a HEIC only by its suffix."""
         if is_image(name) or not is_heif(name):
             return is_image(name)
         try:
-            return is_common_image(self._bytes(name))
+            return is_common_image(self._head(name))
         except (OSError, ValueError):  # it stays skipped
             return False
 
@@ -171,6 +176,10 @@ class FolderSource(ListedSource):
 
     def _content(self, name: str) -> Path:
         return self._root / name
+
+    def _head(self, name: str) -> bytes:
+        with (self._root / name).open("rb") as file:
+            return file.read(HEAD_BYTES)
 
     def _state(self, name: str) -> bytes:
         return file_state(self._root / name)

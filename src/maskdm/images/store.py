@@ -69,11 +69,17 @@ def cache_dir() -> Path:
         return Path(tempfile.gettempdir()) / "maskdm"
 
 
+def store_folder(key: str) -> Path:
+    """Where the store of a source and settings (`store_key`) is cached."""
+    return cache_dir() / f"store-{key}"
+
+
 def open_store(data: Data, progress: bool = True) -> Store:
     """Opens the store of these settings, which is built first if it does not exist.
 
     Raises ValueError for a source that is missing or empty, or has more unreadable images than
-    `on_bad` allows, for a packed store of other settings, and where the disk has no room.
+    `on_bad` allows (or did when it was packed), for a packed store of other settings, and where the
+    disk has no room.
     """
     packed = expanded(data.source)
     if is_store(packed):
@@ -81,10 +87,13 @@ def open_store(data: Data, progress: bool = True) -> Store:
         _refuse_other_settings(store, data)
     else:
         source = open_source(data.source)
-        folder = cache_dir() / f"store-{store_key(source, data)}"
+        folder = store_folder(store_key(source, data))
         build_store(source, data, folder, progress)
         store = load_store(folder)
-    refuse_unreadable(data, store.manifest["left_out"], store.manifest["num_seen"])
+    manifest = store.manifest
+    was_accepted = is_store(packed) and manifest.get("on_bad") == "skip"
+    if not was_accepted or data.on_bad == "error":
+        refuse_unreadable(data, manifest["left_out"], manifest["num_seen"])
     return store
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 from PIL import Image
 
@@ -15,7 +16,7 @@ SVG_START = (
     rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!doctype svg[^>\[]*(\[[^\]]*\]\s*)?>\s*)?"
     rb"(<!--.*?-->\s*)*<svg"
 )
-FOREIGN_HREF = re.compile(r"<image[^>]*href\s*=\s*[\"'](?!data:|#)", re.I | re.S)
+OWN_HREF = re.compile(r"\s*(#|data:(?!image/svg))", re.I)  # a nested SVG may show others in turn
 
 
 def is_svg(content: Path | bytes) -> bool:
@@ -33,8 +34,7 @@ def rendered(content: Path | bytes) -> Image.Image:
 
     content = content.read_bytes() if isinstance(content, Path) else content
     text = content.decode("utf-8-sig", errors="replace")
-    if FOREIGN_HREF.search(text):
-        raise ValueError("SVG that shows another file: embed its pixels, or render it to PNG")
+    _refuse_foreign(text)
     try:
         png = resvg_py.svg_to_bytes(svg_string=text, width=SIDE, height=SIDE)
     except ValueError as error:
@@ -43,3 +43,22 @@ def rendered(content: Path | bytes) -> Image.Image:
     image.load()
     image.format = "SVG"
     return image
+
+
+def _refuse_foreign(text: str) -> None:
+    """Raises ValueError for an SVG that refers to other files, of which resvg would read pictures.
+
+    Links (`<a href>`) are no matter.
+    """
+    try:
+        elements = list(ElementTree.fromstring(text).iter())
+    except (ElementTree.ParseError, ValueError) as error:
+        raise ValueError(f"damaged SVG: {error}") from None
+    for element in elements:
+        if str(element.tag).rpartition("}")[2].lower() == "a":
+            continue
+        for name, value in element.attrib.items():
+            if name.rpartition("}")[2].lower() == "href" and not OWN_HREF.match(value):
+                raise ValueError(
+                    "SVG that shows another file: embed its pixels, or render it to PNG"
+                )

@@ -175,18 +175,20 @@ def seconds_of_answer(
 ) -> float:
     """Seconds of a network evaluation for one of `most` whole images, on the model's device."""
     device = next(model.parameters()).device
-    num = min(images_at_a_time(model, settings), most)
     values = model.patch_size**2 * model.image_shape[2]
-    patches = torch.zeros(num, model.num_patches, values, device=device)
-    positions = torch.arange(model.num_patches, device=device).repeat(num, 1)
-    labels = torch.zeros(num, dtype=torch.int64, device=device) if model.num_classes else None
-    t = torch.full((num,), 0.5, device=device)
 
-    def evaluate(number: int) -> None:
+    def evaluate(num: int) -> None:
+        patches = torch.zeros(num, model.num_patches, values, device=device)
+        positions = torch.arange(model.num_patches, device=device).repeat(num, 1)
+        labels = torch.zeros(num, dtype=torch.int64, device=device) if model.num_classes else None
         with autocast(device):
-            model(patches, positions, t, labels)
+            model(patches, positions, torch.full((num,), 0.5, device=device), labels)
 
-    return seconds_of_call(evaluate, device, least_sec) / num
+    num = min(images_at_a_time(model, settings), most)
+    if device.type != "cpu":  # whose memory may hold fewer: this finds how many
+        in_parts(model, settings, num, lambda part: evaluate(part.stop - part.start))
+        num = min(images_at_a_time(model, settings), most)
+    return seconds_of_call(lambda number: evaluate(num), device, least_sec) / num
 
 
 def seconds_of_call(

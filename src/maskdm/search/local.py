@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from maskdm.engine import process_state
 from maskdm.evaluation.evaluate import evaluate_model
@@ -47,6 +50,13 @@ class LocalTrainer:
         try:
             result = train(recipe, folder, show=False)
         except NonFiniteLoss as error:
+            raise Diverged from error
+        except torch.OutOfMemoryError as error:
+            warnings.warn(
+                "a trial ran out of memory and counts as diverged; in a new search leave out large "
+                "--space.batches, or give --stages.all.micro-batch-size auto",
+                stacklevel=2,
+            )
             raise Diverged from error
         if not result.finished:
             raise Stopped

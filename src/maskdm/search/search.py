@@ -121,7 +121,7 @@ def search(
     refuse_recipe(recipe, folder, 1)
     store = open_images(recipe, accelerator, True)
     machine = ThisMachine(accelerator, say)
-    base = _with_held_out(planned(recipe, RunOptions(), folder, store, machine), say)
+    base = _with_held_out(_planned(recipe, folder, store, machine), say)
     model = build_model(base)
     if flops is None:
         assert hours is not None
@@ -327,6 +327,24 @@ def _with_quick_num(base: Recipe, plan: Plan, model: Backbone) -> Recipe:
     num = min(int(MOST_ON_SAMPLES * plan.lengths[0] / one), base.evaluation.num_in_training)
     num = num if num >= FEWEST_SAMPLES else 0
     return changed(base, evaluation=changed(base.evaluation, quick_num=num))
+
+
+def _planned(recipe: Recipe, folder: Path, store: Store, machine: ThisMachine) -> Recipe:
+    """The recipe with all numbers: as the first of a search's processes has planned it.
+
+    Others may find that their machines are faster or slower.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, asked = folder / "planned.json", recipe.model_dump(mode="json")
+    with FileLock(folder / "search.lock"):
+        there = read_settings(path) if path.is_file() else None
+        if there is not None and there.get("asked") == asked:
+            return Recipe(**there["recipe"])
+        base = planned(recipe, RunOptions(), folder, store, machine)
+        if there is None:
+            content = {"asked": asked, "recipe": base.model_dump(mode="json")}
+            write_text(path, json.dumps(content) + "\n")
+    return base
 
 
 def _flops_of_hours(folder: Path, base: Recipe, hours: float, machine: ThisMachine) -> float:

@@ -110,9 +110,7 @@ def with_steps(
         return _with_quick_num(changed(recipe, budget=Budget()), works)
     budget = recipe.budget
     speed = machine.speed(recipe) if budget.hours else None
-    wanted = budget.flops or budget.images or (budget.epochs or 0) * num_train
-    if budget.hours:
-        wanted = 3600 * budget.hours
+    wanted = _amount(budget, num_train)
     prices = _prices(recipe, works, budget, speed)
     parts = _parts(recipe, works)
     price = _price_of_flop(parts, prices, works)
@@ -162,9 +160,7 @@ def longer(
     works = stage_work(recipe, weightless_model(recipe))
     speed = machine.speed(recipe) if extra.hours else None
     prices = _prices(recipe, works, extra, speed)
-    amount = extra.flops or extra.images or (extra.epochs or 0) * num_train
-    if extra.hours:
-        amount = 3600 * extra.hours
+    amount = _amount(extra, num_train)
     parts = _parts(recipe, works)
     is_last = progress.stage + 1 == len(parts)
     parts = [part if i >= progress.stage else 0.0 for i, part in enumerate(parts)]
@@ -207,6 +203,13 @@ def _price_of_flop(parts: list[float], prices: list[float], works: list[StageWor
     """A FLOP of training in a budget's unit, where stages have such parts of all FLOPs."""
     rows = zip(parts, prices, works, strict=True)
     return sum(part / sum(parts) * price / work.step_flops for part, price, work in rows)
+
+
+def _amount(budget: Budget, num_train: int) -> float:
+    """A budget in its unit: seconds, FLOPs or images."""
+    if budget.hours:
+        return 3600 * budget.hours
+    return budget.flops or budget.images or (budget.epochs or 0) * num_train
 
 
 def _prices(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from maskdm.engine import device_name
 from maskdm.families import BACKBONES
 from maskdm.images.order import num_held_out, training_subset
-from maskdm.images.store import Store
+from maskdm.images.store import Store, store_folder
 from maskdm.images.unreadable import listed_unreadable
 from maskdm.masks import mask_text
 from maskdm.models.backbone import Backbone
@@ -288,7 +288,11 @@ def data_lines(recipe: Recipe, store: Store) -> list[str]:
         share = 100 * num_out / num
         lines.append(f"  note: {share:.0f} % of the images are held out: lower data.held_out")
     lines += [f"  note: {printable(note)}" for note in store.manifest["notes"]]
-    return lines + ([f"  skipped: {listed_unreadable(bad, most=3)}"] if bad else [])
+    if bad:
+        lines.append(f"  skipped: {listed_unreadable(bad, most=3)}")
+        if (cached := store_folder(store.manifest["key"])).is_dir():
+            lines.append(f"  to read them again, remove {cached}")
+    return lines
 
 
 def time_text(budget: Budget, flops: int, accelerator: Accelerator) -> str:
