@@ -51,7 +51,7 @@ from maskdm.training.trainer import train
 RESULTS = Path(__file__).parent / "results" / "peers.jsonl"
 NUM_SAMPLES, NUM_STEPS, SAMPLED_AT_ONCE = 1000, 50, 50
 BATCH_SIZE = 32  # of the peers
-RATES = {"lucidrains": [1e-4, 1e-3, 2e-3, 4e-3], "diffusers": [1e-4, 1e-3, 2e-3, 4e-3]}
+RATES = [1e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
 TUNED_SEEDS = (1, 2, 3)
 
 
@@ -120,7 +120,7 @@ class Lucidrains:
         net = Unet(dim=16, dim_mults=(1, 2, 4))
         self.model = GaussianDiffusion(net, image_size=side, sampling_timesteps=NUM_STEPS)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=lr, betas=(0.9, 0.99))
-        every = 10 if lr == RATES["lucidrains"][0] else 1
+        every = 10 if lr == RATES[0] else 1
         self.ema = EMA(self.model, beta=0.995, update_every=every)
 
     def step(self, x: Tensor) -> None:
@@ -244,7 +244,7 @@ def trials_of(
 def tuned(data: str, minutes: float, peer: str, lines: list[dict[str, Any]]) -> list[Trial]:
     """A peer's trials: rising rates with seed 0 until one is worse, the best with fresh seeds."""
     trials, found = list[Trial](), dict[float, float]()
-    for lr in RATES[peer]:
+    for lr in RATES:
         trials.append(Trial(data, minutes, peer, lr, 0))
         if (line := line_of(trials[-1], lines)) is None:
             return trials

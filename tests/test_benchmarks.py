@@ -154,7 +154,7 @@ def test_peers_are_tuned_with_one_seed_and_repeated_with_fresh_ones(tmp_path, mo
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     peers = importlib.import_module("peers")
     small = {"NUM_SAMPLES": 4, "NUM_STEPS": 1, "SAMPLED_AT_ONCE": 4, "BATCH_SIZE": 2}
-    small |= {"RATES": {"diffusers": [1e-4, 1e-3]}, "TUNED_SEEDS": (1, 2)}
+    small |= {"RATES": [1e-4, 1e-3], "TUNED_SEEDS": (1, 2)}
     for name, value in small.items():
         monkeypatch.setattr(peers, name, value)
     results = tmp_path / "peers.jsonl"
@@ -168,5 +168,5 @@ def test_peers_are_tuned_with_one_seed_and_repeated_with_fresh_ones(tmp_path, mo
     assert [line["lr"] for line in fresh] == [best, best]
     assert all(line["images"] == 2 * line["steps"] > 0 for line in lines)
     table = capsys.readouterr().out
-    assert f"| faces:40 | 0.005 | diffusers, tuned ({best:g}) |" in table
+    assert f"| faces:40 | 0.005 | diffusers, rate {best:g} |" in table
     assert peers.main() == 0 and len(results.read_text().splitlines()) == 4  # nothing is missing
