@@ -108,9 +108,9 @@ def _open(path: str, config: str | None, split: str) -> tuple[Any, str]:
     builder = datasets.load_dataset_builder(local, config)
     identity = f"{local}\0{builder.config_id}\0{builder.hash}"
     if folder.is_dir():  # a README's `configs` keep the files' states out of the hash
-        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-        own = [name for name in sorted(files) if files[name].is_file() and not litter_of(name)]
-        identity += "".join(name + file_state(files[name]).decode() for name in own)
+        paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+        own = [name for name in sorted(paths) if paths[name].is_file() and not litter_of(name)]
+        identity += "".join(name + file_state(paths[name]).decode() for name in own)
     return builder.as_streaming_dataset(split=split), identity
 
 
