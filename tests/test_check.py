@@ -112,7 +112,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 BAD = {
     "cat/latin-\udce9.png": "not an image",
-    "dog/bomb.png": "decompression bomb: far too many pixels",
+    "dog/bomb.png": "decompression bomb: 20000x20000 pixels",
     "dog/cut.jpg": "truncated: the file ends early",
     "dog/empty.jpg": "empty file",
     "dog/gone.png": "dangling link: its target does not exist",

@@ -142,7 +142,7 @@ def test_a_refusal_names_only_sizes_that_a_network_has(changed):
     theirs, ours = str(caught.value).split("the new one is")
     assert "it is a U-Net of options" in theirs
     assert not any(word in theirs for word in ("width", "depth", "heads"))
-    assert ours.strip() == "a U-ViT of width 16, depth 3, heads 2"
+    assert ours.strip() == "a U-ViT of width 16, depth 3, heads 2: use --model.kind unet2d"
 
 
 def test_a_run_starts_from_anothers_average(tiny, changed, source_run, tmp_path, capsys):

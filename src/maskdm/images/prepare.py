@@ -61,8 +61,6 @@ def reason(error: Exception) -> str:
         return "dangling link: its target does not exist"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    if isinstance(error, Image.DecompressionBombError):
-        return "decompression bomb: far too many pixels"
     text = one_line(error)
     if "MAX_TEXT_" in text:
         return f"decompression bomb: texts or a profile of more than {MAX_TEXT_BYTES >> 20} MiB"
