@@ -189,6 +189,14 @@ def test_other_tools_names_of_settings_get_a_pointer(arguments, instead, capsys)
     assert instead in failure(capsys, *arguments.split())
 
 
+def test_warnings_of_the_package_are_a_line(tmp_path):
+    (tmp_path / "digits").mkdir()
+    command = [sys.executable, "-m", "maskdm", "check", "digits", "--size", "8"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    text = "maskdm: note: data.source digits is the set of that name, not the folder here: ./digits"
+    assert done.stderr.splitlines() == [f"{text} is that"]
+
+
 def test_help_shows_a_recipes_own_stages(capsys):
     assert main(["train", "celebahq256", "--help-all"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())

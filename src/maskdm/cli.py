@@ -6,6 +6,7 @@ import errno
 import functools
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ OTHER_NAMES = {
 OF_SAMPLING, SAMPLES = ("--batch-size",), ("sample", "inpaint", "evaluate")
 OF_IMAGES = ("check", "pack")  # whose flags are those of a recipe's data, without `--data.`
 OF_PLAN = ("--gpu", "--gpus", "--share", "--json")  # flags that train does not have
+_usual_format = warnings.formatwarning
 NEEDS_NO_RUN = (
     "recipes check pack plan compare report app import reproduce export push search".split()
 )
@@ -134,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"maskdm {maskdm.__version__}")
         return DONE
+    warnings.formatwarning = _formatted
     try:
         return _run(arguments[0], arguments[1:])
     except SystemExit as leaving:  # tyro has printed its help or its error
@@ -149,6 +152,19 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"maskdm: {_text(error)}", file=sys.stderr)
         return WRONG_USAGE if isinstance(error, ValueError) else FAILED
+
+
+def _formatted(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A warning as it is printed: this package's own in one line, without the place in the code."""
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+        return f"maskdm: note: {message}\n"
+    return _usual_format(message, category, filename, lineno, line)
 
 
 def _run(name: str, arguments: list[str]) -> int:
