@@ -208,6 +208,7 @@ def test_a_control_in_hours_keeps_its_length_where_the_machine_looks_slower(
     slower = with_rows(hours, lr=1e-5)
     train_until(slower, run, 6, control="dense", change=True)
     assert (saved(run).num_steps, saved(run).stages[0].lr) == (first, 1e-5)
+    assert len(saved(run).stages[0].restarts) == 1  # another rate begins with its warm-up
     with pytest.raises(ValueError, match="holds a control of equal flops: name a new folder"):
         quiet(hours, run, control="dense", control_equal="steps")
     factor[0] = 1.0

@@ -349,7 +349,7 @@ def _control(
                 f"of equal {options.control_equal}"
             )
         if asked == lengths:  # the machine may look slower now, but no other length was asked for
-            return _of_same_length(before, recipe, options)
+            return extended(before, _of_same_length(before, recipe, options), progress)
     num_train = len(training_subset(len(store), recipe.data))
     result = with_numbers(recipe, options, len(store), num_train, machine)
     if before is None or len(before.stages) != len(result.stages):
