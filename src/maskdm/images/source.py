@@ -152,7 +152,7 @@ class ListedSource(Source):
         return content.read_bytes() if isinstance(content, Path) else content
 
     def _head(self, name: str) -> bytes:
-        """How a file begins, at least `HEAD_BYTES`."""
+        """How a file begins: `HEAD_BYTES`, or more."""
         return self._bytes(name)
 
     def _is_image(self, name: str) -> bool:
