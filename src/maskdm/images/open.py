@@ -28,7 +28,7 @@ def open_source(name: str) -> Source:
 
     Raises ValueError where it does not exist or has no images.
     """
-    if (name == "digits" or is_faces(name)) and _is_folder_of_images(Path(name)):
+    if (name == "digits" or is_faces(name)) and _is_own_folder(Path(name)):
         warnings.warn(
             f"data.source {name} is the set of that name, not the folder here: ./{name} is that",
             stacklevel=2,
@@ -68,7 +68,7 @@ def refuse_inside(source: str, path: Path, flag: str) -> None:
         )
 
 
-def _is_folder_of_images(path: Path) -> bool:
+def _is_own_folder(path: Path) -> bool:
     """Whether a name is also that of a folder, other than a run's."""
     return path.is_dir() and not (path / "recipe.yaml").is_file()
 
