@@ -29,7 +29,15 @@ from maskdm.recipe_files import migrated
 HERE = Path(__file__).parent
 DOCS = [HERE.parent / "docs" / name for name in ("does-masking-pay.md", "masking-trials.md")]
 IMAGES = HERE.parent / "docs" / "images"
-COLOURS = {"dense": "#b3432b", "half": "#2b5fb3", "recipe": "#2b5fb3"}
+COLOURS = {
+    "dense": "#b3432b", "half": "#2b5fb3", "recipe": "#2b5fb3", "three-quarters": "#2f8f5b"
+}  # fmt: skip
+TITLES = {
+    "dense": "dense",
+    "half": "50 % hidden, then whole",
+    "recipe": "50 % hidden, then whole",
+    "three-quarters": "75 % hidden, then whole",
+}
 MASKED = ("half", "recipe")  # variants that are compared with `dense` over seeds
 SIDES = {  # pairs of variants in the tables of fresh seeds, by what a row calls them
     "seeds": {
@@ -47,6 +55,7 @@ BUDGETS = {  # experiments that differ only in their budget: the figures' panels
     "faces, 64 tokens": ("budget-64-5", "parts-64", "budget-64-48"),
     "faces, 256 tokens": ("budget-256-8", "budget-256-24", "budget-256-72"),
 }
+MANY_TOKENS = ("budget-1024-72", "budget-1024-216")  # the panels of a figure of their own
 Line = dict[str, Any]
 
 
@@ -287,10 +296,9 @@ def draw_rates(groups: dict[str, list[Line]], path: Path) -> None:
             same = [x for x in lines if label(x, lines) == variant and len({*x["lr"]}) == 1]
             tried = sorted((x for x in same if x["seed"] == 0), key=lambda x: x["lr"])
             rates = [x["lr"][0] for x in tried]
-            title = "dense" if variant == "dense" else "50 % hidden, then whole"
             errors = [distance(x) - x["metrics"]["frechet"]["interval"][0] for x in tried]
             axes.errorbar(rates, [*map(distance, tried)], errors, marker="o", capsize=3,
-                          color=COLOURS[variant], label=title)  # fmt: skip
+                          color=COLOURS[variant], label=TITLES[variant])  # fmt: skip
             seeds = [x for x in same if x["seed"] > 0]
             axes.plot([x["lr"][0] for x in seeds], [*map(distance, seeds)], "x",
                       color=COLOURS[variant])  # fmt: skip
@@ -305,18 +313,43 @@ def draw_rates(groups: dict[str, list[Line]], path: Path) -> None:
 
 def draw_losses(groups: dict[str, list[Line]], path: Path) -> None:
     """The loss on held-out images against FLOPs: a line for each fresh seed of either side."""
-    shown = {t: sides(lines) for t, lines in panels_of(groups).items() if all(sides(lines))}
+    shown = {
+        title: [*both[0], *both[1]]
+        for title, lines in panels_of(groups).items()
+        if all(both := sides(lines))
+    }
+    _draw_curves(shown, path)
+
+
+def draw_many_tokens(groups: dict[str, list[Line]], path: Path) -> None:
+    """The same for 1,024 tokens and two masks: all trials at the best rate of each side."""
+    shown = {
+        f"{groups[name][0]['budget'] / 1e12:g} TFLOP": [
+            line
+            for variant in ("dense", "half", "three-quarters")
+            for line in groups[name]
+            if line["variant"] == variant and line["lr"] == best_rates(groups[name], variant)
+        ]
+        for name in MANY_TOKENS
+        if name in groups
+    }
+    _draw_curves(shown, path)
+
+
+def _draw_curves(shown: dict[str, list[Line]], path: Path) -> None:
+    """Losses on held-out images against FLOPs: a panel for each title, a line for each trial."""
     if not shown:
         return
     figure, panels = _figure(len(shown))
-    for axes, (name, both) in zip(panels, shown.items(), strict=True):
-        for lines, title in zip(both, ("dense", "50 % hidden, then whole"), strict=True):
-            for i, line in enumerate(lines):
-                flops, losses = np.array(line["curve"]).T
-                axes.plot(flops / 1e12, losses, marker=".", color=COLOURS[line["variant"]],
-                          alpha=0.8, label=title if i == 0 else None)  # fmt: skip
-        losses = [loss for line in [*both[0], *both[1]] for _, loss in line["curve"]]
-        _tick(axes, losses)
+    for axes, (name, lines) in zip(panels, shown.items(), strict=True):
+        named = set[str]()
+        for line in lines:
+            flops, losses = np.array(line["curve"]).T
+            title = TITLES[line["variant"]]
+            axes.plot(flops / 1e12, losses, marker=".", color=COLOURS[line["variant"]],
+                      alpha=0.8, label=None if title in named else title)  # fmt: skip
+            named.add(title)
+        _tick(axes, [loss for line in lines for _, loss in line["curve"]])
         _dress(axes, name, "TFLOP of training")
     _save(figure, panels, "loss on held-out images", path)
 
@@ -332,12 +365,12 @@ def draw_budgets(groups: dict[str, list[Line]], path: Path) -> None:
         return
     figure, panels = _figure(len(shown))
     for axes, (title, series) in zip(panels, shown.items(), strict=True):
-        for i, name in enumerate(("dense", "50 % hidden, then whole")):
+        for i, variant in enumerate(("dense", "half")):
             side = [both[i] for both in series]
-            colour = COLOURS["half" if i else "dense"]
+            colour = COLOURS[variant]
             budgets = [lines[0]["budget"] / 1e12 for lines in side]
             means = [np.exp(np.mean([*map(math.log, map(distance, lines))])) for lines in side]
-            axes.plot(budgets, means, color=colour, label=name)
+            axes.plot(budgets, means, color=colour, label=TITLES[variant])
             for budget, lines in zip(budgets, side, strict=True):
                 values = [*map(distance, lines)]
                 axes.plot([budget] * len(lines), values, "o", ms=4, color=colour, alpha=0.6)
@@ -383,6 +416,7 @@ def main() -> None:
     draw_rates(groups, args.images / "masking-rates.png")
     draw_budgets(groups, args.images / "masking-budgets.png")
     draw_losses(groups, args.images / "masking-losses.png")
+    draw_many_tokens(groups, args.images / "masking-1024.png")
 
 
 if __name__ == "__main__":
