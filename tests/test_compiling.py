@@ -246,7 +246,7 @@ def test_auto_compiles_on_gpus_only():
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")  # torch < 2.12 would like it
+@pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")  # torch 2.11 asks for it
 def test_compiled_and_eager_agree_on_a_gpu():
     torch.manual_seed(0)
     model = UViT(64, 4, 3, 128, depth=5, num_heads=4).cuda()
