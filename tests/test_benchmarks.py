@@ -105,6 +105,8 @@ def test_the_quality_laboratory_runs_what_is_missing_and_draws_its_report(tmp_pa
     table_text = report["seeds_table"]({"one": lines + twins}, "blocks", ("U-ViT", "vit"))
     assert table_text.count("| one") == 1
     assert "| one, whole images |" in table_text and "| 1.00 (" in table_text
+    report["draw_many_tokens"]({"budget-1024-72": lines}, tmp_path / "many.png")
+    assert (tmp_path / "many.png").stat().st_size > 1000
     # FLOPs to equal loss: half way on the logarithms between measurements at 1 and 4 TFLOP.
     dense = [{"seed": seed, "flops": 8e12, "dense_loss": 0.02} for seed in (1, 2)]
     masked = [{"seed": seed, "curve": [[1e12, 0.04], [4e12, 0.01]]} for seed in (2, 1)]
