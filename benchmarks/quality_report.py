@@ -43,6 +43,16 @@ SIDES = {  # pairs of variants in the tables of fresh seeds, by what a row calls
     "seeds": {
         "": (("dense",), MASKED),
         ", `vit`": (("vit",), ("vit-half", "vit-recipe")),
+        ", batches of 16": (("dense-batch-16",), ("half-batch-16", "recipe-batch-16")),
+        ", `vit`, batches of 16": (("vit-batch-16",), ("vit-recipe-batch-16",)),
+        ", batches of 8": (("dense-batch-8",), ("half-batch-8",)),
+        ", batches of 8, three quarters": (("dense-batch-8",), ("three-quarters-batch-8",)),
+    },
+    "batches": {  # with the two batch sizes
+        ", whole images, {} and {}": (("dense",), ("dense-batch-16", "dense-batch-8")),
+        ", masked, {} and {}": (MASKED, ("half-batch-16", "recipe-batch-16", "half-batch-8")),
+        ", `vit`, whole images, {} and {}": (("vit",), ("vit-batch-16",)),
+        ", `vit`, masked, {} and {}": (("vit-recipe",), ("vit-recipe-batch-16",)),
     },
     "blocks": {
         ", whole images": (("dense",), ("vit",)),
@@ -54,6 +64,14 @@ BUDGETS = {  # experiments that differ only in their budget: the figures' panels
     "faces, 16 tokens": ("budget-16-3", "budget-16-8", "budget-16-24"),
     "faces, 64 tokens": ("budget-64-5", "parts-64", "budget-64-48"),
     "faces, 256 tokens": ("budget-256-8", "budget-256-24", "budget-256-72"),
+}
+BATCHES = {  # the panels of distance by batch: an experiment, and its two sides
+    "CIFAR-10, 64 tokens, 8 TFLOP": ("cifar-recipes", ("dense", "recipe")),
+    "the same, vit": ("cifar-recipes", ("vit", "vit-recipe")),
+    "faces, 64 tokens, 5.3 TFLOP": ("budget-64-5", ("dense", "half")),
+    "faces, 256 tokens, 8 TFLOP": ("budget-256-8", ("dense", "half", "three-quarters")),
+    "faces, 256 tokens, 24 TFLOP": ("budget-256-24", ("dense", "half")),
+    "faces, 1,024 tokens, 72 TFLOP": ("budget-1024-72", ("dense", "half", "three-quarters")),
 }
 MANY_TOKENS = ("budget-1024-72", "budget-1024-216")  # the panels of a figure of their own
 Line = dict[str, Any]
@@ -69,6 +87,11 @@ def tokens_seen(line: Line) -> float:
     recipe = Recipe(**migrated(line["recipe"]))
     tokens = math.prod(recipe.data.shape[:2]) / recipe.model.patch_size**2
     return float(line["images"] * tokens / line["num_params"])
+
+
+def batch_size(line: Line) -> int:
+    """Images in a batch of a trial's last stage."""
+    return Recipe(**migrated(line["recipe"])).stages[-1].batch_size
 
 
 def rates_text(line: Line) -> str:
@@ -207,7 +230,8 @@ def seeds_table(groups: dict[str, list[Line]], table: str, titles: tuple[str, st
                 cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
             saved = saving(one, other)
             cells.append("{:.2f} ({:.2f} to {:.2f})".format(*saved) if saved else "not reached")
-            rows.append(f"| {experiment}{name} | {tokens_seen(one[0]):.2g} | {' | '.join(cells)} |")
+            row = experiment + name.format(batch_size(one[0]), batch_size(other[0]))
+            rows.append(f"| {row} | {tokens_seen(one[0]):.2g} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -381,6 +405,48 @@ def draw_budgets(groups: dict[str, list[Line]], path: Path) -> None:
     _save(figure, panels, "Fréchet distance, lower is better", path)
 
 
+def by_batch(lines: list[Line], side: str) -> dict[int, list[Line]]:
+    """The trials of a variant and of its `-batch-N` at their best rates, by images in a batch.
+
+    Fresh seeds, or the first one where there are no others.
+    """
+    groups = {}
+    for variant in {line["variant"] for line in lines}:
+        if re.fullmatch(rf"{side}(-batch-\d+)?", variant):
+            rates = best_rates(lines, variant)
+            fresh = fresh_seeds(lines, variant) or [
+                line for line in lines if line["variant"] == variant and line["lr"] == rates
+            ]
+            groups[batch_size(fresh[0])] = fresh
+    return dict(sorted(groups.items()))
+
+
+def draw_batches(groups: dict[str, list[Line]], path: Path) -> None:
+    """Distance against the batch: the means of fresh seeds, and each seed."""
+    shown = {
+        title: [by_batch(groups[name], side) for side in both]
+        for title, (name, both) in BATCHES.items()
+        if name in groups
+    }
+    shown = {title: series for title, series in shown.items() if len(series[0]) > 1}
+    if not shown:
+        return
+    figure, panels = _figure(len(shown))
+    for axes, (title, series) in zip(panels, shown.items(), strict=True):
+        for variant, batches in zip(("dense", "half", "three-quarters"), series, strict=False):
+            means = [np.exp(np.mean([math.log(distance(x)) for x in b])) for b in batches.values()]
+            axes.plot([*batches], means, color=COLOURS[variant], label=TITLES[variant])
+            for batch, lines in batches.items():
+                axes.plot([batch] * len(lines), [*map(distance, lines)], "o", ms=4,
+                          color=COLOURS[variant], alpha=0.6)  # fmt: skip
+        axes.set_xscale("log", base=2)
+        ticks = sorted({batch for batches in series for batch in batches})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        _tick(axes, [distance(x) for batches in series for b in batches.values() for x in b])
+        _dress(axes, title, "images in a batch")
+    _save(figure, panels, "Fréchet distance, lower is better", path)
+
+
 def replace(texts: dict[Path, str], name: str, content: str) -> None:
     """Puts other content between `<!-- name -->` and `<!-- end -->`, in the page that has it.
 
@@ -408,6 +474,7 @@ def main() -> None:
     texts = {path: path.read_text("utf-8") for path in args.docs}
     replace(texts, "seeds", seeds_table(groups, "seeds", ("dense", "masked")))
     replace(texts, "blocks", seeds_table(groups, "blocks", ("U-ViT", "vit")))
+    replace(texts, "batches", seeds_table(groups, "batches", ("larger", "smaller")))
     replace(texts, "variants", variants_table(groups))
     for name, lines in groups.items():
         replace(texts, name, bracket_table(lines))
@@ -416,6 +483,7 @@ def main() -> None:
     draw_rates(groups, args.images / "masking-rates.png")
     draw_budgets(groups, args.images / "masking-budgets.png")
     draw_losses(groups, args.images / "masking-losses.png")
+    draw_batches(groups, args.images / "masking-batches.png")
     draw_many_tokens(groups, args.images / "masking-1024.png")
 
 
