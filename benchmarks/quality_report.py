@@ -57,6 +57,8 @@ SIDES = {  # pairs of variants in the tables of fresh seeds, by what a row calls
     "blocks": {
         ", whole images": (("dense",), ("vit",)),
         ", masked": (MASKED, ("vit-half", "vit-recipe")),
+        ", whole images, batches of 16": (("dense-batch-16",), ("vit-batch-16",)),
+        ", masked, batches of 16": (("recipe-batch-16",), ("vit-recipe-batch-16",)),
     },
 }
 BUDGETS = {  # experiments that differ only in their budget: the figures' panels
@@ -67,7 +69,7 @@ BUDGETS = {  # experiments that differ only in their budget: the figures' panels
 }
 BATCHES = {  # the panels of distance by batch: an experiment, and its two sides
     "CIFAR-10, 64 tokens, 8 TFLOP": ("cifar-recipes", ("dense", "recipe")),
-    "the same, vit": ("cifar-recipes", ("vit", "vit-recipe")),
+    "CIFAR-10, 8 TFLOP, today's blocks": ("cifar-recipes", ("vit", "vit-recipe")),
     "faces, 64 tokens, 5.3 TFLOP": ("budget-64-5", ("dense", "half")),
     "faces, 256 tokens, 8 TFLOP": ("budget-256-8", ("dense", "half", "three-quarters")),
     "faces, 256 tokens, 24 TFLOP": ("budget-256-24", ("dense", "half")),

@@ -87,7 +87,7 @@ def test_the_quality_laboratory_runs_what_is_missing_and_draws_its_report(tmp_pa
     for line in lines:
         assert line["flops"] == pytest.approx(2e8, rel=0.05) and line["metrics"]["frechet"]
     assert run("quality.py", str(table), *flags) == ""  # nothing is missing
-    pages = {"page.md": ("seeds", "blocks"), "trials.md": ("variants", "budget-16-3")}
+    pages = {"page.md": ("seeds", "blocks", "batches"), "trials.md": ("variants", "budget-16-3")}
     for file, names in pages.items():
         places = "".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in names)
         (tmp_path / file).write_text(places)
@@ -105,6 +105,29 @@ def test_the_quality_laboratory_runs_what_is_missing_and_draws_its_report(tmp_pa
     table_text = report["seeds_table"]({"one": lines + twins}, "blocks", ("U-ViT", "vit"))
     assert table_text.count("| one") == 1
     assert "| one, whole images |" in table_text and "| 1.00 (" in table_text
+    # The same trials in batches of 2, and a single one, of the first seed, in batches of 4.
+    stages = {batch: [{**lines[0]["recipe"]["stages"][0], "batch_size": batch}] for batch in (2, 4)}
+    small = {
+        batch: [
+            {**line, "variant": f"dense-batch-{batch}", "recipe": {**line["recipe"], "stages": one}}
+            for line in lines
+            if line["variant"] == "dense" and (batch == 2 or line["seed"] == 0)
+        ]
+        for batch, one in stages.items()
+    }
+    every = lines + small[2] + small[4]
+    batches = report["by_batch"](every, "dense")
+    assert {batch: [line["seed"] for line in one] for batch, one in batches.items()} == {
+        2: [1, 2],
+        4: [0],
+        8: [1, 2],
+    }
+    assert [*report["by_batch"](every, "half")] == [8]
+    report["draw_batches"]({"budget-64-5": every}, tmp_path / "batches.png")
+    assert (tmp_path / "batches.png").stat().st_size > 1000
+    report["SIDES"]["batches"] = {", whole, {} and {}": (("dense",), ("dense-batch-2",))}
+    table_text = report["seeds_table"]({"one": every}, "batches", ("larger", "smaller"))
+    assert "| one, whole, 8 and 2 |" in table_text and "| 1.00 (" in table_text
     report["draw_many_tokens"]({"budget-1024-72": lines}, tmp_path / "many.png")
     assert (tmp_path / "many.png").stat().st_size > 1000
     # FLOPs to equal loss: half way on the logarithms between measurements at 1 and 4 TFLOP.
