@@ -113,7 +113,7 @@ def test_measured_evaluations_are_those_that_a_look_takes(tiny, changed, tmp_pat
     """The count of network evaluations of a measurement equals what is really computed."""
     recipe = changed(
         data={"source": "digits", "channels": 1, "held_out": 30},
-        evaluation={"quick_num": 20, "num_components": 4},
+        evaluation={"quick_num": 20, "quick_loss_num": 40, "num_components": 4},
         evaluate_every=100,
         num_previews=0,
     )
@@ -174,6 +174,33 @@ def test_budgets_that_cannot_be_are_refused_in_a_line(shared, tmp_path, budget, 
     with pytest.raises(ValueError, match=message):
         quiet(shared(flops=1e9), tmp_path / "run", **budget)
     assert not (tmp_path / "run").exists()
+
+
+class Laptop:
+    """Two CPU cores, with the smallest model of `photos32`."""
+
+    def speed(self, recipe: Recipe) -> Speed:
+        return Speed((0.14, 0.21), 0.0011)
+
+
+def test_a_short_run_measures_losses_on_fewer_images():
+    """As many as take a twentieth of the training, within limits; so two minutes are enough."""
+    photos = load_recipe("photos32").model_dump()
+    photos["model"] |= {"size": None, "num_classes": 0, "embed_dim": 96, "depth": 5, "num_heads": 4}
+    short, middle, long = (
+        budget.with_steps(
+            Recipe(**photos | {"budget": {"hours": minutes / 60}}), 50_000, 47_500, Laptop()
+        )
+        for minutes in (2, 10, 60)
+    )
+    num = middle.evaluation.quick_loss_num
+    assert short.evaluation.quick_loss_num == 32 < num < long.evaluation.quick_loss_num == 256
+    model = build_model(middle)
+    looks = len(budget.set_points(middle, middle.evaluate_every))
+    flops = looks * num * 2 * 10 * model.forward_flops(64)  # held out and trained on, at ten times
+    assert 0.045 < flops / total_flops(middle, stage_work(middle, model)) <= 0.05
+    # A run that goes on keeps its number.
+    assert Recipe(**photos).evaluation.planned_as(middle.evaluation).quick_loss_num == num
 
 
 def test_a_budget_that_looking_would_use_up_names_what_to_leave_out(shared):

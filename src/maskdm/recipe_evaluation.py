@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from maskdm.choices import helped
 from maskdm.metrics import METRICS, MetricName
-from maskdm.settings import Settings
+from maskdm.settings import Settings, changed
 from maskdm.words import suggestion
 
 SIZES = {"dinov2": "vit-s-14 vit-b-14 vit-l-14 vit-g-14", "clip": "vit-b-32 vit-b-16 vit-l-14"}
@@ -32,6 +32,9 @@ class Evaluation(Settings):
     quick_num: Annotated[int, Field(ge=0)] | Literal["auto"] = 1000
     """Images to generate for each measurement in training; 0 = only losses are measured there; auto
     = up to 1000, as many as take a twentieth of the training's compute."""
+    quick_loss_num: Annotated[int, Field(gt=0)] | Literal["auto"] = 256
+    """Images whose loss is measured in training, at most: so many held-out ones, and as many of
+    those trained on; auto = 32 to 256, as many as take a twentieth of the training's compute."""
     metrics: tuple[MetricName, ...] = Field(
         (),
         description=helped(
@@ -68,6 +71,24 @@ class Evaluation(Settings):
         """`quick_num` of a planned recipe."""
         assert self.quick_num != "auto"
         return self.quick_num
+
+    @property
+    def losses_in_training(self) -> int:
+        """`quick_loss_num` of a planned recipe."""
+        assert self.quick_loss_num != "auto"
+        return self.quick_loss_num
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether no number is `auto`."""
+        return not self._open()
+
+    def planned_as(self, other: Evaluation) -> Evaluation:
+        """With the other's numbers where these are `auto`."""
+        return changed(self, **{name: getattr(other, name) for name in self._open()})
+
+    def _open(self) -> list[str]:
+        return [name for name in ("quick_num", "quick_loss_num") if getattr(self, name) == "auto"]
 
     @field_validator("quick_num")
     @classmethod

@@ -24,7 +24,6 @@ from maskdm.sampling.generate import generate_on_all_ranks, labels_in_shares
 from maskdm.seeds import derive_seed
 from maskdm.settings import changed
 
-MOST_IMAGES = 256  # on which a loss is measured
 MIN_REFERENCE = 20  # real images below which a distance says nothing: only losses are measured
 MOST_REFERENCE = 10_000  # real images that samples are compared with
 READ = 512  # images read from the store at a time
@@ -34,7 +33,7 @@ SEED = 0  # names the samples: the previews are the first of them, but for their
 def evaluations_of_look(recipe: Recipe, num_images: int) -> int:
     """Network evaluations of a whole image that a look takes, for so many images of the source."""
     losses = NUM_BUCKETS * sum(
-        min(MOST_IMAGES, num)
+        min(recipe.evaluation.losses_in_training, num)
         for num in (
             num_held_out(num_images, recipe.data),
             len(training_subset(num_images, recipe.data)),
@@ -65,8 +64,9 @@ class QuickLook:
             self._settings = changed(self._settings, features="pca")
         self._labels = store.labels if recipe.model.classes else None
         num = len(store)
-        self._held_out = first_for_losses(held_out_subset(num, recipe.data), num)
-        self._trained_on = first_for_losses(training_subset(num, recipe.data), num)
+        most = recipe.evaluation.losses_in_training
+        self._held_out = first_for_losses(held_out_subset(num, recipe.data), num, most)
+        self._trained_on = first_for_losses(training_subset(num, recipe.data), num, most)
         self._reference: ReferenceFeatures | None = None  # computed when first needed
         if self._num:
             try:
@@ -136,10 +136,10 @@ def _measured(compared: Compared) -> dict[str, Any]:
     return columns
 
 
-def first_for_losses(subset: np.ndarray, num_images: int) -> np.ndarray:
-    """The first of a subset in a fixed order of all images: int64, at most MOST_IMAGES."""
+def first_for_losses(subset: np.ndarray, num_images: int, most: int) -> np.ndarray:
+    """The first of a subset in a fixed order of all images: int64, at most so many."""
     order = np.random.default_rng(derive_seed(SEED, "quick-losses")).permutation(num_images)
-    chosen: np.ndarray = order[np.isin(order, subset)][:MOST_IMAGES]
+    chosen: np.ndarray = order[np.isin(order, subset)][:most]
     return chosen
 
 

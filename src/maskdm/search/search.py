@@ -27,7 +27,7 @@ from maskdm.search.halving import Job, Outcome, Plan, Trial, Verdict, plan_text,
 from maskdm.search.local import LocalTrainer
 from maskdm.search.space import PROXIES, How, Schedule, Space
 from maskdm.settings import changed
-from maskdm.training.budget import FEWEST_SAMPLES, MOST_ON_SAMPLES
+from maskdm.training.budget import FEWEST_SAMPLES, MOST_LOSSES, MOST_ON_MEASURING
 from maskdm.training.planning import RunOptions, ThisMachine, planned
 from maskdm.training.start import open_images, refuse_recipe
 from maskdm.training.work import stage_work, total_flops
@@ -121,7 +121,7 @@ def search(
     refuse_recipe(recipe, folder, 1)
     store = open_images(recipe, accelerator, True)
     machine = ThisMachine(accelerator, say)
-    base = _with_held_out(_planned(recipe, folder, store, machine), say)
+    base = _with_held_out(_planned(_with_most_losses(recipe), folder, store, machine), say)
     model = build_model(base)
     if flops is None:
         assert hours is not None
@@ -314,6 +314,13 @@ def _with_held_out(base: Recipe, say: Callable[[str], None]) -> Recipe:
     return changed(base, data=changed(base.data, held_out=HELD_OUT), budget=Budget())
 
 
+def _with_most_losses(recipe: Recipe) -> Recipe:
+    """The recipe with the loss, which orders trials, on as many images as `auto` can be."""
+    if recipe.evaluation.quick_loss_num != "auto":
+        return recipe
+    return changed(recipe, evaluation=changed(recipe.evaluation, quick_loss_num=MOST_LOSSES))
+
+
 def _with_quick_num(base: Recipe, plan: Plan, model: Backbone) -> Recipe:
     """The recipe with samples for each trial: a twentieth of the shortest one's FLOPs, or none.
 
@@ -324,7 +331,7 @@ def _with_quick_num(base: Recipe, plan: Plan, model: Backbone) -> Recipe:
             return base
         raise ValueError(f"--how.proxy {plan.how.proxy} needs samples: --evaluation.quick-num 1000")
     one = model.forward_flops(model.num_patches) * base.preview_steps
-    num = min(int(MOST_ON_SAMPLES * plan.lengths[0] / one), base.evaluation.num_in_training)
+    num = min(int(MOST_ON_MEASURING * plan.lengths[0] / one), base.evaluation.num_in_training)
     num = num if num >= FEWEST_SAMPLES else 0
     return changed(base, evaluation=changed(base.evaluation, quick_num=num))
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+from maskdm.evaluation.dense_loss import NUM_BUCKETS
 from maskdm.evaluation.quick import evaluations_of_look
 from maskdm.models.build import weightless_model
 from maskdm.recipe import Budget, Recipe
+from maskdm.recipe_evaluation import Evaluation
 from maskdm.runs.checkpoint import Progress
 from maskdm.settings import changed
 from maskdm.training.speed import Machine, Speed
 from maskdm.training.work import StageWork, stage_work, total_flops
 from maskdm.words import about, counted, flops_text
 
-MOST_ON_SAMPLES = 0.05  # part of a run's FLOPs that measuring samples in it may cost (auto)
+MOST_ON_MEASURING = 0.05  # part of a run's FLOPs that samples, or losses, in it may cost (auto)
 FEWEST_SAMPLES, MOST_SAMPLES = 100, 1000  # for a measurement that says something (auto)
+FEWEST_LOSSES, MOST_LOSSES = 32, 256  # images whose losses tell one model from another (auto)
 MOST_BESIDES = 0.5  # part of a budget that may go to what is not its stages' training
 LESS_LOOKING = "or do without some: --evaluate-every 0 --num-previews 0"
 FEWEST_STEPS = 10  # of a stage
@@ -107,7 +110,7 @@ def with_steps(
     """
     works = stage_work(recipe, weightless_model(recipe))
     if recipe.is_planned and not (rescale and recipe.budget.is_set):
-        return _with_quick_num(changed(recipe, budget=Budget()), works)
+        return _with_quick_nums(changed(recipe, budget=Budget()), works)
     budget = recipe.budget
     speed = machine.speed(recipe) if budget.hours else None
     wanted = _amount(budget, num_train)
@@ -227,25 +230,29 @@ def _of_flops(recipe: Recipe, works: list[StageWork], flops: float) -> Recipe:
     """The recipe with FLOPs for those of its stages whose length is free."""
     if recipe.is_planned:
         planned = scaled(recipe, flops / total_flops(recipe, works))
-        return _with_quick_num(changed(planned, budget=recipe.budget), works)
+        return _with_quick_nums(changed(planned, budget=recipe.budget), works)
     parts = _parts(recipe, works)
     stages = [
         stage.model_dump()
         | {"steps": stage.steps or max(1, round(flops * part / sum(parts) / work.step_flops))}
         for stage, part, work in zip(recipe.stages, parts, works, strict=True)
     ]
-    return _with_quick_num(changed(recipe, stages=stages), works)
+    return _with_quick_nums(changed(recipe, stages=stages), works)
 
 
-def _with_quick_num(recipe: Recipe, works: list[StageWork]) -> Recipe:
-    """The recipe with a number of samples to measure in training, where it is `auto`."""
-    if recipe.evaluation.quick_num != "auto":
+def _with_quick_nums(recipe: Recipe, works: list[StageWork]) -> Recipe:
+    """The recipe with numbers of what is measured in training, where they are `auto`."""
+    if recipe.evaluation.is_planned:
         return recipe
     times = len(set_points(recipe, recipe.evaluate_every)) or 1
-    one = weightless_model(recipe).forward_flops(works[-1].num_patches) * recipe.preview_steps
-    num = int(MOST_ON_SAMPLES * total_flops(recipe, works) / (times * one))
-    num = min(num, MOST_SAMPLES) if num >= FEWEST_SAMPLES else 0
-    return changed(recipe, evaluation=changed(recipe.evaluation, quick_num=num))
+    forward = weightless_model(recipe).forward_flops(works[-1].num_patches)
+    evaluations = MOST_ON_MEASURING * total_flops(recipe, works) / (times * forward)
+    samples = int(evaluations / recipe.preview_steps)
+    samples = min(samples, MOST_SAMPLES) if samples >= FEWEST_SAMPLES else 0
+    losses = int(evaluations / (2 * NUM_BUCKETS))  # of images held out, and trained on
+    losses = min(max(losses, FEWEST_LOSSES), MOST_LOSSES)
+    numbers = Evaluation(quick_num=samples, quick_loss_num=losses)
+    return changed(recipe, evaluation=recipe.evaluation.planned_as(numbers))
 
 
 def _text(budget: Budget, amount: float) -> str:

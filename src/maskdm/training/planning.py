@@ -364,9 +364,7 @@ def _of_same_length(before: Recipe, recipe: Recipe, options: RunOptions) -> Reci
     for row in stages:  # its steps tell nothing here, but a warm-up must fit
         row["steps"] = row["steps"] or before.num_steps + draft.num_steps
         row["warmup"] = 0
-    evaluation = draft.evaluation.model_dump()
-    if evaluation["quick_num"] == "auto":
-        evaluation["quick_num"] = before.evaluation.quick_num
+    evaluation = draft.evaluation.planned_as(before.evaluation)
     control = CONTROLS[options.control](
         changed(draft, stages=stages, evaluation=evaluation), "steps"
     )
@@ -456,11 +454,9 @@ def _with_numbers_of(
         given = {name for name, value in lengths_of(draft).items() if lengths.get(name) != value}
     draft = scaled(draft, options.shrink) if options.shrink != 1 else draft
     draft = _with_size_of(before, settled(draft, progress))
-    model, evaluation = draft.model, draft.evaluation
+    model, evaluation = draft.model, draft.evaluation.planned_as(before.evaluation)
     if model.num_classes == "auto":
         model = changed(model, num_classes=before.model.num_classes)
-    if evaluation.quick_num == "auto":
-        evaluation = changed(evaluation, quick_num=before.evaluation.quick_num)
     is_own = [stage.steps for stage in draft.stages] == [stage.steps for stage in before.stages]
     scales = options.budget.is_set and not is_own and (draft.is_planned or lengths is not None)
     stages = [stage.model_dump() for stage in draft.stages]

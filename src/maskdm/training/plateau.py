@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maskdm.evaluation.dense_loss import NUM_BUCKETS
-from maskdm.evaluation.quick import MOST_IMAGES
 from maskdm.images.order import num_held_out
 from maskdm.models.backbone import Backbone
 from maskdm.models.build import weightless_model
 from maskdm.recipe import Recipe
 from maskdm.training.work import StageWork, stage_work
 
+PROBED_IMAGES = 256  # held-out ones, at most, on which forks are compared
 POINTS = 5  # a stage is probed at every fifth of its steps
 FORK_PART = 200  # half a fork takes half a percent of the stage's FLOPs,
 FEWEST_STEPS = 10  # but so many steps of the next stage at least
@@ -55,7 +55,7 @@ def forks_of(
     following = max(FEWEST_STEPS, round(part / after.step_flops))
     masked = max(1, round(following * after.step_flops / own.step_flops))
     whole = following + round(masked * own.step_flops / after.step_flops)
-    num = min(MOST_IMAGES, num_held_out(num_images, recipe.data))
+    num = min(PROBED_IMAGES, num_held_out(num_images, recipe.data))
     measuring = 2 * num * NUM_BUCKETS * model.forward_flops(model.num_patches)
     training = masked * own.step_flops + (following + whole) * after.step_flops
     fifths = (round(stage.steps * i / POINTS) for i in range(1, POINTS))

@@ -38,7 +38,7 @@ from maskdm.settings import changed
 from maskdm.training.ema import Averages, decay_of, make_average, update_average
 from maskdm.training.monitor import Monitor
 from maskdm.training.optim import enter_stage, learning_rate
-from maskdm.training.plateau import Forks, forks_of
+from maskdm.training.plateau import PROBED_IMAGES, Forks, forks_of
 from maskdm.training.ready import Ready, make_ready
 from maskdm.training.step import draw_batch
 from maskdm.training.stop import StopRequest, agreed
@@ -88,7 +88,7 @@ class Probe:
         self._model, self._wrapped, self._stepper = model, wrapped, stepper
         self._stop = stop
         num = len(store)
-        self._held_out = first_for_losses(held_out_subset(num, recipe.data), num)
+        self._held_out = first_for_losses(held_out_subset(num, recipe.data), num, PROBED_IMAGES)
         self._labels = store.labels if recipe.model.classes else None
 
     def is_next(self, recipe: Recipe, progress: Progress) -> bool:
