@@ -448,7 +448,8 @@ def test_a_target_that_the_baseline_misses_gives_costs_without_ratios():
 
 
 def test_qualities_that_are_not_comparable_are_refused_with_what_differs(tmp_path, capsys):
-    base = trained(tmp_path, "base", line(1, 5.0, dense_loss=0.1), line(2, 4.0, dense_loss=0.1))
+    losses = {"dense_loss": 0.1, "dense_loss_num": 256}
+    base = trained(tmp_path, "base", line(1, 5.0, **losses), line(2, 4.0, **losses))
 
     def refused(name: str, *lines: dict[str, Any], y: str = "sliced", **settings: Any) -> str:
         run = trained(tmp_path, name, *lines, **settings)
@@ -468,6 +469,10 @@ def test_qualities_that_are_not_comparable_are_refused_with_what_differs(tmp_pat
     with_loss = line(1, 5.0, dense_loss=0.1)
     assert "last stage's noise schedule cosine (base), linear (schedule)" in refused(
         "schedule", with_loss, y="dense_loss", **linear
+    )
+    fewer = line(1, 5.0, dense_loss=0.1, dense_loss_num=32)
+    assert "differ in dense_loss_num 256 (base), 32 (fewer)" in refused(
+        "fewer", fewer, y="dense_loss"
     )
     subset = {"data": {**tiny_settings()["data"], "subset_seed": 3}}
     assert "differ in data.subset_seed 0 (base), 3 (part)" in refused(

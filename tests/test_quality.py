@@ -254,6 +254,7 @@ def test_set_points_leave_lines_of_all_that_was_measured(unbroken):
         assert line["dense_loss"] == pytest.approx(line["dense_loss_train"], rel=0.5)
         assert line["sliced"] > 0 and "kid" not in line  # not of pixels
         assert line["num"] == 8 and line["features"] == "pca"
+        assert line["dense_loss_num"] == 7
         assert len(line["features_sha256"]) == 64
     # Checkpoints are at set points too (4, 8), the last two of all and stages' ends are kept.
     names = sorted(path.name[-2:] for path in (unbroken / "checkpoints").glob("step-*"))

@@ -246,16 +246,15 @@ def _foreign_stages(facts: Facts) -> list[str]:
 def _properties(run: str, lines: Sequence[Line], facts: Facts, y: str) -> dict[str, Any]:
     """What must be equal for a quality to be comparable between runs, as far as is known."""
     known: dict[str, Any] = {"images (SHA-256)": facts.images_sha256}
-    if not _is_loss(y):
-        for name in ("features", "features_sha256", "num"):
-            values = {line.get(name) for line in lines} - {None}
-            if len(values) > 1:
-                raise ValueError(
-                    f"{run}: {y} was measured in several ways that are not comparable ({name} "
-                    f"{', '.join(sorted(map(str, values)))})"
-                )
-            known[name] = next(iter(values), None)
-    elif facts.recipe is not None:
+    for name in (f"{y}_num",) if _is_loss(y) else ("features", "features_sha256", "num"):
+        values = {line.get(name) for line in lines} - {None}
+        if len(values) > 1:
+            raise ValueError(
+                f"{run}: {y} was measured in several ways that are not comparable ({name} "
+                f"{', '.join(sorted(map(str, values)))})"
+            )
+        known[name] = next(iter(values), None)
+    if _is_loss(y) and facts.recipe is not None:
         known["data.held_out"] = facts.recipe["data"].get("held_out")
         known["data.subset_seed"] = facts.recipe["data"]["subset_seed"]
         known["last stage's noise schedule"] = list(_schedules(facts).values())[-1]
