@@ -176,6 +176,36 @@ def test_budgets_that_cannot_be_are_refused_in_a_line(shared, tmp_path, budget, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("images", "batch"), [(64_000, 64), (63_000, 32), (9_000, 8), (2_000, 8)])
+def test_a_short_run_has_smaller_batches_and_so_a_thousand_steps(shared, images, batch):
+    settings = shared(images=images).model_dump()
+    settings["stages"] = [
+        stage | {"batch_size": 64, "smallest_batch": 8} for stage in settings["stages"]
+    ]
+    planned = budget.with_steps(Recipe(**settings), 1797, 1697, FixedSpeed())
+    assert [stage.batch_size for stage in planned.stages] == [batch, batch]
+    assert planned.num_steps * batch == pytest.approx(images, abs=batch)
+    assert planned.num_steps >= 999 or batch == 8
+    settings["stages"][1] |= {"smallest_batch": None}
+    planned = budget.with_steps(Recipe(**settings), 1797, 1697, FixedSpeed())
+    assert [stage.batch_size for stage in planned.stages] == [batch, 64]
+
+
+def test_a_run_in_small_batches_goes_on_in_them_and_so_does_its_control(shared, tmp_path):
+    settings = shared(images=480).model_dump()
+    settings["stages"] = [
+        stage | {"batch_size": 8, "smallest_batch": 4} for stage in settings["stages"]
+    ]
+    recipe, run = Recipe(**settings), tmp_path / "run"
+    for control, folder in (("none", run), ("dense", tmp_path / "run-dense")):
+        for _ in range(2):  # the second time the same command goes on
+            quiet(recipe, folder, control=control)
+            assert {stage.batch_size for stage in saved(folder).stages} == {4}
+        quiet(recipe, folder, control=control, images=1600)  # enough for batches of 8
+        assert {stage.batch_size for stage in saved(folder).stages} == {4}
+        assert metrics(folder)[-1]["images"] == pytest.approx(1600, rel=0.3)
+
+
 class Laptop:
     """Two CPU cores, with the smallest model of `photos32`."""
 

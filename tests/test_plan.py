@@ -205,6 +205,23 @@ def test_small_steps_on_a_gpu_take_as_long_as_their_launches(capsys):
     assert ms["large"] == pytest.approx(1000 * 1024 * 35.454e9 / (0.3 * 989e12), rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("flags", "batch"),
+    [
+        ("", 8),
+        ("--stages.all.batch-size 64", 64),
+        ("--stages.all.batch-size=64", 64),
+        ("--stages.all.smallest-batch 32", 32),
+        ("--stages.all.batch-size 64 --stages.all.smallest-batch 16", 16),
+    ],
+)
+def test_a_budget_of_few_steps_leaves_a_batch_that_is_given_as_it_is(capsys, flags, batch):
+    short = "photos32 --data.source faces:2000@32 --gpu h100 --images 6400"
+    plan = plan_in_json(capsys, *short.split(), *flags.split())
+    assert {stage["images"] / stage["steps"] for stage in plan["costs"]["stages"]} == {batch}
+    assert plan["costs"]["stages"][0]["images"] < 6400
+
+
 def test_a_gpus_hours_choose_a_model_that_its_steps_can_teach(capsys):
     """100 tokens a parameter: in steps that launches bound, larger models see no more of them."""
     many = ["photos32", "--data.source", "faces:50000@32", "--gpu", "h100", "--hours", "1"]

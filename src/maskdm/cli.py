@@ -182,7 +182,7 @@ def _run(name: str, arguments: list[str]) -> int:
         command = functools.partial(command, settings=recipe)
         if name == "plan":
             command = functools.partial(command, training=_for_training(arguments))
-        arguments = _for_all_stages(arguments, len(recipe.stages))
+        arguments = _keeping_batches(_for_all_stages(arguments, len(recipe.stages)))
     elif name not in NEEDS_NO_RUN:
         command = functools.partial(command, settings=_named_run(name, arguments))
     with unchecked():
@@ -242,6 +242,14 @@ def _for_all_stages(arguments: list[str], num_stages: int) -> list[str]:
         for number in range(num_stages if flag.startswith("--stages.all.") else 1):
             written += [flag.replace("--stages.all.", f"--stages.{number}.", 1), *values]
     return written
+
+
+def _keeping_batches(arguments: list[str]) -> list[str]:
+    """Arguments that also say, of each stage's batch that they give, that a budget leaves it so."""
+    flags = [group[0].split("=")[0].replace("_", "-") for group in _flags(arguments)]
+    smallest = [flag.replace(".batch-size", ".smallest-batch") for flag in flags
+                if flag.startswith("--stages.") and flag.endswith(".batch-size")]  # fmt: skip
+    return arguments + [one for flag in smallest if flag not in flags for one in (flag, "None")]
 
 
 def _for_training(arguments: list[str]) -> tuple[str, ...]:

@@ -196,6 +196,8 @@ class Stage(Settings):
     """FLOPs that such forks have taken; written at the stage's end."""
     batch_size: int = Field(gt=0)
     """Images per optimizer step, over all devices."""
+    smallest_batch: Annotated[int, Field(gt=0)] | None = None
+    """How far a budget of fewer than 1,000 steps may halve batch_size; None = not at all."""
     micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
     """Images per device at a time; gradients accumulate to the same step. None = all; auto = as
     many as fit in the GPU's memory."""

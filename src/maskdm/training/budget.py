@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 from maskdm.evaluation.dense_loss import NUM_BUCKETS
 from maskdm.evaluation.quick import evaluations_of_look
 from maskdm.models.build import weightless_model
-from maskdm.recipe import Budget, Recipe
+from maskdm.recipe import Budget, Recipe, Stage
 from maskdm.recipe_evaluation import Evaluation
 from maskdm.runs.checkpoint import Progress
 from maskdm.settings import changed
@@ -22,6 +23,7 @@ FEWEST_LOSSES, MOST_LOSSES = 32, 256  # images whose losses tell one model from 
 MOST_BESIDES = 0.5  # part of a budget that may go to what is not its stages' training
 LESS_LOOKING = "or do without some: --evaluate-every 0 --num-previews 0"
 FEWEST_STEPS = 10  # of a stage
+ENOUGH_STEPS = 1000  # of a run: with fewer, smaller batches help (docs/does-masking-pay.md)
 MANY_IMAGES = 100_000  # stand for an unknown number: more than a measurement takes
 INTERVALS = ("log_every", "checkpoint_every", "keep_every", "preview_every", "evaluate_every")
 LENGTHS_OF_STAGE = ("steps", "warmup", "ema.decay")
@@ -100,7 +102,8 @@ def with_steps(
     """A recipe whose stages have as many steps as its budget allows. To be called on every rank.
 
     Stages without steps divide what the others leave by their shares of the FLOPs. Where all have
-    steps, they are kept, and the budget is dropped; with `rescale`, all are scaled to it.
+    steps, they are kept, and the budget is dropped; with `rescale`, all are scaled to it. Where it
+    pays for few steps, batches are smaller, as far as they may be (`smallest_batch`).
 
     Args:
         num_images: of the source; `num_train` of them are trained on.
@@ -108,9 +111,44 @@ def with_steps(
 
     Raises ValueError for a budget that is too small.
     """
-    works = stage_work(recipe, weightless_model(recipe))
     if recipe.is_planned and not (rescale and recipe.budget.is_set):
-        return _with_quick_nums(changed(recipe, budget=Budget()), works)
+        works = stage_work(recipe, weightless_model(recipe))
+        fixed = with_smaller_batches(recipe, 0)
+        return _with_quick_nums(changed(fixed, budget=Budget()), works)
+    planned = _of_budget(with_smaller_batches(recipe, 0), num_images, num_train, machine)
+    smaller = with_smaller_batches(recipe, math.ceil(math.log2(ENOUGH_STEPS / planned.num_steps)))
+    if smaller.stages != with_smaller_batches(recipe, 0).stages:
+        planned = _of_budget(smaller, num_images, num_train, machine)
+    for i, (stage, asked) in enumerate(zip(planned.stages, recipe.stages, strict=True)):
+        if _is_free(recipe, asked) and stage.steps < FEWEST_STEPS:
+            raise ValueError(
+                f"the budget leaves {counted(stage.steps, 'step')} of "
+                f"{counted(stage.batch_size, 'image')} for stage {stage.name}: give more, or lower "
+                f"--stages.{i}.batch-size"
+            )
+    return planned
+
+
+def _is_free(recipe: Recipe, stage: Stage) -> bool:
+    """Whether a budget decides a stage's length: it has no steps, or all have and are scaled."""
+    return not stage.steps or recipe.is_planned
+
+
+def with_smaller_batches(recipe: Recipe, halvings: int) -> Recipe:
+    """The recipe with batches halved so often, where they may be so small; from then on fixed."""
+    stages = []
+    for stage in recipe.stages:
+        batch, smallest = stage.batch_size, stage.smallest_batch
+        if smallest and _is_free(recipe, stage):
+            for _ in range(halvings):
+                batch = batch // 2 if batch % 2 == 0 and batch // 2 >= smallest else batch
+        stages.append({**stage.model_dump(), "batch_size": batch, "smallest_batch": None})
+    return changed(recipe, stages=stages)
+
+
+def _of_budget(recipe: Recipe, num_images: int, num_train: int, machine: Machine) -> Recipe:
+    """The recipe with as many steps as its budget allows, few as they may be."""
+    works = stage_work(recipe, weightless_model(recipe))
     budget = recipe.budget
     speed = machine.speed(recipe) if budget.hours else None
     wanted = _amount(budget, num_train)
@@ -131,12 +169,6 @@ def with_steps(
             if speed is not None:
                 fixed, way_out = "previews, measuring, and " + fixed, LESS_LOOKING
             raise _too_small(budget, wanted, apart, fixed, way_out)
-    for i, stage in enumerate(planned.stages):
-        if parts[i] and stage.steps < FEWEST_STEPS:
-            raise ValueError(
-                f"the budget leaves {counted(stage.steps, 'step')} of {_text(budget, prices[i])} "
-                f"for stage {stage.name}: give more, or lower --stages.{i}.batch-size"
-            )
     return planned
 
 

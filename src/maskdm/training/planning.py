@@ -425,7 +425,17 @@ def _extra(options: RunOptions, before: Budget, run_dir: Path) -> tuple[Budget, 
 
 
 def _with_size_of(before: Recipe, draft: Recipe) -> Recipe:
-    """A draft with the run's model where its size is `auto`; any other size is its own."""
+    """A draft with the run's batches where they may be smaller, and its model where size is `auto`.
+
+    Any other size is the draft's own.
+    """
+    stages = []
+    for i, stage in enumerate(draft.stages):
+        had = before.stages[min(i, len(before.stages) - 1)].batch_size  # a control has fewer stages
+        may_be = stage.smallest_batch and stage.smallest_batch <= had <= stage.batch_size
+        batch = had if may_be else stage.batch_size
+        stages.append({**stage.model_dump(), "batch_size": batch, "smallest_batch": None})
+    draft = changed(draft, stages=stages)
     if draft.model.size is None:
         return draft
     if draft.model.size != "auto":
