@@ -416,7 +416,8 @@ def test_rank_correlation_is_spearmans():
     )
 
 
-def test_what_cannot_be_searched_is_refused(tmp_path, capsys):
+def test_what_cannot_be_searched_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     fake = Fake(base_recipe())
     with pytest.raises(ValueError, match="budget of .* is too small: .* steps for a stage"):
         begin(tmp_path / "small", fake, budget=0.01)
