@@ -191,7 +191,10 @@ def test_a_short_run_has_smaller_batches_and_so_a_thousand_steps(shared, images,
     assert [stage.batch_size for stage in planned.stages] == [batch, 64]
 
 
-def test_a_run_in_small_batches_goes_on_in_them_and_so_does_its_control(shared, tmp_path):
+def test_a_run_in_small_batches_goes_on_in_them_and_so_does_its_control(
+    shared, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(budget, "ENOUGH_STEPS", 100)
     settings = shared(images=480).model_dump()
     settings["stages"] = [
         stage | {"batch_size": 8, "smallest_batch": 4} for stage in settings["stages"]
@@ -201,7 +204,7 @@ def test_a_run_in_small_batches_goes_on_in_them_and_so_does_its_control(shared, 
         for _ in range(2):  # the second time the same command goes on
             quiet(recipe, folder, control=control)
             assert {stage.batch_size for stage in saved(folder).stages} == {4}
-        quiet(recipe, folder, control=control, images=1600)  # enough for batches of 8
+        quiet(recipe, folder, control=control, images=1600)  # 200 steps of 8
         assert {stage.batch_size for stage in saved(folder).stages} == {4}
         assert metrics(folder)[-1]["images"] == pytest.approx(1600, rel=0.3)
 

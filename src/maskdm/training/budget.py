@@ -111,13 +111,13 @@ def with_steps(
 
     Raises ValueError for a budget that is too small.
     """
+    usual = _with_batches(recipe, 0)
     if recipe.is_planned and not (rescale and recipe.budget.is_set):
         works = stage_work(recipe, weightless_model(recipe))
-        fixed = with_smaller_batches(recipe, 0)
-        return _with_quick_nums(changed(fixed, budget=Budget()), works)
-    planned = _of_budget(with_smaller_batches(recipe, 0), num_images, num_train, machine)
-    smaller = with_smaller_batches(recipe, math.ceil(math.log2(ENOUGH_STEPS / planned.num_steps)))
-    if smaller.stages != with_smaller_batches(recipe, 0).stages:
+        return _with_quick_nums(changed(usual, budget=Budget()), works)
+    planned = _of_budget(usual, num_images, num_train, machine)
+    smaller = _with_batches(recipe, math.ceil(math.log2(ENOUGH_STEPS / planned.num_steps)))
+    if smaller.stages != usual.stages:
         planned = _of_budget(smaller, num_images, num_train, machine)
     for i, (stage, asked) in enumerate(zip(planned.stages, recipe.stages, strict=True)):
         if _is_free(recipe, asked) and stage.steps < FEWEST_STEPS:
@@ -134,8 +134,8 @@ def _is_free(recipe: Recipe, stage: Stage) -> bool:
     return not stage.steps or recipe.is_planned
 
 
-def with_smaller_batches(recipe: Recipe, halvings: int) -> Recipe:
-    """The recipe with batches halved so often, where they may be so small; from then on fixed."""
+def _with_batches(recipe: Recipe, halvings: int) -> Recipe:
+    """The recipe with batches halved so often, as far as they may be, and fixed from then on."""
     stages = []
     for stage in recipe.stages:
         batch, smallest = stage.batch_size, stage.smallest_batch

@@ -340,7 +340,7 @@ def _control(
     asked = asked_lengths(recipe, options)
     recipe = with_classes(recipe, store)
     if before is not None:
-        recipe = _with_size_of(before, recipe)
+        recipe = _with_sizes_of(before, recipe)
         lengths = from_main(lambda: first_lengths(run_dir)) or {}
         equal = lengths.get("control_equal", options.control_equal)
         if equal != options.control_equal:
@@ -424,7 +424,7 @@ def _extra(options: RunOptions, before: Budget, run_dir: Path) -> tuple[Budget, 
     return Budget(**{unit: amount - had}), options.budget
 
 
-def _with_size_of(before: Recipe, draft: Recipe) -> Recipe:
+def _with_sizes_of(before: Recipe, draft: Recipe) -> Recipe:
     """A draft with the run's batches where they may be smaller, and its model where size is `auto`.
 
     Any other size is the draft's own.
@@ -463,7 +463,7 @@ def _with_numbers_of(
     if lengths is not None:
         given = {name for name, value in lengths_of(draft).items() if lengths.get(name) != value}
     draft = scaled(draft, options.shrink) if options.shrink != 1 else draft
-    draft = _with_size_of(before, settled(draft, progress))
+    draft = _with_sizes_of(before, settled(draft, progress))
     model, evaluation = draft.model, draft.evaluation.planned_as(before.evaluation)
     if model.num_classes == "auto":
         model = changed(model, num_classes=before.model.num_classes)
